@@ -1,0 +1,544 @@
+# Copyright 2026 The refiner_hf authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+PyTorch Refiner model.
+
+Shapes: B batch, C channels, P = grid height * grid width patches, N = 1 + P tokens (the class token first), D width,
+H heads, K labels. Attention maps are (B, H, N, N).
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.ops import StochasticDepth
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_refiner import RefinerMapRefinement, check_refine_implementation
+from .configuration_refiner import RefinerConfig
+from .loss_refiner import image_classification_loss
+from .normalization_refiner import RefinerBatchNorm2d
+from .token_mixing_refiner import mix_tokens, sample_mixing_mask
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class RefinerModelOutput(BaseModelOutputWithPooling):
+    """
+    Output of [`RefinerModel`]: `last_hidden_state` (B, N, D) after the last norm, `pooler_output` (B, D) its class
+    token, and when asked for
+
+    - `hidden_states`: the embeddings and each layer's output, `num_hidden_layers + 1` of (B, N, D);
+    - `attentions`: `attentions[i]` is the map that weighted layer i's values, (B, H, N, N);
+    - `map_similarity`: mean cosine similarity between consecutive layers' maps across heads, a scalar; only in
+      training with `cosine_regularizer_weight`.
+    """
+
+    map_similarity: torch.FloatTensor | None = None
+
+
+@dataclass
+class RefinerImageClassifierOutput(ImageClassifierOutput):
+    """
+    Output of [`RefinerForImageClassification`]: `loss` (with labels), `logits` (B, K), `hidden_states` and
+    `attentions` as in [`RefinerModelOutput`], and in training with a dense head its `patch_logits` (B, P, K); `logits`
+    are then the class token's alone, while in evaluation the two come joined.
+    """
+
+    patch_logits: torch.FloatTensor | None = None
+
+
+class RefinerConvStem(nn.Module):
+    """Three convolutions that halve the image before it is cut into patches."""
+
+    def __init__(self, config: RefinerConfig):
+        super().__init__()
+
+        def norm(channels: int) -> RefinerBatchNorm2d:
+            return RefinerBatchNorm2d(channels, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum)
+
+        self.convolution1 = nn.Conv2d(config.num_channels, 32, 7, stride=2, padding=3, bias=False)
+        self.convolution1_norm = norm(32)
+        self.convolution2 = nn.Conv2d(32, 64, 3, padding=1, bias=False)
+        self.convolution2_norm = norm(64)
+        self.convolution3 = nn.Conv2d(64, 128, 3, padding=1, bias=False)
+        self.convolution3_norm = norm(128)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, C, height, width) -> (B, 128, height / 2, width / 2)."""
+        hidden_states = nn.functional.relu(self.convolution1_norm(self.convolution1(pixel_values)))
+        hidden_states = nn.functional.relu(self.convolution2_norm(self.convolution2(hidden_states)))
+        return nn.functional.relu(self.convolution3_norm(self.convolution3(hidden_states)))
+
+
+class RefinerPatchEmbeddings(nn.Module):
+    """Images to patches, row by row."""
+
+    def __init__(self, config: RefinerConfig):
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.patch_size = config.patch_height_width
+        if config.use_conv_stem:
+            self.stem = RefinerConvStem(config)
+            channels, kernel = 128, tuple(side // 2 for side in self.patch_size)
+        else:
+            self.stem = None
+            channels, kernel = config.num_channels, self.patch_size
+        self.projection = nn.Conv2d(channels, config.hidden_size, kernel, stride=kernel)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, C, height, width) -> (B, P, D)."""
+        if self.stem is not None:
+            pixel_values = self.stem(pixel_values)
+        return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+
+class RefinerEmbeddings(nn.Module):
+    """Patches with the class token before them and positions added."""
+
+    def __init__(self, config: RefinerConfig):
+        super().__init__()
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.patch_embeddings = RefinerPatchEmbeddings(config)
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + math.prod(config.patch_grid), config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def resized_positions(self, grid: tuple[int, int], **mode: Any) -> torch.Tensor:
+        """The position embeddings for another grid of patches, (1, 1 + P, D); `mode` goes to `interpolate`."""
+        if grid == self.config.patch_grid:
+            return self.position_embeddings
+        positions = self.position_embeddings.float()
+        patches = positions[:, 1:].unflatten(1, self.config.patch_grid).permute(0, 3, 1, 2)  # (1, D, rows, columns)
+        patches = nn.functional.interpolate(patches, size=grid, **mode).flatten(2).transpose(1, 2)
+        return torch.cat((positions[:, :1], patches), dim=1).to(self.position_embeddings.dtype)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool | None = None,
+        mixing_mask: torch.BoolTensor | None = None,
+    ) -> torch.Tensor:
+        """(B, C, height, width) -> (B, N, D)."""
+        grid = self._check(pixel_values, interpolate_pos_encoding)
+        patches = self.patch_embeddings(pixel_values)
+        if mixing_mask is not None:
+            patches = mix_tokens(patches, mixing_mask)
+        embeddings = torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1)
+        return self.dropout(embeddings + self.resized_positions(grid, mode="bilinear", align_corners=True))
+
+    def _check(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None) -> tuple[int, int]:
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"pixel_values must have shape (batch, channels, height, width), got {tuple(pixel_values.shape)}."
+            )
+        channels, height, width = pixel_values.shape[1:]
+        if channels != self.config.num_channels:
+            raise ValueError(
+                f"The images have {channels} channels, the model takes {self.config.num_channels} "
+                "(config.num_channels)."
+            )
+        patch_height, patch_width = self.config.patch_height_width
+        if interpolate_pos_encoding:
+            if height % patch_height or width % patch_width or min(height, width) == 0:
+                raise ValueError(
+                    f"Images of {height}x{width} pixels can't be cut into patches of {patch_height}x{patch_width}: "
+                    "height and width must be multiples of the patch's."
+                )
+        elif (height, width) != self.config.image_height_width:
+            expected = "x".join(map(str, self.config.image_height_width))
+            raise ValueError(
+                f"The images are {height}x{width} pixels (height x width), the model takes {expected}. Let the image "
+                "processor resize them, load the model with from_pretrained(..., image_size=...), or pass "
+                "interpolate_pos_encoding=True."
+            )
+        return height // patch_height, width // patch_width
+
+
+class RefinerAttention(nn.Module):
+    """
+    Self-attention whose map may be refined. `attention_type` says what a layer does with its map, see
+    [`RefinerConfig`].
+    """
+
+    def __init__(self, config: RefinerConfig, attention_type: str, refine_implementation: str):
+        super().__init__()
+        self.attention_type = attention_type
+        self.accumulate_attention = config.accumulate_attention
+        self.num_attention_heads = config.num_attention_heads
+        self.scaling = (config.hidden_size // config.num_attention_heads) ** -0.5
+
+        if attention_type != "shared_refined":
+            self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+            self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+            self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        if attention_type != "plain":
+            self.refinement = RefinerMapRefinement(config, refine_implementation)
+
+    def forward(
+        self, hidden_states: torch.Tensor, previous_map: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states: (B, N, D).
+            previous_map: the map that the layer before passed on, (B, H, N, N).
+
+        Returns:
+            the output (B, N, D), the map that weighted the values, and the map passed on to the next layer.
+        """
+        if self.attention_type == "shared_refined":
+            passed_on = previous_map
+            attention_map = self.refinement(previous_map) * self.scaling
+        else:
+            query, key = self._heads(self.q_proj(hidden_states)), self._heads(self.k_proj(hidden_states))
+            scores = (query @ key.transpose(-2, -1)) * self.scaling  # (B, H, N, N)
+            attention_map = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+            if self.accumulate_attention and previous_map is not None:
+                attention_map = attention_map + previous_map * self.scaling
+            attention_map = self.dropout(attention_map)
+            if self.attention_type == "refined":
+                attention_map = self.refinement(attention_map)
+            passed_on = attention_map
+        value = self._heads(self.v_proj(hidden_states))
+        attention_output = (attention_map @ value).transpose(1, 2).flatten(2)
+        return self.o_proj(attention_output), attention_map, passed_on
+
+    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+        """(B, N, D) -> (B, H, N, D / H)."""
+        return projected.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+
+
+class RefinerMLP(nn.Module):
+    def __init__(self, config: RefinerConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class RefinerLayerScale(nn.Module):
+    def __init__(self, config: RefinerConfig):
+        super().__init__()
+        self.lambda1 = nn.Parameter(config.layerscale_value * torch.ones(config.hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.lambda1
+
+
+class RefinerLayer(GradientCheckpointingLayer):
+    """`x + branch(norm(s * x)) / s` for attention and MLP, with the residual scale s."""
+
+    def __init__(self, config: RefinerConfig, attention_type: str, drop_path_rate: float, refine_implementation: str):
+        super().__init__()
+        self.residual_scale = config.residual_scale
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = RefinerAttention(config, attention_type, refine_implementation)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = RefinerMLP(config)
+        self.layer_scale = RefinerLayerScale(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.drop_path = StochasticDepth(drop_path_rate, "row") if drop_path_rate > 0 else nn.Identity()
+
+    # The map comes and goes positionally: activation checkpointing follows gradients through nothing else.
+    def forward(
+        self, hidden_states: torch.Tensor, previous_map: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """((B, N, D), the map passed on by the layer before) -> ((B, N, D), the map passed on)."""
+        scale = self.residual_scale
+        branch, _, passed_on = self.attention(self.layernorm_before(hidden_states * scale), previous_map)
+        hidden_states = hidden_states + self.drop_path(self.dropout(branch)) / scale
+        branch = self.layer_scale(self.mlp(self.layernorm_after(hidden_states * scale)))
+        hidden_states = hidden_states + self.drop_path(self.dropout(branch)) / scale
+        return hidden_states, passed_on
+
+
+class RefinerPreTrainedModel(PreTrainedModel):
+    """Initialisation, loading at other image sizes and the choice of the refinement's implementation."""
+
+    config: RefinerConfig
+    base_model_prefix = "refiner"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RefinerEmbeddings", "RefinerLayer"]
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": RefinerLayer, "attentions": RefinerAttention}
+    _input_embed_layer = "patch_embeddings"
+    # The loss is a mean over images; without this the Trainer takes it for a sum under gradient accumulation.
+    accepts_loss_kwargs = False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, nn.Conv2d):
+            # PyTorch's own default, see `initializer_range` in RefinerConfig.
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+        if isinstance(module, RefinerEmbeddings):
+            init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
+            init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+        elif isinstance(module, RefinerLayerScale):
+            init.constant_(module.lambda1, self.config.layerscale_value)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """
+        As [`~transformers.PreTrainedModel.from_pretrained`]. With another `image_size` than the checkpoint's (as a
+        keyword or in `config`) the position embeddings are resized (bicubic) and a warning says so.
+        `refine_implementation` chooses how attention maps are refined (`"auto"` by default).
+        """
+        wanted = config.image_size if isinstance(config, RefinerConfig) else kwargs.get("image_size")
+        saved = _saved_image_size(pretrained_model_name_or_path, kwargs) if wanted is not None else None
+        if saved is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
+        # Load at the checkpoint's size, then resize.
+        if isinstance(config, RefinerConfig):
+            config = copy.deepcopy(config)
+            config.image_size = saved
+        else:
+            kwargs["image_size"] = saved
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.set_image_size(wanted)
+        return loaded
+
+    def set_image_size(self, image_size: int | tuple[int, int]) -> None:
+        """
+        Makes the model take images of another size: resizes the position embeddings (bicubic, as the reference does
+        when it loads a checkpoint) and sets `config.image_size`. A warning says so where the patch grid changes.
+
+        Args:
+            image_size (`int` or `tuple[int, int]`): height and width in pixels, multiples of the patch's.
+
+        Raises:
+            `ValueError`: `image_size` isn't a multiple of the patch size; nothing is changed.
+        """
+        resized = type(self.config)(
+            image_size=image_size, patch_size=self.config.patch_size, use_conv_stem=self.config.use_conv_stem
+        )
+        old, new = self.config.patch_grid, resized.patch_grid
+        embeddings = self.base_model.embeddings
+        with torch.no_grad():
+            positions = embeddings.resized_positions(new, mode="bicubic", align_corners=False).clone()
+        embeddings.position_embeddings = nn.Parameter(
+            positions, requires_grad=embeddings.position_embeddings.requires_grad
+        )
+        self.config.image_size = embeddings.config.image_size = image_size
+        if old != new:
+            logger.warning(
+                f"Position embeddings were resized (bicubic) from {old[0]}x{old[1]} to {new[0]}x{new[1]} patches for "
+                f"image_size={image_size}."
+            )
+
+    def set_refine_implementation(self, refine_implementation: str) -> None:
+        """
+        Chooses how attention maps are refined, from now on, in every layer.
+
+        Args:
+            refine_implementation (`str`): `"auto"` or a key of `refiner_hf.REFINE_IMPLEMENTATIONS`. It isn't saved.
+
+        Raises:
+            `ValueError`: an unknown name.
+        """
+        check_refine_implementation(refine_implementation)
+        for module in self.modules():
+            if isinstance(module, RefinerMapRefinement):
+                module.refine_implementation = refine_implementation
+
+
+class RefinerModel(RefinerPreTrainedModel):
+    """
+    The bare Refiner: images to tokens.
+
+    Args:
+        config ([`RefinerConfig`]): the architecture.
+        refine_implementation (`str`, *optional*, defaults to `"auto"`): how attention maps are refined.
+    """
+
+    def __init__(self, config: RefinerConfig, refine_implementation: str = "auto"):
+        super().__init__(config)
+        drop_path = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
+        self.embeddings = RefinerEmbeddings(config)
+        self.layers = nn.ModuleList(
+            RefinerLayer(config, attention_type, rate, refine_implementation)
+            for attention_type, rate in zip(config.attention_types, drop_path)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        mixing_mask: torch.BoolTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> RefinerModelOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape (B, C, height, width)): images, as the image processor gives them.
+            interpolate_pos_encoding (`bool`, *optional*): take images of another size than `config.image_size`, with
+                positions interpolated on the fly (bilinear, corners aligned, as in the reference's forward).
+            mixing_mask (`torch.BoolTensor` of shape (grid height, grid width), *optional*): box of patches to swap
+                between the images of the batch (token mixing).
+            output_hidden_states, output_attentions, return_dict (`bool`, *optional*): as everywhere in transformers.
+
+        Returns:
+            [`RefinerModelOutput`].
+
+        Raises:
+            `ValueError`: missing images, or images of the wrong rank, number of channels or size.
+        """
+        if pixel_values is None:
+            raise ValueError("You have to specify pixel_values")
+        pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, mixing_mask)
+
+        attention_map, similarities = None, []
+        for i, layer in enumerate(self.layers):
+            previous_map = attention_map
+            hidden_states, attention_map = layer(hidden_states, previous_map)
+            if i > 0 and self._regularizes_pair(i):
+                similarities.append(nn.functional.cosine_similarity(previous_map, attention_map, dim=1).mean())
+
+        hidden_states = self.norm(hidden_states)
+        return RefinerModelOutput(
+            last_hidden_state=hidden_states,
+            pooler_output=hidden_states[:, 0],
+            map_similarity=torch.stack(similarities).mean() if similarities else None,
+        )
+
+    def _regularizes_pair(self, layer: int) -> bool:
+        """Whether the cosine regulariser counts the maps passed on by `layer` and the one before it."""
+        repeated = self.config.attention_types[layer] == "shared_refined"
+        return (
+            self.training
+            and self.config.cosine_regularizer_weight > 0
+            and (not repeated or self.config.cosine_regularizer_repeated_pairs)
+        )
+
+
+class RefinerForImageClassification(RefinerPreTrainedModel):
+    """
+    A Refiner with a classifier on the class token and, with `config.use_dense_head`, one on the patch tokens.
+
+    Args:
+        config ([`RefinerConfig`]): the architecture.
+        refine_implementation (`str`, *optional*, defaults to `"auto"`): how attention maps are refined.
+    """
+
+    def __init__(self, config: RefinerConfig, refine_implementation: str = "auto"):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.refiner = RefinerModel(config, refine_implementation)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.dense_classifier = nn.Linear(config.hidden_size, config.num_labels) if config.use_dense_head else None
+        self.loss_function = image_classification_loss
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> RefinerImageClassifierOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape (B, C, height, width)): images, as the image processor gives them.
+            labels (`torch.Tensor`, *optional*): integers (B,), soft labels (B, K) or dense targets (B, K, 2 + P); see
+                [`~loss_refiner.image_classification_loss`].
+            interpolate_pos_encoding (`bool`, *optional*): take images of another size, see [`RefinerModel.forward`].
+            output_hidden_states, output_attentions, return_dict (`bool`, *optional*): as everywhere in transformers.
+
+        Returns:
+            [`RefinerImageClassifierOutput`].
+
+        Raises:
+            `ValueError`: images or labels that don't fit the model.
+        """
+        mixing_mask = None
+        if self.training and self.config.token_mixing and pixel_values is not None:
+            patch_height, patch_width = self.config.patch_height_width
+            grid = (pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width)
+            mixing_mask = sample_mixing_mask(grid, pixel_values.device)
+
+        outputs: RefinerModelOutput = self.refiner(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            mixing_mask=mixing_mask,
+            **kwargs,
+        )
+        logits = self.classifier(outputs.pooler_output)
+        patch_logits = None
+        if self.dense_classifier is not None:
+            patch_logits = self.dense_classifier(outputs.last_hidden_state[:, 1:])
+            if not self.training:
+                logits = logits + self.config.dense_logits_weight * patch_logits.amax(dim=1)
+                patch_logits = None
+            elif mixing_mask is not None:
+                patch_logits = mix_tokens(patch_logits, mixing_mask)  # back to the images that the patches came from
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, patch_logits=patch_logits, mixing_mask=mixing_mask)
+            if outputs.map_similarity is not None:
+                loss = loss + self.config.cosine_regularizer_weight * outputs.map_similarity
+
+        return RefinerImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            patch_logits=patch_logits,
+        )
+
+
+def _saved_image_size(pretrained_model_name_or_path, kwargs: dict[str, Any]) -> int | list[int] | None:
+    """The `image_size` in a checkpoint's own config.json, `None` where there is no such file to ask."""
+    if pretrained_model_name_or_path is None:
+        return None
+    config, _ = RefinerConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
+    return config.get("image_size", RefinerConfig.image_size)
+
+
+__all__ = ["RefinerForImageClassification", "RefinerModel", "RefinerPreTrainedModel"]

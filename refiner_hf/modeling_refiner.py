@@ -383,6 +383,17 @@ class RefinerPreTrainedModel(PreTrainedModel):
                 module.refine_implementation = refine_implementation
 
 
+    def freeze_norms(self, frozen: bool = True) -> None:
+        """
+        Keeps every batch norm in evaluation mode from now on, also under `train()`: batches are normalised with the
+        running statistics, which don't move. `freeze_norms(False)` undoes it. It isn't saved.
+        """
+        for module in self.modules():
+            if isinstance(module, RefinerBatchNorm2d):
+                module.frozen = frozen
+                module.train(self.training)
+
+
 class RefinerModel(RefinerPreTrainedModel):
     """
     The bare Refiner: images to tokens.
@@ -473,6 +484,22 @@ class RefinerForImageClassification(RefinerPreTrainedModel):
         self.dense_classifier = nn.Linear(config.hidden_size, config.num_labels) if config.use_dense_head else None
         self.loss_function = image_classification_loss
         self.post_init()
+
+    def reset_classifier(self, labels: list[str]) -> None:
+        """
+        New, freshly initialised classifiers for other labels; the rest of the network stays.
+
+        Args:
+            labels (`list[str]`): the labels' names, in order. They become `config.id2label`.
+        """
+        self.config.id2label = dict(enumerate(labels))
+        self.config.label2id = {label: i for i, label in enumerate(labels)}
+        self.num_labels = len(labels)
+        for name in ("classifier", "dense_classifier"):
+            if (old := getattr(self, name)) is not None:
+                new = nn.Linear(old.in_features, len(labels)).to(old.weight)
+                self._init_weights(new)
+                setattr(self, name, new)
 
     @can_return_tuple
     def forward(

@@ -11,7 +11,15 @@ class RefinerBatchNorm2d(nn.BatchNorm2d):
 
     Checkpointing runs a layer's forward a second time, inside the backward pass; torch's own norm then counts the
     batch twice. A forward inside a backward pass is always such a repetition, so here it leaves the buffers alone.
+
+    With `frozen` it stays in evaluation mode, whatever `train()` says: fine-tuning with small batches, or with
+    gradient accumulation that equals one large batch.
     """
+
+    frozen = False
+
+    def train(self, mode: bool = True) -> "RefinerBatchNorm2d":
+        return super().train(mode and not self.frozen)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.training and self.track_running_stats and _inside_backward():

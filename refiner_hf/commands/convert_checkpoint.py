@@ -1,0 +1,54 @@
+"""
+Turn a checkpoint of the reference implementation into a folder for transformers and the Hub.
+
+Architecture, image size, heads, layout, dense head and stem are read from the file.
+
+    refiner-convert --checkpoint model_best.pth.tar --output_dir refiner-small
+    refiner-convert --checkpoint model_best.pth.tar --output_dir refiner-small-ema --use_ema --with_code
+"""
+
+import sys
+from dataclasses import dataclass, field
+
+from transformers import HfArgumentParser
+
+from ..conversion.checkpoint import convert_checkpoint
+from .parsing import HelpFormatter
+
+
+@dataclass
+class ConversionArguments:
+    checkpoint: str = field(metadata={"help": "File of the reference (.pth.tar, .pth, .pt)."})
+    output_dir: str = field(metadata={"help": "Folder to make; must be new or empty."})
+    use_ema: bool = field(default=False, metadata={"help": "Take the averaged weights."})
+    num_attention_heads: int | None = field(
+        default=None, metadata={"help": "Only for a network that refines no map, where the file doesn't show it."}
+    )
+    crop_pct: float | None = field(
+        default=None,
+        metadata={"help": "Share that the evaluation crop keeps. Default: S 0.9, M 1.0, L 1.13, others 0.9."},
+    )
+    with_code: bool = field(
+        default=False, metadata={"help": "Put the model's code into the folder, for trust_remote_code."}
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `refiner-convert` and scripts/convert_checkpoint.py."""
+    (args,) = HfArgumentParser(ConversionArguments, description=__doc__, formatter_class=HelpFormatter).parse_args_into_dataclasses(argv)
+    try:
+        model = convert_checkpoint(**vars(args))
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"Error: {error}")
+    config = model.config
+    size = "x".join(map(str, config.image_height_width))
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters: {config.num_hidden_layers} layers of width "
+        f"{config.hidden_size}, {config.num_attention_heads} heads, {size} pixels, {config.num_labels} labels, "
+        f"dense head: {'yes' if config.use_dense_head else 'no'}."
+    )
+    print(f"The finished folder: {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

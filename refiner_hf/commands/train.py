@@ -1,0 +1,58 @@
+"""
+Train, fine-tune or evaluate a Refiner.
+
+The first word may name a recipe (digits, from_scratch, fine_tune) or a YAML or JSON file of options; options after it
+win. Without any, a small Refiner learns scikit-learn's digits. A run that broke off goes on when started again.
+
+    refiner-train                                                     # digits, under two minutes on 2 CPU cores
+    refiner-train from_scratch --train_dir photos --output_dir out    # photos/LABEL/*.jpg
+    refiner-train fine_tune --model_name_or_path MODEL --train_dir photos --output_dir out
+    refiner-train --model_name_or_path out --validation_dir more_photos --do_eval --output_dir out_eval
+"""
+
+import sys
+
+import refiner_hf
+
+from ..data.arguments import DataArguments
+from ..training.folder import predict_examples
+from ..training.run import RunResult, run
+from .parsing import parse_arguments
+
+
+def main(argv: list[str] | None = None) -> RunResult:
+    """Entry point of `refiner-train` and scripts/train.py."""
+    arguments = parse_arguments(argv, description=f"refiner_hf {refiner_hf.__version__}.{__doc__}")
+    try:
+        result = run(*arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"Error: {error}")
+    if arguments[-1].should_save:
+        report(result, arguments[1])
+    return result
+
+
+def report(result: RunResult, data_args: DataArguments) -> None:
+    """Prints where the folder is, what was measured, and a few predictions."""
+    print()
+    if "eval_accuracy" in result.metrics:
+        print(f"Accuracy on {result.data.evaluation_split}: {result.metrics['eval_accuracy']:.2%}", end="")
+        top5 = result.metrics.get("eval_top5_accuracy")
+        print(f" (top-5 {top5:.2%})" if top5 is not None else "")
+        if data_args.embedded:
+            from ..data.digits import logistic_regression_accuracy
+
+            print(f"Logistic regression on the same split: {logistic_regression_accuracy():.2%}")
+    if not result.trained:
+        print(f"Results: {result.folder}")
+        return
+    if result.data.evaluation is not None:
+        print("\nThe saved model on a few held-out pictures:")
+        for _, truth, answer in predict_examples(result.folder, result.data):
+            mark = "" if answer["label"] == truth else "   <- wrong"
+            print(f"  {truth:>12}: {answer['label']} ({answer['score']:.1%}){mark}")
+    print(f"\nThe finished folder, with model, card and pictures: {result.folder.resolve()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""A reference checkpoint file to a Hub-ready folder."""
+
+import argparse
+import pickle
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.models import ResNet50_Weights
+
+from ..configuration_refiner import RefinerConfig
+from ..hub.card import CardFacts, describe_network, make_card, usage_example
+from ..hub.code import add_code
+from ..image_processing_refiner import RefinerImageProcessor
+from ..modeling_refiner import RefinerForImageClassification
+from .weights import check_tensors, read_config, rename_state_dict
+
+
+# The evaluation crop of the published networks, by layers and width.
+PUBLISHED_CROP_PCT = {(16, 384): 0.9, (32, 420): 1.0, (32, 512): 1.13}
+_OTHER_CROP_PCT = 0.9
+
+
+def convert_checkpoint(
+    checkpoint: str | Path,
+    output_dir: str | Path,
+    *,
+    use_ema: bool = False,
+    num_attention_heads: int | None = None,
+    crop_pct: float | None = None,
+    with_code: bool = False,
+) -> RefinerForImageClassification:
+    """
+    Turns a reference checkpoint into a folder with weights, configuration, image processor and card.
+
+    Args:
+        checkpoint: a file as the reference's training writes it, or a bare state dict.
+        output_dir: the folder to make; must be new or empty.
+        use_ema (`bool`, *optional*): take the averaged weights (`state_dict_ema`).
+        num_attention_heads (`int`, *optional*): needed for a network that refines no map; nothing else shows it.
+        crop_pct (`float`, *optional*): of the evaluation crop; by default the published one of the architecture.
+        with_code (`bool`, *optional*): put the model's code into the folder.
+
+    Returns:
+        [`RefinerForImageClassification`]: the converted model, as loaded back from the folder.
+
+    Raises:
+        `ValueError`: no reference checkpoint, or tensors that are unknown, missing or misshapen (they are named).
+        `FileExistsError`: `output_dir` holds something already. Nothing half-written is left behind in any case.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise FileExistsError(f"{output_dir} exists and isn't an empty folder. Give another --output_dir.")
+
+    content = load_reference_file(checkpoint)
+    reference = select_state_dict(content, use_ema)
+    config = read_config(reference, num_attention_heads)
+    if (drop_path := getattr(content.get("args"), "drop_path", None)) is not None:
+        config.drop_path_rate = float(drop_path)
+    name_labels(config)
+    if crop_pct is None:
+        crop_pct = PUBLISHED_CROP_PCT.get((config.num_hidden_layers, config.hidden_size), _OTHER_CROP_PCT)
+    height, width = config.image_height_width
+    processor = RefinerImageProcessor(size={"height": height, "width": width}, crop_pct=crop_pct)
+
+    model = RefinerForImageClassification(config)
+    renamed = rename_state_dict(reference)
+    check_tensors(renamed, model.state_dict())
+    model.load_state_dict(renamed)
+
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
+    try:
+        unfinished.chmod(0o755)
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        if with_code:
+            add_code(unfinished)
+        _card(output_dir.name, Path(checkpoint).name, content, model, use_ema, crop_pct, with_code).save(
+            unfinished / "README.md"
+        )
+        loaded = RefinerForImageClassification.from_pretrained(unfinished)
+        check_same_answers(model, loaded)
+        if output_dir.exists():
+            output_dir.rmdir()
+        unfinished.rename(output_dir)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    loaded.config.name_or_path = str(output_dir)
+    return loaded
+
+
+def load_reference_file(path: str | Path) -> dict[str, Any]:
+    """
+    Reads a checkpoint with torch's restricted unpickler, which builds tensors, plain containers and an
+    `argparse.Namespace`, and runs no code from the file.
+
+    Raises:
+        `ValueError`: no such file, a damaged one, or one that holds other objects; the message says which.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file {path}.")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds objects that aren't loaded for safety, or is no PyTorch checkpoint: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read as a PyTorch checkpoint: {error}. Is it complete?") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a checkpoint or state dict.")
+    return dict(content)
+
+
+def select_state_dict(content: Mapping[str, Any], use_ema: bool) -> dict[str, torch.Tensor]:
+    """The state dict in a checkpoint, raw or averaged, without the `module.` of data-parallel training."""
+    key = "state_dict_ema" if use_ema else "state_dict"
+    if key in content:
+        state_dict = content[key]
+    elif use_ema or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"The checkpoint has no {key!r}, but {sorted(content)}.")
+    else:
+        state_dict = content
+    if not isinstance(state_dict, Mapping) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+        raise ValueError(f"{key!r} in the checkpoint isn't a state dict of tensors.")
+    return {name.removeprefix("module."): tensor for name, tensor in state_dict.items()}
+
+
+def name_labels(config: RefinerConfig) -> None:
+    """Gives a network of 1000 labels those of ImageNet-1k, as torchvision names them."""
+    if config.num_labels == 1000:
+        names = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: i for i, name in enumerate(names)}
+
+
+@torch.no_grad()
+def check_same_answers(model: RefinerForImageClassification, loaded: RefinerForImageClassification) -> None:
+    """Raises a `RuntimeError` where a model loaded back from disk answers differently."""
+    config = model.config
+    images = torch.randn(1, config.num_channels, *config.image_height_width, generator=torch.Generator().manual_seed(0))
+    difference = (model.eval()(images).logits - loaded.eval()(images).logits).abs().max().item()
+    if not difference < 1e-5:
+        raise RuntimeError(f"The saved model's logits differ by {difference} from the converted one's.")
+
+
+def _card(name: str, file: str, content: Mapping, model, use_ema: bool, crop_pct: float, with_code: bool):
+    kind = "averaged (EMA)" if use_ema else "raw"
+    said = {key: content[key] for key in ("arch", "epoch", "metric") if isinstance(content.get(key), (str, int, float))}
+    claims = "".join(f" The file says {key}: {value}." for key, value in said.items())
+    return make_card(
+        CardFacts(
+            title=name,
+            summary=f"A Refiner image classifier, converted from the reference checkpoint `{file}`.",
+            usage=usage_example(name, with_code),
+            architecture=describe_network(model),
+            training=f"The {kind} weights of `{file}` were converted by `refiner_hf`; nothing was trained.{claims} What "
+            f"the file says of itself was not measured again. Images are prepared as the reference evaluates: bicubic "
+            f"resize, centre crop with crop_pct {crop_pct:g}.",
+            limits="Accuracy was not measured after the conversion. The saved model was loaded back and gave the same "
+            "logits as the converted one. Where and on what it was trained is not recorded in the tensors; ask whoever "
+            "gave you the file.",
+            remote_code=with_code,
+        )
+    )

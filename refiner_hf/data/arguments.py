@@ -1,0 +1,71 @@
+"""The data options of training and evaluation."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class DataArguments:
+    """Where the images come from. With none of the first four options: scikit-learn's digits, split once and for all."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Name of a dataset on the Hub, or path of one that `datasets` can load."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of that dataset."})
+    train_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of training images, one subfolder per label; or of parquet files."},
+    )
+    validation_dir: str | None = field(default=None, metadata={"help": "The same, with the images to evaluate on."})
+    train_val_split: float = field(
+        default=0.15, metadata={"help": "Share of the training images held out where there is no validation set."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read the dataset as it comes instead of downloading it; needs --max_steps."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on at most so many images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most so many images."})
+    image_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the images. Found by its type where not given."}
+    )
+    label_column_name: str | None = field(
+        default=None, metadata={"help": "Column of the labels. Found by its type or name where not given."}
+    )
+
+    def __post_init__(self):
+        if self.dataset_name and (self.train_dir or self.validation_dir):
+            raise ValueError("Give either --dataset_name or --train_dir / --validation_dir, not both.")
+        if not 0 < self.train_val_split < 1:
+            raise ValueError(f"--train_val_split must be between 0 and 1, got {self.train_val_split}.")
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        if self.streaming and not self.dataset_name:
+            raise ValueError("--streaming is for a --dataset_name; folders and the digits are read from disk anyway.")
+
+    @property
+    def embedded(self) -> bool:
+        """Whether no data was named, so that the digits are used."""
+        return not (self.dataset_name or self.train_dir or self.validation_dir)
+
+
+@dataclass
+class AugmentationArguments:
+    """What happens to training images (timm's transforms)."""
+
+    crop_min_scale: float = field(
+        default=0.35, metadata={"help": "Smallest share of a training image's area that a random crop keeps."}
+    )
+    horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
+    color_jitter: float = field(
+        default=0.0, metadata={"help": "Strength of random brightness, contrast and saturation. Not with --auto_augment."}
+    )
+    auto_augment: str | None = field(
+        default=None, metadata={"help": "timm's name of an augmentation policy, such as rand-m9-mstd0.5-inc1."}
+    )
+    random_erasing: float = field(
+        default=0.0, metadata={"help": "Share of training images in which a random box is replaced by noise."}
+    )
+
+    def __post_init__(self):
+        if not 0 < self.crop_min_scale <= 1:
+            raise ValueError(f"--crop_min_scale must be in (0, 1], got {self.crop_min_scale}.")

@@ -1,0 +1,45 @@
+"""scikit-learn's digits: 1,797 real scans of 8 x 8 pixels that come with the package, for runs without any set-up."""
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import train_test_split
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+
+NAME = "scikit-learn digits"
+TEST_SHARE = 0.2
+
+
+def digits_splits() -> tuple[Dataset, Dataset]:
+    """
+    Training (1,437) and test (360) images as `datasets` make them of a folder: columns `image` and `label`. The split
+    is fixed and has each digit in equal shares.
+    """
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
+    splits = []
+    for pixels, labels in _split():
+        levels = np.round(pixels * (255 / 16)).astype(np.uint8)
+        images = [PILImage.fromarray(level) for level in levels]
+        splits.append(Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features))
+    return tuple(splits)
+
+
+def logistic_regression_accuracy() -> float:
+    """Test accuracy of logistic regression on the pixels, on the same split: what a simple model reaches."""
+    (train_pixels, train_labels), (test_pixels, test_labels) = _split()
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+    model.fit(train_pixels.reshape(len(train_pixels), -1), train_labels)
+    return float(model.score(test_pixels.reshape(len(test_pixels), -1), test_labels))
+
+
+def _split() -> list[tuple[np.ndarray, np.ndarray]]:
+    """[(pixels (images, 8, 8) in 0..16, labels), the same for the test]."""
+    digits = load_digits()
+    train_x, test_x, train_y, test_y = train_test_split(
+        digits.images, digits.target, test_size=TEST_SHARE, random_state=0, stratify=digits.target
+    )
+    return [(train_x, train_y), (test_x, test_y)]

@@ -1,0 +1,176 @@
+"""Training and evaluation images from the Hub, a folder, parquet files, a stream, or the embedded digits."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, Value, load_dataset
+from transformers.utils import logging
+
+from .arguments import DataArguments
+
+
+logger = logging.get_logger(__name__)
+
+IMAGE_COLUMN, LABEL_COLUMN = "image", "labels"
+_LABEL_NAMES = ("label", "labels", "fine_label")
+_EVALUATION_SPLITS = ("validation", "test")
+
+
+@dataclass
+class ImageData:
+    """
+    What a run needs to know of its data.
+
+    `train` and `evaluation` have the columns `image` (not decoded) and `labels` (positions in `labels`); `name` is
+    what the card calls the data, `hub_id` its name on the Hub if it has one, `evaluation_split` where `evaluation`
+    comes from.
+    """
+
+    name: str
+    labels: list[str]
+    train: Dataset | IterableDataset | None
+    evaluation: Dataset | IterableDataset | None
+    evaluation_split: str
+    hub_id: str | None = None
+
+
+def load_image_data(args: DataArguments, *, need_train: bool, need_evaluation: bool, seed: int) -> ImageData:
+    """
+    Loads what `args` names, with the images still encoded and the labels as integers.
+
+    Args:
+        args ([`DataArguments`]): the data options.
+        need_train (`bool`): whether a missing training set is an error.
+        need_evaluation (`bool`): whether images are held out of the training set where there is no validation set.
+        seed (`int`): decides which images are held out and which ones `max_train_samples` and `max_eval_samples` keep.
+
+    Raises:
+        `ValueError`: no such folder, no training set, no image or label column; the message lists what is there.
+    """
+    splits, name = _load_splits(args)
+    evaluation_split = next((split for split in _EVALUATION_SPLITS if split in splits), None)
+    train, evaluation = splits.get("train"), splits.get(evaluation_split)
+    if train is None and need_train:
+        raise ValueError(f"{name} has no training images; its splits are {sorted(splits)}. Give --train_dir.")
+    if evaluation is None and train is None:
+        raise ValueError(f"{name} has neither a train, a validation nor a test split, but {sorted(splits)}.")
+
+    train, names = _standard_columns(train, args) if train is not None else (None, None)
+    if evaluation is not None:
+        evaluation, evaluation_names = _standard_columns(evaluation, args)
+        names = names or evaluation_names
+        evaluation = _relabel(evaluation, evaluation_names, names)
+    elif need_evaluation:
+        train, evaluation = _hold_out(train, args.train_val_split, seed)
+        evaluation_split = f"{args.train_val_split:.0%} held out of train"
+        logger.warning(f"There is no validation set: evaluating on {evaluation_split}.")
+
+    return ImageData(
+        name=name,
+        labels=names,
+        train=_at_most(train, args.max_train_samples, seed),
+        evaluation=_at_most(evaluation, args.max_eval_samples, seed),
+        evaluation_split=evaluation_split or "none",
+        hub_id=args.dataset_name if args.dataset_name and not os.path.exists(args.dataset_name) else None,
+    )
+
+
+def _load_splits(args: DataArguments) -> tuple[dict, str]:
+    if args.embedded:
+        from .digits import NAME, digits_splits
+
+        return dict(zip(("train", "test"), digits_splits())), NAME
+    if args.dataset_name:
+        splits = load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
+        return dict(splits), os.path.basename(os.path.normpath(args.dataset_name))
+    folders = {"train": args.train_dir, "validation": args.validation_dir}
+    splits = {split: _load_folder(folder) for split, folder in folders.items() if folder}
+    return splits, Path(args.train_dir or args.validation_dir).resolve().name
+
+
+def _load_folder(folder: str) -> Dataset:
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
+    if any(path.rglob("*.parquet")):
+        return load_dataset("parquet", data_files=str(path / "**" / "*.parquet"), split="train")
+    if not any(file.is_file() for file in path.glob("*/*")):
+        raise ValueError(
+            f"{folder} has no images in subfolders. Put them into one subfolder per label, such as "
+            f"{path / 'cat' / '1.jpg'}."
+        )
+    return load_dataset("imagefolder", data_dir=folder, split="train", drop_labels=False)
+
+
+def _standard_columns(data: Dataset | IterableDataset, args: DataArguments) -> tuple[Dataset | IterableDataset, list[str]]:
+    """The data with the columns `image` and `labels` only, and the labels' names."""
+    features = data.features
+    if features is None:
+        raise ValueError("The dataset doesn't say what its columns hold; it can't be streamed. Drop --streaming.")
+    image = args.image_column_name or _only_column(features, lambda f: isinstance(f, Image), "image_column_name")
+    label = args.label_column_name or next((name for name in _LABEL_NAMES if name in features), None)
+    label = label or _only_column(features, lambda f: isinstance(f, ClassLabel), "label_column_name")
+    for column in (image, label):
+        if column not in features:
+            raise ValueError(f"The dataset has no column {column!r}, but {sorted(features)}.")
+
+    if not isinstance(features[label], ClassLabel):
+        data = _as_class_label(data, label, features[label])
+    names = data.features[label].names
+    data = data.select_columns([image, label])
+    renames = {old: new for old, new in ((image, IMAGE_COLUMN), (label, LABEL_COLUMN)) if old != new}
+    data = data.rename_columns(renames) if renames else data
+    # Decoded by our own transform, which can name a file that is damaged.
+    return data.cast_column(IMAGE_COLUMN, Image(decode=False)), names
+
+
+def _only_column(features, is_wanted, option: str) -> str:
+    found = [name for name, feature in features.items() if is_wanted(feature)]
+    if len(found) != 1:
+        raise ValueError(f"Which column to use? Give --{option}, one of {sorted(features)}.")
+    return found[0]
+
+
+def _as_class_label(data, column: str, feature):
+    if isinstance(data, IterableDataset):
+        raise ValueError(f"The labels in column {column!r} have no list of names, which a stream needs: {feature}.")
+    if not isinstance(feature, Value):
+        raise ValueError(f"The labels in column {column!r} must be integers or names, not {feature}.")
+    if feature.dtype.startswith(("int", "uint")):
+        values = data.unique(column)
+        if min(values) < 0:
+            raise ValueError(f"The labels in column {column!r} must not be negative, got {min(values)}.")
+        return data.cast_column(column, ClassLabel(names=[str(i) for i in range(max(values) + 1)]))
+    return data.class_encode_column(column)
+
+
+def _relabel(data, names: list[str], wanted: list[str]):
+    """Labels as positions in `wanted` instead of in `names`."""
+    if names == wanted:
+        return data
+    if unknown := sorted(set(names) - set(wanted)):
+        raise ValueError(f"The validation set has labels that the training set lacks: {unknown}.")
+    position = [wanted.index(name) for name in names]
+    feature = ClassLabel(names=wanted)
+    features = data.features.copy()
+    features[LABEL_COLUMN] = feature
+    return data.map(lambda row: {LABEL_COLUMN: position[row[LABEL_COLUMN]]}, features=features)
+
+
+def _hold_out(train, share: float, seed: int):
+    if isinstance(train, IterableDataset):
+        raise ValueError("A stream without a validation split can't be divided; name a dataset that has one.")
+    try:
+        parts: DatasetDict = train.train_test_split(share, seed=seed, stratify_by_column=LABEL_COLUMN)
+    except ValueError:  # too few images of some label to have it on both sides
+        parts = train.train_test_split(share, seed=seed)
+    return parts["train"], parts["test"]
+
+
+def _at_most(data, number: int | None, seed: int):
+    if data is None or number is None:
+        return data
+    if isinstance(data, IterableDataset):
+        return data.take(number)
+    return data.shuffle(seed=seed).select(range(min(number, len(data))))

@@ -1,0 +1,1 @@
+"""What makes a folder ready for the Hub: the card, its pictures, and the code."""

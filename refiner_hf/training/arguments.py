@@ -1,0 +1,75 @@
+"""The model and training options."""
+
+import json
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    """Which network: a checkpoint to go on from, or a new one."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or Hub name of a Refiner to fine-tune or evaluate. Else a new one."}
+    )
+    model_size: str = field(
+        default="small",
+        metadata={"help": "Published architecture of a new network.", "choices": ["small", "medium", "large"]},
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Fields of RefinerConfig to change, as JSON: '{\"drop_path_rate\": 0.1}'."},
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the images in pixels. Default: the model's own."}
+    )
+    crop_pct: float | None = field(
+        default=None, metadata={"help": "Share of the resized image that the evaluation crop keeps."}
+    )
+    refine_implementation: str = field(default="auto", metadata={"help": "How attention maps are refined."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
+    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+
+    def __post_init__(self):
+        try:
+            self.overrides = json.loads(self.config_overrides) if self.config_overrides else {}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--config_overrides must be a JSON object: {error}. Got {self.config_overrides}") from error
+        if not isinstance(self.overrides, dict):
+            raise ValueError(f"--config_overrides must be a JSON object, got {self.config_overrides}.")
+
+
+@dataclass
+class RefinerTrainingArguments(TrainingArguments):
+    """[`~transformers.TrainingArguments`] with the defaults and options that Refiners need."""
+
+    # The stock default drops the column `image` before our transform sees it.
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Leave this off: it drops the images."})
+    norm_statistics_images: int = field(
+        default=512,
+        metadata={
+            "help": "Training images over which the batch norms' statistics are re-estimated before each evaluation "
+            "and save. 0 uses the running averages."
+        },
+    )
+    freeze_norms: bool = field(
+        default=False, metadata={"help": "Keep the batch norms' statistics as they are (fine-tuning, small batches)."}
+    )
+    with_code: bool = field(
+        default=False,
+        metadata={"help": "Put the model's code into the folder, for use with trust_remote_code where this package isn't installed."},
+    )
+    weights_license: str | None = field(
+        default=None, metadata={"help": "License of the weights for the model card, such as apache-2.0."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not torch.accelerator.is_available():
+            self.dataloader_pin_memory = False  # torch warns otherwise
+        if self.remove_unused_columns:
+            raise ValueError("--remove_unused_columns would drop the images before they are read; leave it off.")
+        if self.norm_statistics_images < 0:
+            raise ValueError(f"--norm_statistics_images must not be negative, got {self.norm_statistics_images}.")

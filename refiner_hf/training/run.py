@@ -1,0 +1,235 @@
+"""A whole run: data, model, training, evaluation, and the finished folder."""
+
+import csv
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, default_data_collator, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from ..configuration_refiner import RefinerConfig
+from ..data.arguments import AugmentationArguments, DataArguments
+from ..data.sources import ImageData, load_image_data
+from ..data.transforms import PrepareImages, evaluation_pixels, match_labels, training_pixels, with_transform
+from ..image_processing_refiner import RefinerImageProcessor
+from ..modeling_refiner import RefinerForImageClassification
+from .arguments import ModelArguments, RefinerTrainingArguments
+from .folder import CONFUSION_MATRIX, finish_folder
+from .metrics import ClassificationMetrics, rank_labels
+from .statistics import NormStatisticsCallback
+from .trainer import RefinerTrainer
+
+
+logger = logging.get_logger(__name__)
+
+RUN_FILE = "training_arguments.json"
+FINISHED_FILE = "train_results.json"
+
+
+@dataclass
+class RunResult:
+    """What a run leaves: the folder, the measured metrics (`eval_accuracy` and so on), and the data it was run on."""
+
+    folder: Path
+    metrics: dict[str, float]
+    data: ImageData
+    trained: bool
+
+
+def run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    augmentation_args: AugmentationArguments,
+    training_args: RefinerTrainingArguments,
+) -> RunResult:
+    """
+    Trains and/or evaluates, as `training_args.do_train` and `do_eval` say. After training, the output folder holds
+    the model, its processor, a card with pictures, and the measured results: it is ready for the Hub.
+
+    A run that broke off is taken up again from its last checkpoint.
+
+    Raises:
+        `ValueError`: options, data or labels that don't fit; before anything long begins wherever it can be seen.
+        `OSError`: an output folder that can't be written, before training.
+    """
+    checkpoint = _prepare_output_folder(training_args)
+    set_seed(training_args.seed)
+    data = load_image_data(
+        data_args, need_train=training_args.do_train, need_evaluation=training_args.do_eval, seed=training_args.seed
+    )
+    model, label_ids = load_model(model_args, data.labels, keep_labels=not training_args.do_train)
+    processor = load_processor(model_args, model.config)
+
+    for_evaluation = PrepareImages(evaluation_pixels(processor), label_ids)
+    for_training = PrepareImages(training_pixels(processor, augmentation_args), label_ids)
+    train, evaluation = data.train, data.evaluation
+    metrics = ClassificationMetrics(model.config.num_labels)
+    callbacks = []
+    if training_args.do_train:
+        _check_length(train, training_args)
+        if training_args.freeze_norms:
+            model.freeze_norms()
+        elif training_args.norm_statistics_images:
+            some = with_transform(_some(train, training_args), for_evaluation)
+            callbacks.append(NormStatisticsCallback(some, training_args.per_device_eval_batch_size))
+        _write_run_file(model_args, data_args, augmentation_args, training_args)
+
+    trainer = RefinerTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=with_transform(train, for_training) if training_args.do_train else None,
+        eval_dataset=with_transform(evaluation, for_evaluation) if training_args.do_eval else None,
+        processing_class=processor,
+        data_collator=default_data_collator,
+        compute_metrics=metrics,
+        preprocess_logits_for_metrics=rank_labels,
+        callbacks=callbacks,
+    )
+
+    measured: dict[str, float] = {}
+    if training_args.do_train:
+        measured |= trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if training_args.do_eval:
+        evaluated = trainer.evaluate()
+        measured |= evaluated
+        trainer.log_metrics("eval", evaluated)
+        trainer.save_metrics("eval", evaluated)
+        if trainer.is_world_process_zero():
+            _write_confusion_matrix(metrics.confusion_matrix, model.config, training_args.output_dir)
+    if training_args.do_train:
+        trainer.save_model()
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            finish_folder(trainer, data, model_args, augmentation_args, measured, metrics.confusion_matrix)
+        # Last, since it marks the folder as finished.
+        trainer.save_metrics("train", {k: v for k, v in measured.items() if not k.startswith("eval_")})
+    return RunResult(Path(training_args.output_dir), measured, data, training_args.do_train)
+
+
+def load_model(
+    args: ModelArguments, labels: list[str], *, keep_labels: bool
+) -> tuple[RefinerForImageClassification, list[int] | None]:
+    """
+    A new network for `labels`, or a checkpoint's, fitted to them.
+
+    A checkpoint with the same labels keeps its heads and its label order, whatever order the data has. With other
+    labels its heads are replaced, with a warning, unless `keep_labels`.
+
+    Returns:
+        the model, and its number of each of the data's labels (`None` where they are the same).
+
+    Raises:
+        `ValueError`: the checkpoint isn't a Refiner's; or, with `keep_labels`, labels that it doesn't know.
+    """
+    sizes = {} if args.image_size is None else {"image_size": args.image_size}
+    if args.model_name_or_path is None:
+        new = getattr(RefinerConfig, args.model_size)
+        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        config = new(**names, **args.overrides | sizes)
+        return RefinerForImageClassification(config, args.refine_implementation), None
+
+    hub = {"cache_dir": args.cache_dir, "revision": args.revision}
+    config = AutoConfig.from_pretrained(args.model_name_or_path, **hub)
+    if not isinstance(config, RefinerConfig):
+        raise ValueError(f"{args.model_name_or_path} is a {config.model_type!r} model, not a Refiner.")
+    model = RefinerForImageClassification.from_pretrained(
+        args.model_name_or_path,
+        refine_implementation=args.refine_implementation,
+        **hub,
+        **args.overrides | sizes,
+    )
+    model_labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    if keep_labels or set(labels) == set(model_labels):
+        return model, match_labels(labels, model_labels)
+    logger.warning(
+        f"The data's {len(labels)} labels are not the checkpoint's {len(model_labels)}: its classifiers are replaced "
+        "by new ones."
+    )
+    model.reset_classifier(labels)
+    return model, None
+
+
+def load_processor(args: ModelArguments, config: RefinerConfig) -> RefinerImageProcessor:
+    """The checkpoint's image processor, or a new one, at the model's image size."""
+    height, width = config.image_height_width
+    changes: dict[str, Any] = {"size": {"height": height, "width": width}}
+    if args.crop_pct is not None:
+        changes["crop_pct"] = args.crop_pct
+    if args.model_name_or_path is None:
+        return RefinerImageProcessor(**changes)
+    try:
+        return RefinerImageProcessor.from_pretrained(
+            args.model_name_or_path, cache_dir=args.cache_dir, revision=args.revision, **changes
+        )
+    except OSError:
+        logger.warning(f"{args.model_name_or_path} has no image processor; taking the standard one.")
+        return RefinerImageProcessor(**changes)
+
+
+def _prepare_output_folder(args: RefinerTrainingArguments) -> str | None:
+    """Checks that the folder can be written and holds nothing to lose. Returns the checkpoint to go on from."""
+    folder = Path(args.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"The output folder {folder} can't be written: {error}. Give another --output_dir.") from error
+    if not args.do_train:
+        return None
+    if args.resume_from_checkpoint and args.resume_from_checkpoint not in ("True", "true"):
+        if not os.path.isdir(args.resume_from_checkpoint):
+            raise ValueError(f"There is no checkpoint {args.resume_from_checkpoint}.")
+        return args.resume_from_checkpoint
+    if (folder / FINISHED_FILE).exists():
+        raise ValueError(f"{folder} holds a finished training run. Give another --output_dir, or remove that one.")
+    if any(folder.iterdir()) and not (folder / RUN_FILE).exists():
+        raise ValueError(f"{folder} isn't empty and holds no training run of ours. Give another --output_dir.")
+    checkpoint = get_last_checkpoint(folder)
+    if checkpoint:
+        logger.warning(f"Going on from {checkpoint}.")
+    elif args.resume_from_checkpoint:
+        raise ValueError(f"There is no checkpoint in {folder} to resume from.")
+    return checkpoint
+
+
+def _check_length(train, args: RefinerTrainingArguments) -> None:
+    if not hasattr(train, "__len__"):
+        if args.max_steps <= 0:
+            raise ValueError("A stream has no known length: give --max_steps, the number of training steps.")
+    elif len(train) == 0:
+        raise ValueError("There are no training images.")
+
+
+def _some(train, args: RefinerTrainingArguments):
+    """The training images over which norm statistics are re-estimated: always the same ones."""
+    number = args.norm_statistics_images
+    if not hasattr(train, "__len__"):
+        return train.take(number)
+    return train.shuffle(seed=args.seed).select(range(min(number, len(train))))
+
+
+def _write_run_file(model_args, data_args, augmentation_args, training_args: RefinerTrainingArguments) -> None:
+    if not training_args.should_save:
+        return
+    everything = {
+        "model": {name: value for name, value in vars(model_args).items() if name != "overrides"},
+        "data": vars(data_args),
+        "augmentation": vars(augmentation_args),
+        "training": training_args.to_sanitized_dict(),
+    }
+    path = Path(training_args.output_dir) / RUN_FILE
+    path.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_confusion_matrix(counts: list[list[int]], config: RefinerConfig, folder: str) -> None:
+    labels = [config.id2label[i] for i in range(config.num_labels)]
+    with open(Path(folder) / CONFUSION_MATRIX, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["true label \\ predicted", *labels])
+        writer.writerows([label, *row] for label, row in zip(labels, counts))

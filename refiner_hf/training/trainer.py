@@ -1,0 +1,52 @@
+"""The HF Trainer, with what Refiners need of it."""
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+
+# Kept free of weight decay beside everything with fewer than two dimensions (norms, biases, layer scale).
+_UNDECAYED = ("cls_token", "position_embeddings")
+
+
+class RefinerTrainer(Trainer):
+    """
+    [`~transformers.Trainer`] with two differences:
+
+    - no weight decay on norms, biases, layer scale, class token and positions, as in the reference. The stock Trainer
+      decays the last two;
+    - `label_smoothing_factor` becomes soft labels, so that it reaches the dense head and token mixing. The stock
+      Trainer would take the model's own loss away and put one on the class logits in its place. Evaluation losses
+      are not smoothed.
+    """
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        return [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.ndim > 1 and not name.endswith(_UNDECAYED)
+        ]
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.label_smoother is None or "labels" not in inputs:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        smoother, self.label_smoother = self.label_smoother, None
+        try:
+            if model.training:
+                num_labels = self.accelerator.unwrap_model(model).config.num_labels
+                inputs = {**inputs, "labels": smooth_labels(inputs["labels"], num_labels, smoother.epsilon)}
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self.label_smoother = smoother
+
+
+def smooth_labels(labels: torch.Tensor, num_labels: int, smoothing: float) -> torch.Tensor:
+    """
+    Soft labels (images, labels): `1 - smoothing` on the given ones, `smoothing` spread evenly over all.
+
+    Args:
+        labels (`torch.Tensor`): integers (images,) or soft labels (images, labels).
+    """
+    if not labels.is_floating_point():
+        labels = nn.functional.one_hot(labels, num_labels).float()
+    return (1 - smoothing) * labels + smoothing / num_labels

@@ -234,7 +234,7 @@ class RefinerConfig(PreTrainedConfig):
         for i, attention_type in enumerate(types):
             if attention_type not in ATTENTION_TYPES:
                 raise ValueError(f"attention_types[{i}] is {attention_type!r}; choose among {ATTENTION_TYPES}.")
-        if types[0] == "shared_refined":
+        if types[:1] == ["shared_refined"]:
             raise ValueError(
                 "attention_types[0] is 'shared_refined', which refines the map of the layer before it, but there is "
                 "none. Begin with 'plain' or 'refined'."

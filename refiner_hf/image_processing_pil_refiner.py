@@ -53,6 +53,8 @@ class RefinerImageProcessorMixin:
     def fetch_images(self, image_url_or_urls):
         if isinstance(image_url_or_urls, (str, os.PathLike)) and os.path.isfile(image_url_or_urls):
             return open_image(image_url_or_urls)
+        if getattr(image_url_or_urls, "ndim", None) == 2:  # a grey array
+            return image_url_or_urls[None]
         return super().fetch_images(image_url_or_urls)
 
     def process_image(self, image: ImageInput, do_convert_rgb: bool | None = None, **kwargs):

@@ -23,8 +23,10 @@ class RefinerBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if self.training and self.track_running_stats and _inside_backward():
+            # Copies, and not None: a recomputation must save as many tensors as the forward that it repeats.
+            mean, variance = self.running_mean.clone(), self.running_var.clone()
             return nn.functional.batch_norm(
-                hidden_states, None, None, self.weight, self.bias, training=True, eps=self.eps
+                hidden_states, mean, variance, self.weight, self.bias, training=True, eps=self.eps
             )
         return super().forward(hidden_states)
 

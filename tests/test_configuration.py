@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from refiner_hf import RefinerConfig, RefinerForImageClassification
 
@@ -66,7 +67,7 @@ def test_defaults_follow_other_fields():
     ],
 )
 def test_what_does_not_fit_is_refused_at_construction(fields, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(StrictDataclassError, match=message):
         RefinerConfig(**fields)
 
 

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.utils import logging
 
@@ -196,7 +197,7 @@ class TestPositions:
     def test_a_size_that_does_not_fit_changes_nothing(self, tiny_model):
         model = tiny_model().eval()
         before = model(IMAGES).logits
-        with pytest.raises(Exception, match="multiple"):
+        with pytest.raises(StrictDataclassError, match="multiple"):
             model.set_image_size(18)
         assert torch.equal(model(IMAGES).logits, before)
 

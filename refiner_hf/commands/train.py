@@ -12,6 +12,8 @@ win. Without any, a small Refiner learns scikit-learn's digits. A run that broke
 
 import sys
 
+from huggingface_hub.errors import StrictDataclassError
+
 import refiner_hf
 
 from ..data.arguments import DataArguments
@@ -25,7 +27,7 @@ def main(argv: list[str] | None = None) -> RunResult:
     arguments = parse_arguments(argv, description=f"refiner_hf {refiner_hf.__version__}.{__doc__}")
     try:
         result = run(*arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"Error: {error}")
     if arguments[-1].should_save:
         report(result, arguments[1])

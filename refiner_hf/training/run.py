@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, default_data_collator, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..configuration_refiner import RefinerConfig
@@ -190,12 +189,24 @@ def _prepare_output_folder(args: RefinerTrainingArguments) -> str | None:
         raise ValueError(f"{folder} holds a finished training run. Give another --output_dir, or remove that one.")
     if any(folder.iterdir()) and not (folder / RUN_FILE).exists():
         raise ValueError(f"{folder} isn't empty and holds no training run of ours. Give another --output_dir.")
-    checkpoint = get_last_checkpoint(folder)
+    checkpoint = _last_whole_checkpoint(folder)
     if checkpoint:
         logger.warning(f"Going on from {checkpoint}.")
     elif args.resume_from_checkpoint:
         raise ValueError(f"There is no checkpoint in {folder} to resume from.")
     return checkpoint
+
+
+def _last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end: the Trainer writes its state last."""
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(checkpoint)
+        except (OSError, ValueError):
+            logger.warning(f"{checkpoint} is incomplete (the run broke off while saving it); leaving it aside.")
+    return None
 
 
 def _check_length(train, args: RefinerTrainingArguments) -> None:

@@ -71,7 +71,11 @@ class NormStatisticsCallback(TrainerCallback):
     """
 
     def __init__(self, dataset: Dataset, batch_size: int):
-        self.loader = DataLoader(dataset, batch_size=batch_size, collate_fn=default_data_collator)
+        # A loader draws a number each time it is gone through; from a generator of its own, so that training goes on
+        # with the very random numbers it would have had.
+        self.loader = DataLoader(
+            dataset, batch_size=batch_size, collate_fn=default_data_collator, generator=torch.Generator()
+        )
 
     def on_step_end(self, args, state, control, model, **kwargs):
         if control.should_evaluate or control.should_save:

@@ -1,0 +1,48 @@
+# `make demo` and `make test` set everything up themselves: a virtual environment in .venv with the package in it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# Nothing here needs the network once the environment is there.
+export HF_HUB_OFFLINE = 1
+export HF_DATASETS_OFFLINE = 1
+
+.PHONY: help install demo test test-all style check cards clean
+
+help:
+	@echo "make demo      train a small Refiner on scikit-learn's digits into outputs/demo"
+	@echo "make test      the fast tests"
+	@echo "make test-all  all tests, the slow ones too"
+	@echo "make style     format the code        make check   check style without changing anything"
+	@echo "make cards     write model_cards/ anew"
+
+install: $(VENV)/installed
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: install
+	rm -rf outputs/demo
+	$(BIN)/python scripts/train.py
+
+test: install
+	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+test-all: install
+	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+style: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+cards: install
+	$(BIN)/python scripts/write_cards.py
+
+clean:
+	rm -rf outputs build dist *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,209 @@
+"""Data from folders, parquet files, datasets and streams, in one form."""
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from refiner_hf.data.arguments import AugmentationArguments, DataArguments
+from refiner_hf.data.digits import digits_splits, logistic_regression_accuracy
+from refiner_hf.data.sources import load_image_data
+from refiner_hf.data.transforms import (
+    PrepareImages,
+    decode_image,
+    evaluation_pixels,
+    match_labels,
+    training_pixels,
+    with_transform,
+)
+from refiner_hf.image_processing_refiner import RefinerImageProcessor
+
+from ..images import write_folder
+
+
+def load(need_evaluation=True, need_train=True, **fields):
+    return load_image_data(DataArguments(**fields), need_train=need_train, need_evaluation=need_evaluation, seed=0)
+
+
+def labels_of(data):
+    return [row["labels"] for row in data]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "photos")
+
+
+class TestDigits:
+    def test_are_the_default(self):
+        data = load()
+        assert (len(data.train), len(data.evaluation)) == (1437, 360)
+        assert data.labels == [str(i) for i in range(10)] and data.evaluation_split == "test"
+        assert np.bincount(labels_of(data.evaluation)).min() >= 34
+
+    def test_are_real_scans_and_the_split_is_fixed(self):
+        train, test = digits_splits()
+        assert test[0]["image"].size == (8, 8)
+        overlap = {np.asarray(i).tobytes() for i in test["image"]} & {np.asarray(i).tobytes() for i in train["image"]}
+        assert not overlap
+        assert digits_splits()[1]["label"] == test["label"]
+
+    def test_logistic_regression(self):
+        assert 0.95 < logistic_regression_accuracy() < 0.98
+
+
+class TestFolders:
+    def test_a_share_is_held_out(self, folder):
+        data = load(train_dir=str(folder), train_val_split=0.25)
+        assert (len(data.train), len(data.evaluation)) == (18, 6)
+        assert data.labels == ["blue", "green", "red"] and sorted(labels_of(data.evaluation)) == [0, 0, 1, 1, 2, 2]
+        assert data.name == "photos" and data.hub_id is None
+
+    def test_nothing_is_held_out_where_nothing_is_evaluated(self, folder):
+        data = load(train_dir=str(folder), need_evaluation=False)
+        assert len(data.train) == 24 and data.evaluation is None
+
+    def test_validation_folder(self, folder, tmp_path):
+        validation = write_folder(tmp_path / "more", 2, ("red", "blue"))
+        data = load(train_dir=str(folder), validation_dir=str(validation))
+        assert (len(data.train), data.evaluation_split) == (24, "validation")
+        # Two labels only, at their positions among the training set's three.
+        assert sorted(labels_of(data.evaluation)) == [0, 0, 2, 2]
+
+    def test_labels_that_only_the_validation_set_has(self, folder, tmp_path):
+        validation = write_folder(tmp_path / "more", 2, ("red", "violet"))
+        with pytest.raises(ValueError, match="violet"):
+            load(train_dir=str(folder), validation_dir=str(validation))
+
+    def test_only_validation(self, folder):
+        data = load(validation_dir=str(folder), need_train=False)
+        assert data.train is None and len(data.evaluation) == 24
+        with pytest.raises(ValueError, match="no training images"):
+            load(validation_dir=str(folder))
+
+    def test_samples_are_limited_and_mixed(self, folder):
+        data = load(train_dir=str(folder), max_train_samples=7, max_eval_samples=2)
+        assert (len(data.train), len(data.evaluation)) == (7, 2)
+        assert len(set(labels_of(data.train))) > 1
+
+    def test_one_picture_of_a_label(self, tmp_path):
+        write_folder(tmp_path / "photos", 4, ("red", "blue"))
+        write_folder(tmp_path / "photos", 1, ("green",))
+        data = load(train_dir=str(tmp_path / "photos"), train_val_split=0.3)
+        assert len(data.train) + len(data.evaluation) == 9
+
+    @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: write_folder(p / "a" / "b")])
+    def test_folders_that_are_none(self, tmp_path, make):
+        make(tmp_path / "photos")
+        if (tmp_path / "photos" / "a").exists():
+            (tmp_path / "photos" / "x.txt").write_text("")
+        with pytest.raises(ValueError, match="no folder|subfolder"):
+            load(train_dir=str(tmp_path / "photos"))
+
+
+class TestOtherSources:
+    @pytest.fixture
+    def table(self, folder):
+        return datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
+
+    def test_parquet_folder(self, table, tmp_path):
+        (tmp_path / "tables").mkdir()
+        table.to_parquet(str(tmp_path / "tables" / "train.parquet"))
+        data = load(train_dir=str(tmp_path / "tables"))
+        assert data.labels == ["blue", "green", "red"]
+        assert decode_image(data.train[0]["image"]).size == (30, 24)
+
+    def test_saved_dataset_by_name(self, folder):
+        data = load(dataset_name=str(folder))
+        assert data.labels == ["blue", "green", "red"] and data.hub_id is None
+
+    def test_label_names_as_text(self, table, tmp_path):
+        names = [table.features["label"].names[i] for i in table["label"]]
+        (tmp_path / "tables").mkdir()
+        table.remove_columns("label").add_column("kind", names).to_parquet(str(tmp_path / "tables" / "t.parquet"))
+        with pytest.raises(ValueError, match="--label_column_name.*kind"):
+            load(train_dir=str(tmp_path / "tables"))
+        data = load(train_dir=str(tmp_path / "tables"), label_column_name="kind")
+        assert data.labels == ["blue", "green", "red"]
+
+    def test_label_numbers_without_names(self, table, tmp_path):
+        (tmp_path / "tables").mkdir()
+        table.cast_column("label", datasets.Value("int64")).to_parquet(str(tmp_path / "tables" / "t.parquet"))
+        assert load(train_dir=str(tmp_path / "tables")).labels == ["0", "1", "2"]
+
+    def test_unknown_column(self, folder):
+        with pytest.raises(ValueError, match="'picture'.*'image'"):
+            load(train_dir=str(folder), image_column_name="picture")
+
+    def test_stream(self, table, tmp_path):
+        for split, name in ((table, "train"), (table.select(range(5)), "validation")):
+            split.to_parquet(str(tmp_path / "tables" / f"{name}.parquet"))
+        data = load(dataset_name=str(tmp_path / "tables"), streaming=True, max_eval_samples=3)
+        assert isinstance(data.train, datasets.IterableDataset) and data.labels == ["blue", "green", "red"]
+        processor = RefinerImageProcessor(size={"height": 16, "width": 16})
+        rows = list(with_transform(data.evaluation, PrepareImages(evaluation_pixels(processor))))
+        assert len(rows) == 3 and np.shape(rows[0]["pixel_values"]) == (3, 16, 16) and "image" not in rows[0]
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            dict(dataset_name="a", train_dir="b"),
+            dict(train_val_split=1.5),
+            dict(max_train_samples=0),
+            dict(train_dir="b", streaming=True),
+        ],
+    )
+    def test_options_that_contradict_each_other(self, fields):
+        with pytest.raises(ValueError, match="--"):
+            DataArguments(**fields)
+
+
+class TestTransforms:
+    @pytest.fixture
+    def processor(self):
+        return RefinerImageProcessor(size={"height": 16, "width": 16})
+
+    def test_evaluation_is_what_the_processor_makes(self, folder, processor):
+        data = load(train_dir=str(folder), need_evaluation=False).train
+        rows = with_transform(data, PrepareImages(evaluation_pixels(processor)))[:4]
+        for row, pixels in zip(data.select(range(4)), rows["pixel_values"]):
+            assert (processor(decode_image(row["image"]), return_tensors="pt").pixel_values[0] == pixels).all()
+
+    def test_training_is_random_and_of_the_same_size(self, folder, processor):
+        data = load(train_dir=str(folder), need_evaluation=False).train
+        policy = AugmentationArguments(auto_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5, color_jitter=0.1)
+        rows = with_transform(data, PrepareImages(training_pixels(processor, policy)))
+        first, again = rows[0]["pixel_values"], rows[0]["pixel_values"]
+        assert first.shape == again.shape == (3, 16, 16) and (first != again).any()
+        still = AugmentationArguments(crop_min_scale=1.0, horizontal_flip=False)
+        pixels = with_transform(data, PrepareImages(training_pixels(processor, still)))[0]["pixel_values"]
+        assert -1.01 <= pixels.min() and pixels.max() <= 1.01
+
+    def test_a_damaged_file_is_named(self, folder, processor):
+        (folder / "red" / "3.png").write_bytes((folder / "red" / "3.png").read_bytes()[:200])
+        rows = with_transform(
+            load(train_dir=str(folder), need_evaluation=False).train, PrepareImages(evaluation_pixels(processor))
+        )
+        with pytest.raises(ValueError, match=r"3\.png"):
+            rows[:24]
+
+    def test_grey_and_16_bit_files(self, tmp_path, processor):
+        grey = np.linspace(0, 255, 400).reshape(20, 20).astype(np.uint8)
+        for name, pixels in (("grey", grey), ("deep", grey.astype(np.uint16) * 257)):
+            (tmp_path / "scans" / name).mkdir(parents=True)
+            Image.fromarray(pixels).save(tmp_path / "scans" / name / "1.png")
+        data = load(train_dir=str(tmp_path / "scans"), need_evaluation=False).train
+        one, two = with_transform(data, PrepareImages(evaluation_pixels(processor)))[:2]["pixel_values"]
+        assert (one == two).all()
+
+    def test_labels_in_the_models_order(self, folder, processor):
+        data = load(train_dir=str(folder), need_evaluation=False)
+        ids = match_labels(data.labels, ["red", "violet", "blue", "green"])
+        assert ids == [2, 3, 0]
+        rows = with_transform(data.train, PrepareImages(evaluation_pixels(processor), ids))[:24]
+        assert rows["labels"] == [ids[label] for label in labels_of(data.train)]
+
+    def test_labels_that_the_model_does_not_know(self):
+        assert match_labels(["a", "b"], ["a", "b"]) is None
+        with pytest.raises(ValueError, match=r"\['lynx'\].*\['dog'\]"):
+            match_labels(["cat", "lynx"], ["cat", "dog"])

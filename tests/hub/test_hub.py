@@ -1,0 +1,101 @@
+"""Cards, pictures and code."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
+
+import refiner_hf
+from refiner_hf.hub.card import CardFacts, describe_network, make_card, markdown_table
+from refiner_hf.hub.code import AUTO_MAP, CODE_FILES, PROCESSOR_AUTO_MAP, add_code
+from refiner_hf.hub.plots import plot_confusion_matrix, plot_learning_curve, plot_predictions
+
+from ..conftest import LAYOUTS, load_json
+
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = Path(refiner_hf.__file__).parent
+
+
+class TestCode:
+    def test_the_flat_files_need_each_other_only(self):
+        """What `save_pretrained` and the Hub demand: one folder, `from .name import ...`, no import of the package."""
+        for name in CODE_FILES:
+            for node in ast.walk(ast.parse((PACKAGE / name).read_text())):
+                if isinstance(node, ast.ImportFrom) and node.level:
+                    assert node.level == 1 and node.module and f"{node.module}.py" in CODE_FILES, (name, node.module)
+                modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                modules += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+                assert not any(module.split(".")[0] == "refiner_hf" for module in modules), name
+
+    def test_the_map_names_classes_that_exist(self):
+        for target in [*AUTO_MAP.values(), *PROCESSOR_AUTO_MAP.values()]:
+            module, name = target.split(".")
+            assert f"{module}.py" in CODE_FILES and hasattr(refiner_hf, name)
+
+    def test_added_to_a_folder(self, tiny_model, tmp_path):
+        tiny_model().save_pretrained(tmp_path)
+        add_code(tmp_path)
+        assert load_json(tmp_path / "config.json")["auto_map"] == AUTO_MAP
+        assert set(CODE_FILES) <= {path.name for path in tmp_path.iterdir()}
+
+
+class TestCards:
+    FACTS = CardFacts(title="a", summary="A model.", usage="print(1)", limits="Many.")
+
+    def test_empty_sections_are_left_out(self):
+        text = make_card(self.FACTS).content
+        for heading in ("Results", "Data", "How it was made", "The network"):
+            assert f"## {heading}" not in text
+        for heading in ("How to use it", "Limits", "Citation"):
+            assert f"## {heading}" in text
+        assert "\n\n\n" not in text
+
+    def test_metrics_become_a_model_index(self, tmp_path):
+        facts = CardFacts(
+            title="a", summary="A.", usage="", limits="", dataset_name="My photos", dataset_split="test",
+            metrics={"accuracy": ("Top-1 accuracy", 0.5)},
+        )  # fmt: skip
+        make_card(facts).save(tmp_path / "README.md")
+        (result,) = ModelCard.load(tmp_path / "README.md").data.eval_results
+        assert (result.metric_value, result.dataset_name, result.dataset_type) == (0.5, "My photos", "my-photos")
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_network(self, tiny_model, layout):
+        model = tiny_model(attention_types=LAYOUTS[layout])
+        table = describe_network(model)
+        assert f"{sum(p.numel() for p in model.parameters()):,}" in table
+        assert ("refinement" in table) == (layout != "plain")
+
+    def test_table_cells_keep_to_themselves(self):
+        assert markdown_table(["a"], [("x|y\nz",)]).splitlines()[-1] == "| x\\|y z |"
+
+    def test_published_cards_are_up_to_date(self, tmp_path):
+        subprocess.run([sys.executable, "scripts/write_cards.py", "--output_dir", str(tmp_path)], check=True, cwd=ROOT)
+        for size in ("small", "medium", "large"):
+            name = f"refiner-{size}.md"
+            assert (tmp_path / name).read_text() == (ROOT / "model_cards" / name).read_text(), "run `make cards`"
+
+
+class TestPictures:
+    def test_learning_curve(self, tmp_path):
+        history = [{"epoch": i, "loss": 1 / (i + 1)} for i in range(5)]
+        plot_learning_curve(history, tmp_path / "a.png")
+        plot_learning_curve(history + [{"epoch": 4, "eval_loss": 1, "eval_accuracy": 0.5}], tmp_path / "b.png")
+        plot_learning_curve([], tmp_path / "c.png")
+        assert Image.open(tmp_path / "b.png").size[0] > 600
+
+    @pytest.mark.parametrize("labels", [2, 30, 200])
+    def test_confusion_matrix(self, tmp_path, labels):
+        counts = [[int(i == j) for j in range(labels)] for i in range(labels)]
+        plot_confusion_matrix(counts, [f"label {i}" for i in range(labels)], tmp_path / "a.png")
+        assert 300 < Image.open(tmp_path / "a.png").size[0] < 2000
+
+    @pytest.mark.parametrize("count", [1, 3, 8])
+    def test_predictions(self, tmp_path, count):
+        plot_predictions([Image.new("L", (8, 8))] * count, ["x"] * count, tmp_path / "a.png")
+        assert Image.open(tmp_path / "a.png").size[0] > 100

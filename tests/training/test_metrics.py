@@ -1,0 +1,52 @@
+import numpy as np
+import torch
+from transformers import EvalPrediction
+
+from refiner_hf.training.metrics import ClassificationMetrics, ConfusionMatrix, RankedAccuracy, rank_labels
+
+
+LOGITS = torch.tensor([[9, 8, 7, 6, 5, 4, 0], [0, 1, 2, 3, 4, 5, 6], [1, 2, 9, 4, 5, 6, 7.0], [7, 6, 5, 4, 3, 2, 1]])
+LABELS = np.array([0, 0, 6, 6])
+
+
+def test_ranks():
+    assert rank_labels(LOGITS, None).tolist()[0] == [0, 1, 2, 3, 4]
+    assert rank_labels((LOGITS[:, :5], LOGITS), None).shape == (4, 1)
+
+
+def test_accuracies_and_confusion_matrix():
+    metrics = ClassificationMetrics(7)
+    result = metrics(EvalPrediction(rank_labels(LOGITS, None).numpy(), LABELS))
+    assert result == {"accuracy": 0.25, "top5_accuracy": 0.5}
+    counts = np.zeros((7, 7), int)
+    counts[0, 0] = counts[0, 6] = counts[6, 2] = counts[6, 0] = 1
+    assert metrics.confusion_matrix == counts.tolist()
+    again = metrics(EvalPrediction(np.array([[0, 1, 2, 3, 4]]), np.array([1])))
+    assert again == {"accuracy": 0.0, "top5_accuracy": 1.0}
+
+
+def test_up_to_five_labels_have_no_top5():
+    assert ClassificationMetrics(5)(EvalPrediction(np.array([[1], [2]]), np.array([1, 1]))) == {"accuracy": 0.5}
+
+
+def test_batches_add_up_and_need_no_network(monkeypatch):
+    import socket
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("network")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    metric = RankedAccuracy(keep_in_memory=True)
+    metric.add_batch(predictions=[[0, 1, 2, 3, 4]], references=[0])
+    metric.add_batch(predictions=[[5, 1, 2, 3, 4]], references=[4])
+    assert metric.compute() == {"accuracy": 0.5, "top5_accuracy": 1.0}
+
+
+def test_evaluate_can_combine_and_save_them(tmp_path):
+    import evaluate
+
+    combined = evaluate.combine([ConfusionMatrix(keep_in_memory=True)])
+    result = combined.compute(predictions=[0, 1], references=[0, 0], num_labels=2)
+    assert result["confusion_matrix"] == [[1, 1], [0, 0]]
+    path = evaluate.save(tmp_path, **result)
+    assert "confusion_matrix" in path.read_text()

@@ -1,0 +1,394 @@
+"""The whole job on real and synthetic images: train, evaluate, save, load, answer."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+from refiner_hf.commands.train import main
+
+from ..conftest import load_json
+from ..images import COLOURS, write_folder
+
+
+TINY = json.dumps(dict(image_size=16, patch_size=4, hidden_size=24, num_hidden_layers=2, num_attention_heads=2))
+QUICK = [
+    "--config_overrides", TINY, "--crop_pct", "1.0", "--num_train_epochs", "1", "--per_device_train_batch_size", "8",
+    "--report_to", "none", "--use_cpu", "--learning_rate", "0.002", "--disable_tqdm", "True",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data") / "photos")
+
+
+@pytest.fixture(scope="module")
+def trained(photos, tmp_path_factory):
+    """A finished folder: a few epochs on the coloured photos."""
+    folder = tmp_path_factory.mktemp("runs") / "colours"
+    result = main(
+        [
+            "--train_dir", str(photos), "--output_dir", str(folder), *QUICK, "--num_train_epochs", "8",
+            "--train_val_split", "0.25", "--eval_strategy", "epoch", "--logging_steps", "1", "--with_code",
+            "--weights_license", "apache-2.0",
+        ]
+    )  # fmt: skip
+    return folder, result
+
+
+class TestFinishedFolder:
+    def test_it_learned(self, trained):
+        assert trained[1].metrics["eval_accuracy"] >= 5 / 6
+
+    def test_holds_everything_and_nothing_else(self, trained):
+        folder, _ = trained
+        names = {path.name for path in folder.iterdir() if not path.name.endswith("_refiner.py")}
+        names -= {name for name in names if name.startswith("checkpoint-")}
+        assert names == {
+            "README.md", "model.safetensors", "config.json", "preprocessor_config.json", "learning_curve.png",
+            "confusion_matrix.png", "confusion_matrix.csv", "predictions.png", "all_results.json", "eval_results.json",
+            "train_results.json", "trainer_state.json", "training_arguments.json",
+        }  # fmt: skip
+
+    def test_card(self, trained):
+        folder, result = trained
+        card = ModelCard.load(folder / "README.md")
+        (measured,) = [r for r in card.data.eval_results if r.metric_type == "accuracy"]
+        assert measured.metric_value == pytest.approx(result.metrics["eval_accuracy"], abs=1e-6)
+        assert (measured.dataset_name, measured.dataset_split) == ("photos", "25% held out of train")
+        assert card.data.license == "apache-2.0" and card.data.library_name == "transformers"
+        assert card.data.pipeline_tag == "image-classification"
+        assert "More information needed" not in card.text and "[]" not in card.text
+        for option in ("learning_rate | 0.002", "num_train_epochs | 8", "seed | 42", "crop_min_scale | 0.35"):
+            assert f"| {option} |" in card.text
+        for picture in ("learning_curve.png", "confusion_matrix.png", "predictions.png"):
+            assert f"]({picture})" in card.text
+            assert Image.open(folder / picture).size[0] > 300
+        assert "bibtex" in card.text and "Limits" in card.text and "24 x" not in card.text
+        assert str(folder.parent) not in card.text
+
+    def test_metrics_are_beside_the_model(self, trained):
+        folder, result = trained
+        assert load_json(folder / "all_results.json")["eval_accuracy"] == result.metrics["eval_accuracy"]
+        rows = list(csv.reader((folder / "confusion_matrix.csv").open()))
+        assert [row[0] for row in rows[1:]] == sorted(COLOURS) == rows[0][1:]
+        assert sum(int(cell) for row in rows[1:] for cell in row[1:]) == 6
+
+    def test_loads_and_answers_in_a_pipeline(self, trained, photos):
+        folder, result = trained
+        model = AutoModelForImageClassification.from_pretrained(folder)
+        assert model.config.id2label == {0: "blue", 1: "green", 2: "red"}
+        assert AutoImageProcessor.from_pretrained(folder).crop_pct == 1.0
+        classify = pipeline("image-classification", model=str(folder))
+        path = photos / "red" / "0.png"
+        by_path = classify(str(path))
+        assert {answer["label"] for answer in by_path} == set(COLOURS)
+        assert sum(answer["score"] for answer in by_path) == pytest.approx(1, abs=1e-4)
+        assert classify(Image.open(path)) == by_path
+        assert classify([str(path), str(path)]) == [by_path, by_path]
+        assert classify(Image.open(path).convert("L"))[0]["score"] > 0
+        assert classify([Image.open(path)] * 3, batch_size=2)[2][0]["score"] == pytest.approx(by_path[0]["score"])
+
+    def test_pipeline_answers_as_the_evaluation_measured(self, trained):
+        folder, result = trained
+        classify = pipeline("image-classification", model=str(folder))
+        from refiner_hf.data.transforms import decode_image
+
+        right = sum(
+            classify(decode_image(row["image"]))[0]["label"] == result.data.labels[row["labels"]]
+            for row in result.data.evaluation
+        )
+        assert right / len(result.data.evaluation) == result.metrics["eval_accuracy"]
+
+    def test_finished_runs_are_not_overwritten(self, trained, photos):
+        folder, _ = trained
+        before = (folder / "model.safetensors").read_bytes()
+        with pytest.raises(SystemExit, match="finished training run"):
+            main(["--train_dir", str(photos), "--output_dir", str(folder), *QUICK])
+        assert (folder / "model.safetensors").read_bytes() == before
+
+
+REMOTE = """
+import sys
+sys.modules["refiner_hf"] = None  # importing it fails, as where it isn't installed
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, pipeline
+folder, picture = sys.argv[1:]
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+assert type(config).__module__.startswith("transformers_modules"), type(config)
+model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+assert type(base).__name__ == "RefinerModel" and type(processor).__name__ == "RefinerImageProcessor"
+from PIL import Image
+pixels = processor(Image.open(picture), return_tensors="pt").pixel_values
+with torch.no_grad():
+    assert base(pixels).last_hidden_state.shape[1] == 17
+    print("LOGITS", *model(pixels).logits[0].tolist())
+print("PIPELINE", pipeline("image-classification", model=folder, trust_remote_code=True)(picture)[0]["label"])
+"""
+
+
+def test_code_in_the_folder_serves_where_the_package_is_not_installed(trained, photos, tmp_path):
+    folder, _ = trained
+    picture = photos / "green" / "1.png"
+    run = subprocess.run(
+        [sys.executable, "-c", REMOTE, str(folder), str(picture)],
+        capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "HF_HOME": str(tmp_path / "home")},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    said = dict(line.split(" ", 1) for line in run.stdout.splitlines() if line.startswith(("LOGITS", "PIPELINE")))
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    pixels = AutoImageProcessor.from_pretrained(folder)(Image.open(picture), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        expected = model(pixels).logits[0].tolist()
+    assert [float(x) for x in said["LOGITS"].split()] == pytest.approx(expected, abs=1e-5)
+    assert said["PIPELINE"] in COLOURS
+
+
+class TestEvaluationOnly:
+    def test_in_the_models_label_order(self, trained, tmp_path):
+        folder, _ = trained
+        # Folder names of two labels only: their positions differ from the model's.
+        data = write_folder(tmp_path / "data", 4, ("green", "red"))
+        result = main(
+            ["--model_name_or_path", str(folder), "--validation_dir", str(data), "--do_eval", "--use_cpu",
+             "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
+        )  # fmt: skip
+        assert result.metrics["eval_accuracy"] >= 7 / 8 and not result.trained
+        assert {p.name for p in (tmp_path / "out").iterdir()} == {
+            "all_results.json", "eval_results.json", "confusion_matrix.csv"
+        }  # fmt: skip
+
+    def test_unknown_labels_are_listed(self, trained, tmp_path):
+        data = write_folder(tmp_path / "data", 2, ("green", "violet"))
+        with pytest.raises(SystemExit, match=r"\['violet'\].*\['blue', 'red'\]"):
+            main(
+                ["--model_name_or_path", str(trained[0]), "--validation_dir", str(data), "--do_eval", "--use_cpu",
+                 "--output_dir", str(tmp_path / "out")]
+            )  # fmt: skip
+
+    def test_does_not_change_the_models_statistics(self, trained, tmp_path, photos):
+        folder, result = trained
+        data = ["--train_dir", str(photos), "--train_val_split", "0.25"]
+        again = main(
+            ["--model_name_or_path", str(folder), *data, "--do_eval", "--use_cpu", "--output_dir", str(tmp_path / "out")]
+        )
+        assert again.metrics["eval_loss"] == pytest.approx(result.metrics["eval_loss"], rel=1e-4)
+
+
+class TestFineTuning:
+    def fine_tune(self, folder, data, out, *more):
+        return main(
+            ["fine_tune", "--model_name_or_path", str(folder), "--train_dir", str(data), "--output_dir", str(out),
+             "--num_train_epochs", "1", "--use_cpu", "--dataloader_num_workers", "0", "--report_to", "none",
+             "--disable_tqdm", "True", *more]
+        )  # fmt: skip
+
+    def test_other_labels_replace_the_heads_and_say_so(self, trained, tmp_path, monkeypatch):
+        from refiner_hf.training import run
+
+        said = []
+        monkeypatch.setattr(run.logger, "warning", said.append)
+        data = write_folder(tmp_path / "data", 6, ("cat", "dog", "fox"))  # as many as before, but others
+        self.fine_tune(trained[0], data, tmp_path / "out", "--learning_rate", "1e-9")
+        assert any("classifiers are replaced" in line for line in said)
+        old = AutoModelForImageClassification.from_pretrained(trained[0])
+        new = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+        assert new.config.id2label == {0: "cat", 1: "dog", 2: "fox"}
+        assert not torch.allclose(new.classifier.weight, old.classifier.weight, atol=1e-3)
+        assert torch.allclose(
+            new.refiner.layers[0].mlp.fc1.weight, old.refiner.layers[0].mlp.fc1.weight, atol=1e-6
+        )
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "by fine-tuning `colours`" in card
+
+    def test_the_same_labels_keep_the_heads(self, trained, tmp_path, photos):
+        result = self.fine_tune(trained[0], photos, tmp_path / "out", "--learning_rate", "1e-9", "--freeze_norms")
+        assert result.metrics["eval_accuracy"] >= 0.75
+        old = AutoModelForImageClassification.from_pretrained(trained[0])
+        new = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+        for name, tensor in old.state_dict().items():
+            assert torch.allclose(new.state_dict()[name].float(), tensor.float(), atol=1e-6), name
+
+    def test_at_another_image_size(self, trained, tmp_path, photos):
+        self.fine_tune(trained[0], photos, tmp_path / "out", "--image_size", "24")
+        new = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+        assert new.config.image_size == 24 and new.refiner.embeddings.position_embeddings.shape == (1, 37, 24)
+        assert dict(AutoImageProcessor.from_pretrained(tmp_path / "out").size) == {"height": 24, "width": 24}
+
+    def test_what_is_no_refiner(self, tmp_path, photos):
+        from transformers import ViTConfig
+
+        ViTConfig().save_pretrained(tmp_path / "vit")
+        with pytest.raises(SystemExit, match="'vit' model, not a Refiner"):
+            self.fine_tune(tmp_path / "vit", photos, tmp_path / "out")
+
+
+class TestMoreData:
+    def test_recipe_from_scratch(self, tmp_path, photos):
+        overrides = json.loads(TINY) | {"use_dense_head": True}
+        main(
+            ["from_scratch", "--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), "--max_steps", "2",
+             "--config_overrides", json.dumps(overrides), "--dataloader_num_workers", "0", "--use_cpu",
+             "--eval_strategy", "no", "--load_best_model_at_end", "False", "--save_strategy", "no",
+             "--report_to", "none", "--disable_tqdm", "True"]
+        )  # fmt: skip
+        assert "rand-m9-mstd0.5-inc1" in (tmp_path / "out" / "README.md").read_text()
+
+    def test_stream(self, tmp_path, photos):
+        import datasets
+
+        table = datasets.load_dataset("imagefolder", data_dir=str(photos), split="train")
+        for name in ("train", "validation"):
+            table.to_parquet(str(tmp_path / "tables" / f"{name}.parquet"))
+        command = ["--dataset_name", str(tmp_path / "tables"), "--streaming", *QUICK, "--output_dir"]
+        with pytest.raises(SystemExit, match="--max_steps"):
+            main([*command, str(tmp_path / "first")])
+        result = main([*command, str(tmp_path / "out"), "--max_steps", "3", "--logging_steps", "1"])
+        assert 0 <= result.metrics["eval_accuracy"] <= 1
+        assert (tmp_path / "out" / "predictions.png").exists()
+
+    def test_a_file_of_options_is_the_one_argument(self, tmp_path, photos):
+        options = {
+            "train_dir": str(photos), "output_dir": str(tmp_path / "out"), "config_overrides": json.loads(TINY),
+            "max_steps": 1, "use_cpu": True, "do_train": True, "report_to": "none", "disable_tqdm": True,
+            "save_strategy": "no", "per_device_train_batch_size": 4,
+        }  # fmt: skip
+        for name in ("options.json", "options.yaml"):
+            (tmp_path / name).write_text(json.dumps(options))
+        result = main([str(tmp_path / "options.json")])
+        assert result.trained and "eval_accuracy" not in result.metrics
+        result = main([str(tmp_path / "options.yaml"), "--output_dir", str(tmp_path / "other"), "--seed", "7"])
+        assert load_json(tmp_path / "other" / "training_arguments.json")["training"]["seed"] == 7
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        "words, message",
+        [
+            (["--config_overrides", "{hidden"], "JSON"),
+            (["--config_overrides", "[1]"], "JSON object"),
+            (["--remove_unused_columns", "True"], "drop the images"),
+            (["--norm_statistics_images", "-1"], "norm_statistics_images"),
+            (["--no_such_option", "1"], "no_such_option"),
+            (["--model_size", "huge"], "huge"),
+        ],
+    )
+    def test_options(self, tmp_path, photos, words, message, capsys):
+        with pytest.raises((SystemExit, ValueError)) as error:
+            main(["--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK, *words])
+        assert message in str(error.value) + capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+    def test_missing_recipe(self):
+        with pytest.raises(SystemExit, match="digits, fine_tune, from_scratch"):
+            main(["fast_recipe"])
+
+    def test_folder_that_can_not_be_written(self, tmp_path, photos):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(SystemExit, match="can't be written"):
+            main(["--train_dir", str(photos), "--output_dir", str(tmp_path / "file" / "out"), *QUICK])
+
+    def test_folder_with_other_things_in_it(self, tmp_path, photos):
+        (tmp_path / "thesis.txt").write_text("dear")
+        with pytest.raises(SystemExit, match="isn't empty"):
+            main(["--train_dir", str(photos), "--output_dir", str(tmp_path), *QUICK])
+        assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+    def test_damaged_picture_is_named(self, tmp_path):
+        data = write_folder(tmp_path / "data")
+        (data / "red" / "3.png").write_bytes(b"\x89PNG broken")
+        with pytest.raises(SystemExit, match=r"3\.png"):
+            main(["--train_dir", str(data), "--output_dir", str(tmp_path / "out"), *QUICK])
+
+    def test_architecture_that_does_not_fit(self, tmp_path, photos):
+        with pytest.raises(SystemExit, match="multiple"):
+            main(["--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK, "--image_size", "18"])
+
+
+def test_a_killed_run_goes_on(tmp_path, photos):
+    """kill -9 after a checkpoint, then the same command again: the losses are those of an unbroken run."""
+    command = [
+        sys.executable, "scripts/train.py", "--train_dir", str(photos), *QUICK, "--num_train_epochs", "12",
+        "--save_strategy", "epoch", "--logging_steps", "1", "--train_val_split", "0.34",
+    ]  # fmt: skip
+
+    def history(folder):
+        return [e["loss"] for e in load_json(folder / "trainer_state.json")["log_history"] if "loss" in e]
+
+    subprocess.run([*command, "--output_dir", str(tmp_path / "unbroken")], check=True, capture_output=True)
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*command, "--output_dir", str(tmp_path / "broken")], stdout=log, stderr=log)
+        deadline = time.time() + 120
+        while not (tmp_path / "broken" / "checkpoint-4").exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "broken" / "README.md").exists(), "it finished before it was killed"
+    again = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "broken")], check=True, capture_output=True, text=True
+    )
+    assert "Going on from" in again.stderr + again.stdout
+    assert history(tmp_path / "broken") == pytest.approx(history(tmp_path / "unbroken"), rel=1e-4)
+
+
+def test_a_checkpoint_that_was_cut_off_is_left_aside(tmp_path, photos, monkeypatch):
+    from refiner_hf.training import run
+
+    said = []
+    monkeypatch.setattr(run.logger, "warning", said.append)
+    options = [
+        "--train_dir", str(photos), *QUICK, "--num_train_epochs", "3", "--save_strategy", "epoch", "--do_train",
+        "--output_dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+    main(options)
+    for name in ("train_results.json", "README.md"):
+        (tmp_path / "out" / name).unlink()
+    (tmp_path / "out" / "checkpoint-9" / "trainer_state.json").write_text('{"epoch": ')
+    main(options)
+    assert any("checkpoint-9 is incomplete" in line for line in said)
+    assert any("Going on from" in line and "checkpoint-6" in line for line in said)
+    assert (tmp_path / "out" / "README.md").exists()
+
+
+@pytest.mark.slow
+def test_digits_reach_98_percent(tmp_path):
+    """The embedded default as a user runs it, whole."""
+    run = subprocess.run(
+        [sys.executable, "scripts/train.py", "--output_dir", str(tmp_path / "demo")],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert load_json(tmp_path / "demo" / "eval_results.json")["eval_accuracy"] >= 0.98
+    assert "Logistic regression on the same split: 9" in run.stdout
+
+
+def test_digits_in_short(tmp_path, capsys):
+    result = main(
+        ["--output_dir", str(tmp_path / "demo"), "--max_steps", "30", "--eval_strategy", "no", "--use_cpu",
+         "--save_strategy", "no", "--disable_tqdm", "True"]
+    )  # fmt: skip
+    assert result.metrics["eval_accuracy"] > 0.3
+    assert "eval_top5_accuracy" in result.metrics
+    said = capsys.readouterr().out
+    assert "Logistic regression on the same split: 9" in said and "held-out pictures" in said
+    assert str(tmp_path / "demo") in said
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    for text in ("refiner-train fine_tune --model_name_or_path", "--train_dir", "--learning_rate", "--with_code"):
+        assert text in said

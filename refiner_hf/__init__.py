@@ -1,5 +1,5 @@
 # Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
-"""Refiner vision transformers (arXiv 2106.03714) for Hugging Face. Importing this package registers the Auto classes."""
+"""Refiner vision transformers (arXiv 2106.03714) for Hugging Face. Importing this registers the Auto classes."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 

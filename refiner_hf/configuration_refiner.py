@@ -102,8 +102,8 @@ class RefinerConfig(PreTrainedConfig):
             1, no gradient), as the reference does.
 
     Raises:
-        `StrictDataclassError` (of `huggingface_hub.errors`): sizes that don't fit each other, an unknown attention type
-        or refinement, a `shared_refined` layer with no map before it, a value of the wrong type.
+        `StrictDataclassError` (of `huggingface_hub.errors`): sizes that don't fit each other, an unknown attention
+        type or refinement, a `shared_refined` layer with no map before it, a value of the wrong type.
 
     Example:
 

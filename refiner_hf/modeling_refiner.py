@@ -348,8 +348,8 @@ class RefinerPreTrainedModel(PreTrainedModel):
             image_size (`int` or `tuple[int, int]`): height and width in pixels, multiples of the patch's.
 
         Raises:
-            `StrictDataclassError` (of `huggingface_hub.errors`): `image_size` isn't a multiple of the patch size; nothing
-            is changed.
+            `StrictDataclassError` (of `huggingface_hub.errors`): `image_size` isn't a multiple of the patch size;
+            nothing is changed.
         """
         resized = type(self.config)(
             image_size=image_size, patch_size=self.config.patch_size, use_conv_stem=self.config.use_conv_stem
@@ -382,7 +382,6 @@ class RefinerPreTrainedModel(PreTrainedModel):
         for module in self.modules():
             if isinstance(module, RefinerMapRefinement):
                 module.refine_implementation = refine_implementation
-
 
     def freeze_norms(self, frozen: bool = True) -> None:
         """

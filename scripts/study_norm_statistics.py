@@ -117,9 +117,10 @@ def train(layout, seed, learning_rate, epochs, data):
 
 
 def summary(curve):
-    """Final accuracy and the deepest fall below the best seen so far, in points, after the first epoch."""
-    curve = np.array(curve[2:]) * 100
-    return curve[-1], (np.maximum.accumulate(curve) - curve).max()
+    """Accuracy after the first epoch and at the end, and the deepest fall below the best so far in between, in points."""
+    curve = np.array(curve) * 100
+    later = curve[2:]
+    return curve[1], curve[-1], (np.maximum.accumulate(later) - later).max()
 
 
 def main():
@@ -155,34 +156,42 @@ def main():
                 file.write_text(json.dumps(results))
                 print(f"{layout}, lr {learning_rate:g}, seed {seed}: {time.time() - start:.0f} s", flush=True)
 
-    lines = ["| layout | lr | statistics | final accuracy, % | deepest dip, points |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| layout | learning rate | seeds | statistics | after epoch 1, % | final, % | deepest dip, points (worst seed) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
     for layout in LAYOUTS:
         for learning_rate in args.learning_rates:
             runs = [r for r in results if r["layout"] == layout and r["learning_rate"] == learning_rate]
             for regime in runs[0]["curves"]:
                 if regime in ("epoch", "loss"):
                     continue
-                finals, dips = zip(*(summary(r["curves"][regime]) for r in runs))
+                firsts, finals, dips = zip(*(summary(r["curves"][regime]) for r in runs))
                 name = "(no norms)" if len(runs[0]["curves"]) == 3 else regime
                 lines.append(
-                    f"| {layout} | {learning_rate:g} | {name} | {np.mean(finals):.1f} ({min(finals):.1f} to "
-                    f"{max(finals):.1f}) | {np.mean(dips):.1f} (worst {max(dips):.1f}) |"
+                    f"| {layout.replace('_', ' ')} | {learning_rate:g} | {len(runs)} | {name} | {np.mean(firsts):.1f} | "
+                    f"{np.mean(finals):.1f} | {np.mean(dips):.1f} ({max(dips):.1f}) |"
                 )
     (args.output_dir / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
-    figure, axes = plt.subplots(len(args.learning_rates), 3, figsize=(15, 4.2 * len(args.learning_rates)), squeeze=False)
+    figure, axes = plt.subplots(
+        len(args.learning_rates), 3, figsize=(15, 4.2 * len(args.learning_rates)), squeeze=False
+    )
     for row, learning_rate in zip(axes, args.learning_rates):
         for axis, layout in zip(row, LAYOUTS):
             run = next(r for r in results if r["layout"] == layout and r["learning_rate"] == learning_rate)
             for regime, curve in run["curves"].items():
                 if regime not in ("epoch", "loss"):
                     style = "--" if regime.startswith("momentum") else "-"
-                    axis.plot(run["curves"]["epoch"], 100 * np.array(curve), style, label=regime)
+                    label = "no norms" if len(run["curves"]) == 3 else regime
+                    colour = "black" if len(run["curves"]) == 3 else None
+                    axis.plot(run["curves"]["epoch"], 100 * np.array(curve), style, label=label, color=colour)
             axis.set(title=f"{layout}, lr {learning_rate:g}, seed 0", xlabel="epoch", ylabel="test accuracy, %")
-            axis.set_ylim(50, 100)
+            axis.set_ylim(0, 100)
             axis.grid(alpha=0.3)
-    axes[0][1].legend(fontsize=8)
+    for axis in axes.flat:
+        axis.legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(args.output_dir / "curves.png", dpi=110)
 

@@ -34,8 +34,8 @@ def card(size: str):
         model = RefinerForImageClassification(getattr(RefinerConfig, size)())
     rows = [(f"{pixels} x {pixels}", accuracy) for pixels, accuracy in accuracies.items()]
     weights = (
-        "Of the published networks only the weights of L at 448 pixels were ever released, by the paper's authors; they "
-        "are not part of this package."
+        "Of the published networks only the weights of L at 448 pixels were ever released, by the paper's authors; "
+        "they are not part of this package."
     )
     return make_card(
         CardFacts(
@@ -44,8 +44,8 @@ def card(size: str):
             "weights.**",
             usage=USAGE.format(size=size),
             architecture=describe_network(model) + f"\n\nEvaluation crop: crop_pct {crop_pct}.",
-            results="Top-1 accuracy on ImageNet-1k **as published** with the paper, in %. Nothing here was measured with "
-            "this package.\n\n" + markdown_table(["image size", "published top-1"], rows),
+            results="Top-1 accuracy on ImageNet-1k **as published** with the paper, in %. Nothing here was measured "
+            "with this package.\n\n" + markdown_table(["image size", "published top-1"], rows),
             training="Published recipe: AdamW, weight decay 0.05, cosine schedule over 300 epochs with 5 of warm-up, "
             "RandAugment, random erasing, mixup, cutmix, label smoothing 0.1, averaged weights; optionally token "
             f"labels. Drop path {drop_path} (plain / token-labelled). It has not been run here. " + weights,

@@ -116,7 +116,9 @@ def random_reference(
 
     if stem:
         for i, (out, inputs, kernel) in enumerate([(32, 3, 7), (64, 32, 3), (128, 64, 3)], start=1):
-            state[f"patch_embed.conv{i}.weight"] = normal(out, inputs, kernel, kernel, std=(inputs * kernel**2) ** -0.5)
+            state[f"patch_embed.conv{i}.weight"] = normal(
+                out, inputs, kernel, kernel, std=(inputs * kernel**2) ** -0.5
+            )
             norm(f"patch_embed.bn{i}", out, batch=True)
     kernel, channels = (patch_size // 2, 128) if stem else (patch_size, 3)
     state["patch_embed.proj.weight"] = normal(width, channels, kernel, kernel, std=(channels * kernel**2) ** -0.5)

@@ -74,7 +74,10 @@ class TestImagesOfEveryKind:
 
     def test_two_levels(self, backend):
         image = Image.fromarray(self.gradient(1)).convert("1")
-        assert set(levels(backend(size=square(40), crop_pct=1.0, do_resize=False), image).unique().tolist()) <= {0, 255}
+        assert set(levels(backend(size=square(40), crop_pct=1.0, do_resize=False), image).unique().tolist()) <= {
+            0,
+            255,
+        }
 
     def test_16_bit_keeps_its_contrast(self, backend, tmp_path):
         grey = self.gradient(1)

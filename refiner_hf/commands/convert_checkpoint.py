@@ -35,7 +35,9 @@ class ConversionArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `refiner-convert` and scripts/convert_checkpoint.py."""
-    (args,) = HfArgumentParser(ConversionArguments, description=__doc__, formatter_class=HelpFormatter).parse_args_into_dataclasses(argv)
+    (args,) = HfArgumentParser(
+        ConversionArguments, description=__doc__, formatter_class=HelpFormatter
+    ).parse_args_into_dataclasses(argv)
     try:
         model = convert_checkpoint(**vars(args))
     except (ValueError, OSError, RuntimeError) as error:

@@ -14,6 +14,7 @@ from ..training.arguments import ModelArguments, RefinerTrainingArguments
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults behind each option, and the examples of the description as they are written."""
 

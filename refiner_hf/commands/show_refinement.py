@@ -27,7 +27,9 @@ class ShowArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `refiner-show` and scripts/show_refinement.py."""
-    (args,) = HfArgumentParser(ShowArguments, description=__doc__, formatter_class=HelpFormatter).parse_args_into_dataclasses(argv)
+    (args,) = HfArgumentParser(
+        ShowArguments, description=__doc__, formatter_class=HelpFormatter
+    ).parse_args_into_dataclasses(argv)
     try:
         image = open_image(args.image)
         model = RefinerForImageClassification.from_pretrained(args.model)

@@ -145,7 +145,9 @@ def name_labels(config: RefinerConfig) -> None:
 def check_same_answers(model: RefinerForImageClassification, loaded: RefinerForImageClassification) -> None:
     """Raises a `RuntimeError` where a model loaded back from disk answers differently."""
     config = model.config
-    images = torch.randn(1, config.num_channels, *config.image_height_width, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(
+        1, config.num_channels, *config.image_height_width, generator=torch.Generator().manual_seed(0)
+    )
     difference = (model.eval()(images).logits - loaded.eval()(images).logits).abs().max().item()
     if not difference < 1e-5:
         raise RuntimeError(f"The saved model's logits differ by {difference} from the converted one's.")
@@ -153,7 +155,9 @@ def check_same_answers(model: RefinerForImageClassification, loaded: RefinerForI
 
 def _card(name: str, file: str, content: Mapping, model, use_ema: bool, crop_pct: float, with_code: bool):
     kind = "averaged (EMA)" if use_ema else "raw"
-    said = {key: content[key] for key in ("arch", "epoch", "metric") if isinstance(content.get(key), (str, int, float))}
+    said = {
+        key: content[key] for key in ("arch", "epoch", "metric") if isinstance(content.get(key), (str, int, float))
+    }
     claims = "".join(f" The file says {key}: {value}." for key, value in said.items())
     return make_card(
         CardFacts(
@@ -161,12 +165,12 @@ def _card(name: str, file: str, content: Mapping, model, use_ema: bool, crop_pct
             summary=f"A Refiner image classifier, converted from the reference checkpoint `{file}`.",
             usage=usage_example(name, with_code),
             architecture=describe_network(model),
-            training=f"The {kind} weights of `{file}` were converted by `refiner_hf`; nothing was trained.{claims} What "
-            f"the file says of itself was not measured again. Images are prepared as the reference evaluates: bicubic "
-            f"resize, centre crop with crop_pct {crop_pct:g}.",
+            training=f"The {kind} weights of `{file}` were converted by `refiner_hf`; nothing was trained.{claims} "
+            f"What the file says of itself was not measured again. Images are prepared as the reference evaluates: "
+            f"bicubic resize, centre crop with crop_pct {crop_pct:g}.",
             limits="Accuracy was not measured after the conversion. The saved model was loaded back and gave the same "
-            "logits as the converted one. Where and on what it was trained is not recorded in the tensors; ask whoever "
-            "gave you the file.",
+            "logits as the converted one. Where and on what it was trained is not recorded in the tensors; ask "
+            "whoever gave you the file.",
             remote_code=with_code,
         )
     )

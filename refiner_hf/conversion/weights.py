@@ -122,7 +122,9 @@ def _read_refinement(
     types = []
     for layer in layers:
         rows = _need(reference, f"blocks.{layer}.attn.qkv.weight").shape[0]
-        if not any(name.startswith((f"blocks.{layer}.attn.DLA.", f"blocks.{layer}.attn.adapt_bn.")) for name in reference):
+        if not any(
+            name.startswith((f"blocks.{layer}.attn.DLA.", f"blocks.{layer}.attn.adapt_bn.")) for name in reference
+        ):
             types.append("plain")
         else:
             types.append("shared_refined" if rows == hidden_size else "refined")

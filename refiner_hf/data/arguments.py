@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class DataArguments:
-    """Where the images come from. With none of the first four options: scikit-learn's digits, split once and for all."""
+    """Where the images come from. Without dataset name and folders: scikit-learn's digits, split once and for all."""
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "Name of a dataset on the Hub, or path of one that `datasets` can load."}
@@ -57,7 +57,8 @@ class AugmentationArguments:
     )
     horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
     color_jitter: float = field(
-        default=0.0, metadata={"help": "Strength of random brightness, contrast and saturation. Not with --auto_augment."}
+        default=0.0,
+        metadata={"help": "Strength of random brightness, contrast and saturation. Not with --auto_augment."},
     )
     auto_augment: str | None = field(
         default=None, metadata={"help": "timm's name of an augmentation policy, such as rand-m9-mstd0.5-inc1."}

@@ -103,7 +103,9 @@ def _load_folder(folder: str) -> Dataset:
     return load_dataset("imagefolder", data_dir=folder, split="train", drop_labels=False)
 
 
-def _standard_columns(data: Dataset | IterableDataset, args: DataArguments) -> tuple[Dataset | IterableDataset, list[str]]:
+def _standard_columns(
+    data: Dataset | IterableDataset, args: DataArguments
+) -> tuple[Dataset | IterableDataset, list[str]]:
     """The data with the columns `image` and `labels` only, and the labels' names."""
     features = data.features
     if features is None:

@@ -30,7 +30,9 @@ def plot_learning_curve(log_history: list[dict[str, Any]], path: str | Path) -> 
             points = [(entry["epoch"], entry[key]) for entry in log_history if key in entry and "epoch" in entry]
             if points:
                 epochs, values = np.array(points).T
-                axis.plot(epochs, values * (100 if axis is right else 1), marker="." if len(points) < 40 else "", label=label)
+                axis.plot(
+                    epochs, values * (100 if axis is right else 1), marker="." if len(points) < 40 else "", label=label
+                )
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.3)
         if axis.lines:

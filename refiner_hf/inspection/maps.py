@@ -13,7 +13,9 @@ from ..modeling_refiner import RefinerPreTrainedModel
 
 
 @torch.no_grad()
-def refined_maps(model: RefinerPreTrainedModel, pixel_values: torch.Tensor) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+def refined_maps(
+    model: RefinerPreTrainedModel, pixel_values: torch.Tensor
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """
     The maps that go into and come out of each layer's refinement.
 

@@ -36,7 +36,9 @@ class ModelArguments:
         try:
             self.overrides = json.loads(self.config_overrides) if self.config_overrides else {}
         except json.JSONDecodeError as error:
-            raise ValueError(f"--config_overrides must be a JSON object: {error}. Got {self.config_overrides}") from error
+            raise ValueError(
+                f"--config_overrides must be a JSON object: {error}. Got {self.config_overrides}"
+            ) from error
         if not isinstance(self.overrides, dict):
             raise ValueError(f"--config_overrides must be a JSON object, got {self.config_overrides}.")
 
@@ -59,7 +61,9 @@ class RefinerTrainingArguments(TrainingArguments):
     )
     with_code: bool = field(
         default=False,
-        metadata={"help": "Put the model's code into the folder, for use with trust_remote_code where this package isn't installed."},
+        metadata={
+            "help": "Put the model's code into the folder, for trust_remote_code where this package isn't installed."
+        },
     )
     weights_license: str | None = field(
         default=None, metadata={"help": "License of the weights for the model card, such as apache-2.0."}

@@ -16,14 +16,18 @@ from .arguments import ModelArguments, RefinerTrainingArguments
 CONFUSION_MATRIX = "confusion_matrix.csv"
 EXAMPLES = 8
 
-_METRICS = {"eval_accuracy": ("accuracy", "Top-1 accuracy"), "eval_top5_accuracy": ("top_5_accuracy", "Top-5 accuracy")}
+_METRICS = {
+    "eval_accuracy": ("accuracy", "Top-1 accuracy"),
+    "eval_top5_accuracy": ("top_5_accuracy", "Top-5 accuracy"),
+}
 
 # Options that say where things lie or how they are shown, not what was trained.
 _NOT_IN_CARD = {
     "output_dir", "logging_dir", "run_name", "hub_model_id", "hub_token", "push_to_hub", "report_to", "disable_tqdm",
     "remove_unused_columns", "with_code", "weights_license", "logging_steps", "logging_strategy", "eval_strategy",
     "save_strategy", "save_total_limit", "do_train", "do_eval", "resume_from_checkpoint", "dataloader_num_workers",
-    "dataloader_pin_memory", "local_rank", "deepspeed_plugin", "distributed_state", "label_names", "logging_first_step",
+    "dataloader_pin_memory", "local_rank", "deepspeed_plugin", "distributed_state", "label_names",
+    "logging_first_step",
     "project", "trackio_space_id",
 }  # fmt: skip
 _ALWAYS_IN_CARD = (
@@ -84,9 +88,7 @@ def predict_examples(folder: Path, data: ImageData) -> list[tuple]:
     rows = list(data.evaluation.take(EXAMPLES))
     images = [decode_image(row[IMAGE_COLUMN]) for row in rows]
     answers = classify(images, top_k=1)
-    return [
-        (image, data.labels[row[LABEL_COLUMN]], answer[0]) for image, row, answer in zip(images, rows, answers)
-    ]
+    return [(image, data.labels[row[LABEL_COLUMN]], answer[0]) for image, row, answer in zip(images, rows, answers)]
 
 
 def _facts(
@@ -171,5 +173,3 @@ def _length(data) -> str:
 
 def _name_some(labels: list[str], most: int = 20) -> str:
     return ", ".join(labels) if len(labels) <= most else ", ".join(labels[:most]) + f" and {len(labels) - most} more"
-
-

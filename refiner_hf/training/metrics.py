@@ -58,9 +58,7 @@ class ClassificationMetrics:
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         ranked, references = prediction.predictions, prediction.label_ids
-        counts = self._confusion.compute(
-            predictions=ranked[:, 0], references=references, num_labels=self.num_labels
-        )
+        counts = self._confusion.compute(predictions=ranked[:, 0], references=references, num_labels=self.num_labels)
         self.confusion_matrix = counts["confusion_matrix"]
         return self._accuracy.compute(predictions=ranked, references=references)
 

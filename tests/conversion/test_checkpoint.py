@@ -62,9 +62,13 @@ def test_golden_checkpoint(golden, tmp_path, use_ema):
 
 VARIANTS = {
     "small network": dict(layers=4, width=48, heads=4, image_size=32, patch_size=8, labels=10),
-    "own maps, ratio 6": dict(layers=2, width=48, heads=4, image_size=32, patch_size=8, labels=10, types=("own",), ratio=6),
+    "own maps, ratio 6": dict(
+        layers=2, width=48, heads=4, image_size=32, patch_size=8, labels=10, types=("own",), ratio=6
+    ),
     "ratio 1": dict(layers=2, width=48, heads=4, image_size=32, patch_size=8, labels=10, ratio=1),
-    "convolution only": dict(layers=2, width=48, heads=4, image_size=32, patch_size=8, labels=10, convolution_only=True),
+    "convolution only": dict(
+        layers=2, width=48, heads=4, image_size=32, patch_size=8, labels=10, convolution_only=True
+    ),
     "no stem, no dense head": dict(
         layers=2, width=48, heads=4, image_size=32, patch_size=8, labels=10, stem=False, dense=False
     ),
@@ -107,7 +111,10 @@ LARGE = dict(layers=32, width=512, heads=16)
 )
 def test_published_sizes(size, image_size, crop_pct, save, tmp_path):
     reference = random_reference(**size, image_size=image_size)
-    wrapped = {"state_dict": {f"module.{k}": v for k, v in reference.items()}, "args": argparse.Namespace(drop_path=0.2)}
+    wrapped = {
+        "state_dict": {f"module.{k}": v for k, v in reference.items()},
+        "args": argparse.Namespace(drop_path=0.2),
+    }
     model = convert_checkpoint(save(wrapped), tmp_path / "out")
     images = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -182,7 +182,15 @@ class TestEvaluationOnly:
         folder, result = trained
         data = ["--train_dir", str(photos), "--train_val_split", "0.25"]
         again = main(
-            ["--model_name_or_path", str(folder), *data, "--do_eval", "--use_cpu", "--output_dir", str(tmp_path / "out")]
+            [
+                "--model_name_or_path",
+                str(folder),
+                *data,
+                "--do_eval",
+                "--use_cpu",
+                "--output_dir",
+                str(tmp_path / "out"),
+            ]
         )
         assert again.metrics["eval_loss"] == pytest.approx(result.metrics["eval_loss"], rel=1e-4)
 
@@ -207,9 +215,7 @@ class TestFineTuning:
         new = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
         assert new.config.id2label == {0: "cat", 1: "dog", 2: "fox"}
         assert not torch.allclose(new.classifier.weight, old.classifier.weight, atol=1e-3)
-        assert torch.allclose(
-            new.refiner.layers[0].mlp.fc1.weight, old.refiner.layers[0].mlp.fc1.weight, atol=1e-6
-        )
+        assert torch.allclose(new.refiner.layers[0].mlp.fc1.weight, old.refiner.layers[0].mlp.fc1.weight, atol=1e-6)
         card = (tmp_path / "out" / "README.md").read_text()
         assert "by fine-tuning `colours`" in card
 
@@ -331,7 +337,9 @@ def test_a_killed_run_goes_on(tmp_path, photos):
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([*command, "--output_dir", str(tmp_path / "broken")], stdout=log, stderr=log)
         deadline = time.time() + 120
-        while not (tmp_path / "broken" / "checkpoint-4").exists() and process.poll() is None and time.time() < deadline:
+        while (
+            not (tmp_path / "broken" / "checkpoint-4").exists() and process.poll() is None and time.time() < deadline
+        ):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -157,13 +157,9 @@ def test_resuming_continues_the_same_curve(tiny_model, tmp_path, strategy):
 
     def trainer(folder, callbacks=()):
         data = Images()
-        args = arguments(
-            folder, num_train_epochs=4, save_strategy=strategy, save_steps=4, lr_scheduler_type="cosine"
-        )
+        args = arguments(folder, num_train_epochs=4, save_strategy=strategy, save_steps=4, lr_scheduler_type="cosine")
         model = tiny_model(drop_path_rate=0.3, token_mixing=True, use_dense_head=True)
-        return RefinerTrainer(
-            model, args, train_dataset=data, callbacks=[NormStatisticsCallback(data, 8), *callbacks]
-        )
+        return RefinerTrainer(model, args, train_dataset=data, callbacks=[NormStatisticsCallback(data, 8), *callbacks])
 
     unbroken = trainer(tmp_path / "unbroken")
     unbroken.train()
@@ -239,7 +235,11 @@ class TestNormStatistics:
         for callbacks in ([], [NormStatisticsCallback(Images(), 8)]):
             args = arguments(tmp_path, num_train_epochs=2, eval_strategy="steps", eval_steps=1)
             trainer = RefinerTrainer(
-                tiny_model(drop_path_rate=0.3), args, train_dataset=Images(), eval_dataset=Images(8), callbacks=callbacks
+                tiny_model(drop_path_rate=0.3),
+                args,
+                train_dataset=Images(),
+                eval_dataset=Images(8),
+                callbacks=callbacks,
             )
             trainer.train()
             curves.append(losses(trainer))

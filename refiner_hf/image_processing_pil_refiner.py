@@ -14,6 +14,7 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
+    infer_channel_dimension_format,
 )
 from transformers.processing_utils import ImagesKwargs
 
@@ -60,6 +61,9 @@ class RefinerImageProcessorMixin:
     def process_image(self, image: ImageInput, do_convert_rgb: bool | None = None, **kwargs):
         if do_convert_rgb:
             image = to_8_bit_rgb(image)
+            if not isinstance(image, Image.Image) and kwargs.get("input_data_format") is None:
+                # Older transformers don't know four channels when they infer the layout.
+                kwargs["input_data_format"] = infer_channel_dimension_format(image, num_channels=(1, 3, 4))
         image = super().process_image(image, do_convert_rgb=False, **kwargs)  # (channels, height, width)
         if do_convert_rgb and image.shape[0] in (1, 4):
             image = image[[0, 0, 0]] if image.shape[0] == 1 else image[:3]

@@ -117,7 +117,7 @@ def train(layout, seed, learning_rate, epochs, data):
 
 
 def summary(curve):
-    """Accuracy after the first epoch and at the end, and the deepest fall below the best so far in between, in points."""
+    """Accuracy after the first epoch and at the end; the deepest fall below the best so far in between, in points."""
     curve = np.array(curve) * 100
     later = curve[2:]
     return curve[1], curve[-1], (np.maximum.accumulate(later) - later).max()
@@ -157,7 +157,8 @@ def main():
                 print(f"{layout}, lr {learning_rate:g}, seed {seed}: {time.time() - start:.0f} s", flush=True)
 
     lines = [
-        "| layout | learning rate | seeds | statistics | after epoch 1, % | final, % | deepest dip, points (worst seed) |",
+        "| layout | learning rate | seeds | statistics | after epoch 1, % | final, % | deepest dip, points "
+        "(worst seed) |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for layout in LAYOUTS:
@@ -169,8 +170,8 @@ def main():
                 firsts, finals, dips = zip(*(summary(r["curves"][regime]) for r in runs))
                 name = "(no norms)" if len(runs[0]["curves"]) == 3 else regime
                 lines.append(
-                    f"| {layout.replace('_', ' ')} | {learning_rate:g} | {len(runs)} | {name} | {np.mean(firsts):.1f} | "
-                    f"{np.mean(finals):.1f} | {np.mean(dips):.1f} ({max(dips):.1f}) |"
+                    f"| {layout.replace('_', ' ')} | {learning_rate:g} | {len(runs)} | {name} | "
+                    f"{np.mean(firsts):.1f} | {np.mean(finals):.1f} | {np.mean(dips):.1f} ({max(dips):.1f}) |"
                 )
     (args.output_dir / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))

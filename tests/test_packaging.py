@@ -1,0 +1,56 @@
+"""What a pip install gets."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    source = tmp_path_factory.mktemp("source")
+    shutil.copytree(ROOT / "refiner_hf", source / "refiner_hf", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    # The build's own packages are those installed here, so that nothing is downloaded.
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    return next((source / "dist").glob("*.whl"))
+
+
+def test_the_wheel_holds_the_package_and_its_data(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for path in (ROOT / "refiner_hf").rglob("*"):
+        if path.suffix in (".py", ".yaml", ".md", ".typed"):
+            assert str(path.relative_to(ROOT)) in names
+    assert not any(name.startswith(("tests", "scripts")) for name in names)
+
+
+RUN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import refiner_hf
+assert refiner_hf.__file__.startswith(sys.argv[1]), refiner_hf.__file__
+assert not {"timm", "datasets", "evaluate", "sklearn", "matplotlib"} & sys.modules.keys()
+from refiner_hf.commands.parsing import recipe_names
+assert recipe_names() == ["digits", "fine_tune", "from_scratch"]
+from refiner_hf.hub.card import TEMPLATE
+assert TEMPLATE.exists()
+"""
+
+
+def test_the_wheel_works_installed_and_imports_what_it_needs_only(wheel, tmp_path):
+    """Unpacked alone, outside the checkout: importing it takes none of the packages for training."""
+    site = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True
+    )
+    run = subprocess.run([sys.executable, "-c", RUN, str(site)], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert {path.name for path in (site / "bin").iterdir()} == {"refiner-train", "refiner-convert", "refiner-show"}

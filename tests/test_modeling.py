@@ -323,3 +323,27 @@ def test_autocast_trains(tiny_model):
     loss.backward()
     assert loss.dtype == torch.float32
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_without_graph_breaks(tiny_model, training):
+    """Through dynamo and autograd; what the code generator then makes of it is torch's own business."""
+    types = ["plain", "shared_refined", "refined"]
+    model = tiny_model(num_hidden_layers=3, attention_types=types, use_dense_head=True, token_mixing=True)
+    model.train(training)
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    labels = torch.tensor([0, 1, 2])
+    torch.manual_seed(0)
+    expected = model(IMAGES, labels=labels).loss
+    torch.manual_seed(0)
+    loss = compiled(IMAGES, labels=labels).loss
+    assert_close(loss, expected)
+    loss.backward()
+
+
+def test_copies_and_pickles(tiny_model, tmp_path):
+    model = tiny_model(use_dense_head=True).eval()
+    torch.save(model, tmp_path / "model.pt")
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        assert torch.equal(other(IMAGES).logits, model(IMAGES).logits)

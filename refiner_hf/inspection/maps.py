@@ -69,7 +69,7 @@ def plot_refinement(
         image: the picture to show beside the maps.
         pixel_values (`torch.Tensor` of shape (1, C, height, width)): the same picture, prepared.
         path: the PNG to write.
-        layer (`int`, *optional*): the layer; by default the last one that refines.
+        layer (`int`, *optional*): the layer, from 0; by default the last one that refines.
         query (`int`, *optional*, defaults to 0): the token that looks; 0 is the class token, then the patches.
 
     Raises:
@@ -99,5 +99,7 @@ def plot_refinement(
             if head == 0:
                 axis.set_ylabel(name)
     who = "the class token" if query == 0 else f"patch {query}"
-    figure.suptitle(f"Where {who} looks, before and after the refinement in layer {layer + 1}", fontsize=11)
+    figure.suptitle(
+        f"Where {who} looks, before and after the refinement in layer {layer} (each map on its own scale)", fontsize=11
+    )
     figure.savefig(path, dpi=110)

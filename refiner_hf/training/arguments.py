@@ -65,6 +65,13 @@ class RefinerTrainingArguments(TrainingArguments):
             "help": "Put the model's code into the folder, for trust_remote_code where this package isn't installed."
         },
     )
+    example_pictures: int = field(
+        default=8,
+        metadata={
+            "help": "Evaluation pictures to put into the folder and its card, with the model's answers. 0 for none, "
+            "where the pictures are private."
+        },
+    )
     weights_license: str | None = field(
         default=None, metadata={"help": "License of the weights for the model card, such as apache-2.0."}
     )
@@ -75,5 +82,6 @@ class RefinerTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False  # torch warns otherwise
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns would drop the images before they are read; leave it off.")
-        if self.norm_statistics_images < 0:
-            raise ValueError(f"--norm_statistics_images must not be negative, got {self.norm_statistics_images}.")
+        for name in ("norm_statistics_images", "example_pictures"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}.")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from PIL import Image
 from transformers import Trainer, pipeline
 
 from ..data.arguments import AugmentationArguments
@@ -14,7 +15,7 @@ from .arguments import ModelArguments, RefinerTrainingArguments
 
 
 CONFUSION_MATRIX = "confusion_matrix.csv"
-EXAMPLES = 8
+LARGEST_EXAMPLE = 512
 
 _METRICS = {
     "eval_accuracy": ("accuracy", "Top-1 accuracy"),
@@ -24,7 +25,8 @@ _METRICS = {
 # Options that say where things lie or how they are shown, not what was trained.
 _NOT_IN_CARD = {
     "output_dir", "logging_dir", "run_name", "hub_model_id", "hub_token", "push_to_hub", "report_to", "disable_tqdm",
-    "remove_unused_columns", "with_code", "weights_license", "logging_steps", "logging_strategy", "eval_strategy",
+    "remove_unused_columns", "with_code", "weights_license",
+    "example_pictures", "logging_steps", "logging_strategy", "eval_strategy",
     "save_strategy", "save_total_limit", "do_train", "do_eval", "resume_from_checkpoint", "dataloader_num_workers",
     "dataloader_pin_memory", "local_rank", "deepspeed_plugin", "distributed_state", "label_names",
     "logging_first_step",
@@ -67,12 +69,15 @@ def finish_folder(
     if confusion_matrix is not None:
         plot_confusion_matrix(confusion_matrix, labels, folder / "confusion_matrix.png")
         pictures.append(("confusion_matrix.png", f"Confusion matrix on {data.evaluation_split}"))
-    if data.evaluation is not None:
-        examples = predict_examples(folder, data)
-        images = [image for image, _, _ in examples]
-        titles = [f"{truth}: {answer['label']} {answer['score']:.0%}" for _, truth, answer in examples]
-        plot_predictions(images, titles, folder / "predictions.png")
+    if data.evaluation is not None and args.example_pictures:
+        examples = predict_examples(folder, data, args.example_pictures)
+        plot_predictions(
+            [image for image, _, _ in examples],
+            [f"{truth}: {answer['label']} {answer['score']:.0%}" for _, truth, answer in examples],
+            folder / "predictions.png",
+        )
         pictures.append(("predictions.png", "Pictures of the evaluation set, as 'true label: prediction, score'"))
+        _save_pictures([image for image, _, _ in examples], folder / "examples")
 
     if args.with_code:
         add_code(folder)
@@ -80,15 +85,23 @@ def finish_folder(
     make_card(facts).save(folder / "README.md")
 
 
-def predict_examples(folder: Path, data: ImageData) -> list[tuple]:
+def predict_examples(folder: Path, data: ImageData, count: int) -> list[tuple]:
     """
     What the saved folder's pipeline answers for a few evaluation images: (image, true label, its best answer).
     """
     classify = pipeline("image-classification", model=str(folder), device="cpu")
-    rows = list(data.evaluation.take(EXAMPLES))
+    rows = list(data.evaluation.take(count))
     images = [decode_image(row[IMAGE_COLUMN]) for row in rows]
     answers = classify(images, top_k=1)
     return [(image, data.labels[row[LABEL_COLUMN]], answer[0]) for image, row, answer in zip(images, rows, answers)]
+
+
+def _save_pictures(images: list[Image.Image], folder: Path) -> None:
+    """folder/0.png and so on, at a size for looking."""
+    folder.mkdir(exist_ok=True)
+    for i, image in enumerate(images):
+        image.thumbnail((LARGEST_EXAMPLE, LARGEST_EXAMPLE))
+        image.save(folder / f"{i}.png")
 
 
 def _facts(

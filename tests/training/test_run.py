@@ -57,7 +57,7 @@ class TestFinishedFolder:
         assert names == {
             "README.md", "model.safetensors", "config.json", "preprocessor_config.json", "learning_curve.png",
             "confusion_matrix.png", "confusion_matrix.csv", "predictions.png", "all_results.json", "eval_results.json",
-            "train_results.json", "trainer_state.json", "training_arguments.json",
+            "train_results.json", "trainer_state.json", "training_arguments.json", "examples",
         }  # fmt: skip
 
     def test_card(self, trained):
@@ -76,6 +76,11 @@ class TestFinishedFolder:
             assert Image.open(folder / picture).size[0] > 300
         assert "bibtex" in card.text and "Limits" in card.text and "24 x" not in card.text
         assert str(folder.parent) not in card.text
+
+    def test_example_pictures(self, trained):
+        examples = sorted((trained[0] / "examples").iterdir())
+        assert [path.name for path in examples] == [f"{i}.png" for i in range(6)]
+        assert Image.open(examples[0]).size == (30, 24)
 
     def test_metrics_are_beside_the_model(self, trained):
         folder, result = trained
@@ -248,9 +253,11 @@ class TestMoreData:
             ["from_scratch", "--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), "--max_steps", "2",
              "--config_overrides", json.dumps(overrides), "--dataloader_num_workers", "0", "--use_cpu",
              "--eval_strategy", "no", "--load_best_model_at_end", "False", "--save_strategy", "no",
-             "--report_to", "none", "--disable_tqdm", "True"]
+             "--example_pictures", "0", "--report_to", "none", "--disable_tqdm", "True"]
         )  # fmt: skip
-        assert "rand-m9-mstd0.5-inc1" in (tmp_path / "out" / "README.md").read_text()
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert "rand-m9-mstd0.5-inc1" in card and "predictions.png" not in card
+        assert not {"examples", "predictions.png"} & {path.name for path in (tmp_path / "out").iterdir()}
 
     def test_stream(self, tmp_path, photos):
         import datasets

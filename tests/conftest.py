@@ -3,6 +3,8 @@ import os
 from pathlib import Path
 
 
+# Tests run side by side: more threads than cores would spend their time waiting for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
@@ -14,6 +16,8 @@ from safetensors.torch import load_file  # noqa: E402
 from refiner_hf import RefinerConfig, RefinerForImageClassification  # noqa: E402
 from refiner_hf.conversion.weights import read_config, rename_state_dict  # noqa: E402
 
+
+torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 GOLDEN_MODELS = [

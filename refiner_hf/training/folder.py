@@ -25,12 +25,10 @@ _METRICS = {
 # Options that say where things lie or how they are shown, not what was trained.
 _NOT_IN_CARD = {
     "output_dir", "logging_dir", "run_name", "hub_model_id", "hub_token", "push_to_hub", "report_to", "disable_tqdm",
-    "remove_unused_columns", "with_code", "weights_license",
-    "example_pictures", "logging_steps", "logging_strategy", "eval_strategy",
-    "save_strategy", "save_total_limit", "do_train", "do_eval", "resume_from_checkpoint", "dataloader_num_workers",
-    "dataloader_pin_memory", "local_rank", "deepspeed_plugin", "distributed_state", "label_names",
-    "logging_first_step",
-    "project", "trackio_space_id",
+    "remove_unused_columns", "with_code", "weights_license", "example_pictures", "logging_steps", "logging_strategy",
+    "logging_first_step", "eval_strategy", "save_strategy", "save_total_limit", "do_train", "do_eval",
+    "resume_from_checkpoint", "dataloader_num_workers", "dataloader_pin_memory", "local_rank", "deepspeed_plugin",
+    "distributed_state", "label_names", "project", "trackio_space_id",
 }  # fmt: skip
 _ALWAYS_IN_CARD = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
@@ -64,7 +62,8 @@ def finish_folder(
 
     config = trainer.model.config
     labels = [config.id2label[i] for i in range(config.num_labels)]
-    pictures = [("learning_curve.png", "Loss and accuracy during training")]
+    caption = "Loss and accuracy during training; only the training loss has the regularisation in it"
+    pictures = [("learning_curve.png", caption)]
     plot_learning_curve(trainer.state.log_history, folder / pictures[0][0])
     if confusion_matrix is not None:
         plot_confusion_matrix(confusion_matrix, labels, folder / "confusion_matrix.png")

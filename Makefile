@@ -6,12 +6,13 @@ BIN = $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export HF_DATASETS_OFFLINE = 1
 
-.PHONY: help install demo test test-all style check cards clean
+.PHONY: help install demo test test-all test-gpu style check cards clean
 
 help:
 	@echo "make demo      train a small Refiner on scikit-learn's digits into outputs/demo"
 	@echo "make test      the fast tests"
 	@echo "make test-all  all tests, the slow ones too"
+	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make style     format the code        make check   check style without changing anything"
 	@echo "make cards     write model_cards/ anew"
 
@@ -32,6 +33,9 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu
 
 style: install
 	$(BIN)/ruff check --fix .

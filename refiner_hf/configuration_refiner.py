@@ -16,6 +16,7 @@
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -127,7 +128,7 @@ class RefinerConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-6
     batch_norm_eps: float = 1e-5
-    batch_norm_momentum: float = 0.1
+    batch_norm_momentum: float | int = 0.1
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
@@ -135,7 +136,7 @@ class RefinerConfig(PreTrainedConfig):
     layerscale_value: float | int = 1e-5
     residual_scale: float | int = 0.5
     use_conv_stem: bool = True
-    attention_types: list[str] | None = None
+    attention_types: list[str] | tuple[str, ...] | None = None
     accumulate_attention: bool = True
     refinement: str = "expansion_convolution"
     expansion_ratio: int = 3
@@ -152,6 +153,7 @@ class RefinerConfig(PreTrainedConfig):
             self.intermediate_size = 3 * self.hidden_size
         if self.attention_types is None:
             self.attention_types = [("plain", "shared_refined")[i % 2] for i in range(self.num_hidden_layers)]
+        self.attention_types = list(self.attention_types)
         super().__post_init__(**kwargs)
 
     # The published networks. Drop path is that of training without token labels.
@@ -255,6 +257,8 @@ class RefinerConfig(PreTrainedConfig):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}, which transformers doesn't know.")
         if self.residual_scale <= 0:
             raise ValueError(f"residual_scale must be positive, got {self.residual_scale}.")
         if not 0 < self.batch_norm_momentum <= 1:

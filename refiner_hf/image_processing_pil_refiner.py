@@ -52,7 +52,7 @@ class RefinerImageProcessorMixin:
     do_normalize = True
 
     def fetch_images(self, image_url_or_urls):
-        if isinstance(image_url_or_urls, (str, os.PathLike)) and os.path.isfile(image_url_or_urls):
+        if isinstance(image_url_or_urls, (str, os.PathLike)) and _is_path(image_url_or_urls):
             return open_image(image_url_or_urls)
         if getattr(image_url_or_urls, "ndim", None) == 2:  # a grey array
             return image_url_or_urls[None]
@@ -71,7 +71,7 @@ class RefinerImageProcessorMixin:
 
     def _standardize_kwargs(self, **kwargs) -> dict:
         kwargs = super()._standardize_kwargs(**kwargs)
-        kwargs["crop_size"] = kwargs["size"]
+        kwargs["crop_size"] = kwargs["size"]  # always: `size` is what comes out, `crop_pct` says how
         return kwargs
 
     def _preprocess(self, images, *, crop_pct: float | None, **kwargs) -> BatchFeature:
@@ -84,7 +84,10 @@ class RefinerImageProcessorMixin:
 
 
 class _CroppedSize:
-    """The crop's size, and from it the size to resize to, aspect ratio kept."""
+    """
+    The crop's size, and from it the size to resize to, aspect ratio kept. It travels as the `size` of transformers'
+    own preprocessing, which hands `resize` nothing else of ours.
+    """
 
     def __init__(self, size: SizeDict, crop_pct: float | None):
         if not size.height or not size.width:
@@ -135,6 +138,12 @@ def open_image(path: str | os.PathLike) -> Image.Image:
             return ImageOps.exif_transpose(image) if _needs_turning(image) else image.copy()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"The image {os.fspath(path)} can't be read ({error}). Is the file complete?") from error
+
+
+def _is_path(text: str | os.PathLike) -> bool:
+    """Whether a string means a file, existing or not, and neither an address nor base64 (which has no dots)."""
+    text = os.fspath(text)
+    return os.path.exists(text) or ("." in text and not text.startswith(("http://", "https://", "data:")))
 
 
 def _needs_turning(image: Image.Image) -> bool:

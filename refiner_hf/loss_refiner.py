@@ -103,7 +103,7 @@ def _targets(
     """The class target, (B,) or (B, K), and the patches' own, (B, P, K), where the labels have them."""
     batch, num_labels = logits.shape
     if problem == SINGLE_LABEL and labels.numel() == batch and not labels.is_floating_point():
-        class_target = labels.reshape(batch)
+        class_target = labels.reshape(batch).long()
         _check_range(class_target, num_labels)
         return class_target, None
     if problem != SINGLE_LABEL and labels.numel() == batch and num_labels == 1:

@@ -28,6 +28,7 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
@@ -323,13 +324,15 @@ class RefinerPreTrainedModel(PreTrainedModel):
         keyword or in `config`) the position embeddings are resized (bicubic) and a warning says so.
         `refine_implementation` chooses how attention maps are refined (`"auto"` by default).
         """
-        wanted = config.image_size if isinstance(config, RefinerConfig) else kwargs.get("image_size")
+        # Any config object: code from the Hub has a RefinerConfig of its own for each file that imports it.
+        given = isinstance(config, PreTrainedConfig)
+        wanted = config.image_size if given else kwargs.get("image_size")
         saved = _saved_image_size(pretrained_model_name_or_path, kwargs) if wanted is not None else None
         if saved is None:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 
         # Load at the checkpoint's size, then resize.
-        if isinstance(config, RefinerConfig):
+        if given:
             config = copy.deepcopy(config)
             config.image_size = saved
         else:
@@ -383,6 +386,12 @@ class RefinerPreTrainedModel(PreTrainedModel):
             if isinstance(module, RefinerMapRefinement):
                 module.refine_implementation = refine_implementation
 
+    @property
+    def refine_implementation(self) -> str | None:
+        """`"auto"` or the chosen implementation; `None` where no layer refines its map."""
+        chosen = (m.refine_implementation for m in self.modules() if isinstance(m, RefinerMapRefinement))
+        return next(chosen, None)
+
     def freeze_norms(self, frozen: bool = True) -> None:
         """
         Keeps every batch norm in evaluation mode from now on, also under `train()`: batches are normalised with the
@@ -404,6 +413,7 @@ class RefinerModel(RefinerPreTrainedModel):
     """
 
     def __init__(self, config: RefinerConfig, refine_implementation: str = "auto"):
+        config.validate()  # fields may have been changed since it was made, by from_pretrained's keywords for one
         super().__init__(config)
         drop_path = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
         self.embeddings = RefinerEmbeddings(config)
@@ -491,7 +501,12 @@ class RefinerForImageClassification(RefinerPreTrainedModel):
 
         Args:
             labels (`list[str]`): the labels' names, in order. They become `config.id2label`.
+
+        Raises:
+            `ValueError`: no labels, or one name twice.
         """
+        if not labels or len(set(labels)) != len(labels):
+            raise ValueError(f"The labels must be one or more different names, got {labels}.")
         self.config.id2label = dict(enumerate(labels))
         self.config.label2id = {label: i for i, label in enumerate(labels)}
         self.num_labels = len(labels)

@@ -10,6 +10,7 @@ Architecture, image size, heads, layout, dense head and stem are read from the f
 import sys
 from dataclasses import dataclass, field
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
 from ..conversion.checkpoint import convert_checkpoint
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     ).parse_args_into_dataclasses(argv)
     try:
         model = convert_checkpoint(**vars(args))
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, StrictDataclassError) as error:
         sys.exit(f"Error: {error}")
     config = model.config
     size = "x".join(map(str, config.image_height_width))

@@ -2,6 +2,7 @@
 
 import argparse
 import pickle
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.models import ResNet50_Weights
 
 from ..configuration_refiner import RefinerConfig
 from ..hub.card import CardFacts, describe_network, make_card, usage_example
@@ -22,6 +22,9 @@ from .weights import check_tensors, read_config, rename_state_dict
 # The evaluation crop of the published networks, by layers and width.
 PUBLISHED_CROP_PCT = {(16, 384): 0.9, (32, 420): 1.0, (32, 512): 1.13}
 _OTHER_CROP_PCT = 0.9
+# WordNet's lemmas of ImageNet-1k's 1000 synsets in the usual order, as timm's ImageNetInfo lists them; the second "crane"
+# is called "crane2", as in the Hub's imagenet-1k, so that no two labels have one name.
+IMAGENET_LABELS = Path(__file__).with_name("imagenet_1k_labels.txt")
 
 
 def convert_checkpoint(
@@ -49,9 +52,12 @@ def convert_checkpoint(
 
     Raises:
         `ValueError`: no reference checkpoint, or tensors that are unknown, missing or misshapen (they are named).
+        `StrictDataclassError` (of `huggingface_hub.errors`): an architecture that makes no sense.
         `FileExistsError`: `output_dir` holds something already. Nothing half-written is left behind in any case.
     """
     output_dir = Path(output_dir)
+    if crop_pct is not None and crop_pct <= 0:
+        raise ValueError(f"crop_pct must be positive, got {crop_pct}.")
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"{output_dir} exists and isn't an empty folder. Give another --output_dir.")
 
@@ -108,9 +114,10 @@ def load_reference_file(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        what = re.search(r"Unsupported \w+: [^\n]*?(?= was not| is not|\n|$)", str(error))
         raise ValueError(
-            f"{path} holds objects that aren't loaded for safety, or is no PyTorch checkpoint: "
-            f"{str(error).splitlines()[0]}"
+            f"{path} holds objects that aren't loaded for safety, or is no PyTorch checkpoint"
+            + (f": {what.group()}." if what else ".")
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise ValueError(f"{path} can't be read as a PyTorch checkpoint: {error}. Is it complete?") from error
@@ -134,9 +141,9 @@ def select_state_dict(content: Mapping[str, Any], use_ema: bool) -> dict[str, to
 
 
 def name_labels(config: RefinerConfig) -> None:
-    """Gives a network of 1000 labels those of ImageNet-1k, as torchvision names them."""
+    """Gives a network of 1000 labels those of ImageNet-1k."""
     if config.num_labels == 1000:
-        names = ResNet50_Weights.IMAGENET1K_V1.meta["categories"]
+        names = IMAGENET_LABELS.read_text(encoding="utf-8").splitlines()
         config.id2label = dict(enumerate(names))
         config.label2id = {name: i for i, name in enumerate(names)}
 

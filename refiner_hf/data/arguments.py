@@ -70,3 +70,5 @@ class AugmentationArguments:
     def __post_init__(self):
         if not 0 < self.crop_min_scale <= 1:
             raise ValueError(f"--crop_min_scale must be in (0, 1], got {self.crop_min_scale}.")
+        if not 0 <= self.random_erasing <= 1:
+            raise ValueError(f"--random_erasing must be in [0, 1], got {self.random_erasing}.")

@@ -1,5 +1,6 @@
 """Training and evaluation images from the Hub, a folder, parquet files, a stream, or the embedded digits."""
 
+import glob
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ logger = logging.get_logger(__name__)
 
 IMAGE_COLUMN, LABEL_COLUMN = "image", "labels"
 _LABEL_NAMES = ("label", "labels", "fine_label")
-_EVALUATION_SPLITS = ("validation", "test")
+_EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "test")
+_SHUFFLE_BUFFER = 1000  # images of a stream among which the next one is drawn
 
 
 @dataclass
@@ -49,6 +51,8 @@ def load_image_data(args: DataArguments, *, need_train: bool, need_evaluation: b
         `ValueError`: no such folder, no training set, no image or label column; the message lists what is there.
     """
     splits, name = _load_splits(args)
+    if isinstance(train := splits.get("train"), IterableDataset):
+        splits["train"] = train.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
     evaluation_split = next((split for split in _EVALUATION_SPLITS if split in splits), None)
     train, evaluation = splits.get("train"), splits.get(evaluation_split)
     if train is None and need_train:
@@ -66,6 +70,8 @@ def load_image_data(args: DataArguments, *, need_train: bool, need_evaluation: b
         evaluation_split = f"{args.train_val_split:.0%} held out of train"
         logger.warning(f"There is no validation set: evaluating on {evaluation_split}.")
 
+    if need_train and len(names) < 2:
+        raise ValueError(f"{name} has one label only, {names}: there is nothing to tell apart.")
     return ImageData(
         name=name,
         labels=names,
@@ -86,21 +92,25 @@ def _load_splits(args: DataArguments) -> tuple[dict, str]:
         return dict(splits), os.path.basename(os.path.normpath(args.dataset_name))
     folders = {"train": args.train_dir, "validation": args.validation_dir}
     splits = {split: _load_folder(folder) for split, folder in folders.items() if folder}
-    return splits, Path(args.train_dir or args.validation_dir).resolve().name
+    path = Path(args.train_dir or args.validation_dir).resolve()
+    return splits, path.parent.name if path.name in ("train", *_EVALUATION_SPLITS) else path.name
 
 
 def _load_folder(folder: str) -> Dataset:
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(f"There is no folder {folder}.")
+    # Files are given by pattern, as the training split: left to itself, `datasets` sorts them into splits by what
+    # their names look like ("test_1.jpg", a label called "train"), and drops the rest.
+    inside = glob.escape(str(path.resolve()))
     if any(path.rglob("*.parquet")):
-        return load_dataset("parquet", data_files=str(path / "**" / "*.parquet"), split="train")
+        return load_dataset("parquet", data_files={"train": f"{inside}/**/*.parquet"}, split="train")
     if not any(file.is_file() for file in path.glob("*/*")):
         raise ValueError(
             f"{folder} has no images in subfolders. Put them into one subfolder per label, such as "
             f"{path / 'cat' / '1.jpg'}."
         )
-    return load_dataset("imagefolder", data_dir=folder, split="train", drop_labels=False)
+    return load_dataset("imagefolder", data_files={"train": f"{inside}/**"}, split="train", drop_labels=False)
 
 
 def _standard_columns(
@@ -141,8 +151,15 @@ def _as_class_label(data, column: str, feature):
         raise ValueError(f"The labels in column {column!r} must be integers or names, not {feature}.")
     if feature.dtype.startswith(("int", "uint")):
         values = data.unique(column)
-        if min(values) < 0:
-            raise ValueError(f"The labels in column {column!r} must not be negative, got {min(values)}.")
+        if None in values or min(values) < 0:
+            raise ValueError(
+                f"The labels in column {column!r} must be numbers from 0, got {sorted(map(str, values))[:5]}."
+            )
+        if max(values) >= 10 * max(len(values), 10):
+            raise ValueError(
+                f"The labels in column {column!r} are {len(values)} different numbers up to {max(values)}: number them "
+                "from 0 on, or give them as names."
+            )
         return data.cast_column(column, ClassLabel(names=[str(i) for i in range(max(values) + 1)]))
     return data.class_encode_column(column)
 
@@ -157,7 +174,14 @@ def _relabel(data, names: list[str], wanted: list[str]):
     feature = ClassLabel(names=wanted)
     features = data.features.copy()
     features[LABEL_COLUMN] = feature
-    return data.map(lambda row: {LABEL_COLUMN: position[row[LABEL_COLUMN]]}, features=features)
+    return data.map(lambda row: {LABEL_COLUMN: pick_label(position, row[LABEL_COLUMN])}, features=features)
+
+
+def pick_label(choices: list[int], label: int | None) -> int:
+    """`choices[label]`; raises a `ValueError` for a label that isn't one, such as the -1 of unlabelled test sets."""
+    if label is None or not 0 <= label < len(choices):
+        raise ValueError(f"An image has the label {label}; labels must lie in 0..{len(choices) - 1}.")
+    return choices[label]
 
 
 def _hold_out(train, share: float, seed: int):

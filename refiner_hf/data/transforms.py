@@ -8,11 +8,15 @@ import torch
 from datasets import Dataset, Image, IterableDataset
 from PIL import Image as PILImage
 from timm.data import create_transform
+from transformers.utils import logging
 
 from ..image_processing_pil_refiner import to_8_bit_rgb
 from ..image_processing_refiner import RefinerImageProcessor
 from .arguments import AugmentationArguments
-from .sources import IMAGE_COLUMN, LABEL_COLUMN
+from .sources import IMAGE_COLUMN, LABEL_COLUMN, pick_label
+
+
+logger = logging.get_logger(__name__)
 
 
 class PrepareImages:
@@ -34,7 +38,9 @@ class PrepareImages:
         prepared = {"pixel_values": self.to_pixels([decode_image(image) for image in batch[IMAGE_COLUMN]])}
         if LABEL_COLUMN in batch:
             labels = batch[LABEL_COLUMN]
-            prepared[LABEL_COLUMN] = labels if self.label_ids is None else [self.label_ids[label] for label in labels]
+            prepared[LABEL_COLUMN] = (
+                labels if self.label_ids is None else [pick_label(self.label_ids, label) for label in labels]
+            )
         return prepared
 
 
@@ -47,7 +53,15 @@ def training_pixels(
     processor: RefinerImageProcessor, augmentation: AugmentationArguments
 ) -> Callable[[list[PILImage.Image]], list[torch.Tensor]]:
     """Augmented images at the processor's size and normalisation."""
-    transform = create_transform(
+    try:
+        transform = _timm_transform(processor, augmentation)
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"timm doesn't know the augmentation --auto_augment {augmentation.auto_augment}.") from error
+    return partial(_augment, transform)
+
+
+def _timm_transform(processor: RefinerImageProcessor, augmentation: AugmentationArguments) -> Callable:
+    return create_transform(
         input_size=(3, processor.size["height"], processor.size["width"]),
         is_training=True,
         scale=(augmentation.crop_min_scale, 1.0),
@@ -60,7 +74,6 @@ def training_pixels(
         re_prob=augmentation.random_erasing,
         re_mode="pixel",
     )
-    return partial(_augment, transform)
 
 
 # At module level and not inline: dataloader workers that are spawned get these pickled.
@@ -87,7 +100,13 @@ def decode_image(encoded: dict[str, Any]) -> PILImage.Image:
         `ValueError`: not an image, or a damaged one; the message names the file.
     """
     try:
-        return to_8_bit_rgb(Image().decode_example(encoded))
+        image = Image().decode_example(encoded)
+        if image.mode.startswith("I"):
+            logger.warning_once(
+                "There are 16-bit images among the data. They are scaled to 8 bits here and in the image processor, but "
+                "transformers' pipelines clip them when they open a file: hand those to the processor yourself."
+            )
+        return to_8_bit_rgb(image)
     except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
         name = encoded.get("path") or "(without a file name)"
         raise ValueError(f"The image {name} can't be read ({error}). Mend or remove it.") from error
@@ -108,7 +127,11 @@ def match_labels(data_labels: list[str], model_labels: list[str]) -> list[int] |
     if unknown := [label for label in data_labels if label not in model_labels]:
         unseen = [label for label in model_labels if label not in data_labels]
         raise ValueError(
-            f"The data has labels that the model doesn't know: {unknown}. The model's labels that the data lacks: "
-            f"{unseen}. Rename the data's labels (folders) as the model calls them."
+            f"The data has labels that the model doesn't know: {_some(unknown)}. The model's labels that the data lacks: "
+            f"{_some(unseen)}. Rename the data's labels (folders) as the model calls them."
         )
     return [model_labels.index(label) for label in data_labels]
+
+
+def _some(labels: list[str], most: int = 20) -> str:
+    return str(labels) if len(labels) <= most else f"{labels[:most]} and {len(labels) - most} more"

@@ -37,7 +37,9 @@ def reestimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor]
     ]
     modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
-    counts = [norm.num_batches_tracked.clone() for norm in norms]
+    before = [
+        (norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()) for norm in norms
+    ]
     images = 0
     try:
         model.eval()
@@ -49,8 +51,13 @@ def reestimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor]
                     norm.train()
             model(pixel_values)
             images += len(pixel_values)
+    except BaseException:
+        for norm, (mean, variance, _) in zip(norms, before):
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)
+        raise
     finally:
-        for norm, momentum, count in zip(norms, momenta, counts):
+        for norm, momentum, (_, _, count) in zip(norms, momenta, before):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
         for module, mode in modes.items():

@@ -27,17 +27,16 @@ class RefinerTrainer(Trainer):
             if parameter.ndim > 1 and not name.endswith(_UNDECAYED)
         ]
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.label_smoother = None  # `compute_loss` smooths the labels themselves
+
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if self.label_smoother is None or "labels" not in inputs:
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        smoother, self.label_smoother = self.label_smoother, None
-        try:
-            if model.training:
-                num_labels = self.accelerator.unwrap_model(model).config.num_labels
-                inputs = {**inputs, "labels": smooth_labels(inputs["labels"], num_labels, smoother.epsilon)}
-            return super().compute_loss(model, inputs, *args, **kwargs)
-        finally:
-            self.label_smoother = smoother
+        smoothing = self.args.label_smoothing_factor
+        if smoothing and model.training and "labels" in inputs:
+            num_labels = self.accelerator.unwrap_model(model).config.num_labels
+            inputs = {**inputs, "labels": smooth_labels(inputs["labels"], num_labels, smoothing)}
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
 
 def smooth_labels(labels: torch.Tensor, num_labels: int, smoothing: float) -> torch.Tensor:
@@ -48,5 +47,5 @@ def smooth_labels(labels: torch.Tensor, num_labels: int, smoothing: float) -> to
         labels (`torch.Tensor`): integers (images,) or soft labels (images, labels).
     """
     if not labels.is_floating_point():
-        labels = nn.functional.one_hot(labels, num_labels).float()
+        labels = nn.functional.one_hot(labels.long(), num_labels).float()
     return (1 - smoothing) * labels + smoothing / num_labels

@@ -37,6 +37,16 @@ def test_round_trip(tmp_path, tiny_config):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "refiner"
 
 
+def test_published_training_settings():
+    assert [make().drop_path_rate for make in (RefinerConfig.small, RefinerConfig.medium, RefinerConfig.large)] == [
+        0.1, 0.2, 0.2,
+    ]  # fmt: skip
+    config = RefinerConfig()
+    assert (config.layerscale_value, config.layer_norm_eps, config.batch_norm_eps) == (1e-5, 1e-6, 1e-5)
+    assert (config.dense_loss_weight, config.dense_logits_weight, config.expansion_ratio) == (0.5, 0.5, 3)
+    assert RefinerConfig(num_hidden_layers=2, attention_types=("plain", "refined")).attention_types[1] == "refined"
+
+
 def test_defaults_follow_other_fields():
     config = RefinerConfig(hidden_size=96, num_hidden_layers=5, num_attention_heads=4)
     assert config.intermediate_size == 288

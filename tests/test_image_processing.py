@@ -125,6 +125,12 @@ class TestImagesOfEveryKind:
         with pytest.raises(ValueError, match="notes.png"):
             backend()(str(tmp_path / "notes.png"))
 
+    @pytest.mark.parametrize("name", ["nope.png", "folder.d"])
+    def test_path_without_a_file_is_named(self, backend, tmp_path, name):
+        (tmp_path / "folder.d").mkdir()
+        with pytest.raises(ValueError, match=name):
+            backend()(str(tmp_path / name))
+
     def test_paths_are_turned_upright(self, backend, tmp_path):
         image = Image.fromarray(self.gradient())
         exif = Image.Exif()
@@ -145,6 +151,11 @@ class TestImagesOfEveryKind:
     def test_settings_that_make_no_sense(self, backend, settings):
         with pytest.raises(ValueError, match="size must have|crop_pct must be"):
             backend(**settings)(Image.fromarray(self.gradient()))
+
+
+def test_defaults():
+    processor = RefinerImageProcessor()
+    assert processor.crop_pct == 0.9 and dict(processor.size) == {"height": 224, "width": 224}
 
 
 def test_options_for_one_call():

@@ -5,7 +5,6 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
-from transformers.utils import logging
 
 from refiner_hf import RefinerConfig, RefinerForImageClassification, RefinerModel
 from refiner_hf.attention_refiner import RefinerMapRefinement
@@ -138,7 +137,7 @@ class TestBadInput:
 
 
 class TestPositions:
-    def embedded(self, golden, grid=(14, 14)):
+    def embedded(self, golden):
         config = RefinerConfig(
             hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=(14 * 4, 14 * 4), patch_size=4
         )
@@ -161,10 +160,8 @@ class TestPositions:
 
     @pytest.mark.parametrize("side", [10, 24, 28])
     @pytest.mark.parametrize("how", ["keyword", "config", "auto class"])
-    def test_resized_when_loading(self, golden, tmp_path, side, how, capsys):
+    def test_resized_when_loading(self, golden, tmp_path, side, how):
         self.embedded(golden).save_pretrained(tmp_path)
-        logging.set_verbosity_warning()
-        logging.get_logger("transformers").propagate = True
         if how == "keyword":
             model = RefinerModel.from_pretrained(tmp_path, image_size=4 * side)
         elif how == "config":
@@ -182,7 +179,7 @@ class TestPositions:
         model.save_pretrained(tmp_path / "resized")
         assert RefinerModel.from_pretrained(tmp_path / "resized").config.image_size == 4 * side
 
-    def test_it_says_so(self, tiny_model, caplog, monkeypatch):
+    def test_it_says_so(self, tiny_model, monkeypatch):
         from refiner_hf import modeling_refiner
 
         said = []
@@ -217,8 +214,10 @@ class TestRefineImplementation:
 
     def test_auto_is_the_default_and_nothing_is_saved(self, tiny_model, tmp_path):
         model = tiny_model()
-        assert model.refiner.layers[1].attention.refinement.refine_implementation == "auto"
+        assert model.refine_implementation == "auto"
         model.set_refine_implementation("eager")
+        assert model.refine_implementation == model.refiner.refine_implementation == "eager"
+        assert tiny_model(attention_types=LAYOUTS["plain"]).refine_implementation is None
         model.save_pretrained(tmp_path)
         assert "refine_implementation" not in (tmp_path / "config.json").read_text()
 
@@ -283,6 +282,69 @@ class TestNorms:
         assert_close(alone, together, 1e-5)
 
 
+class TestRandomness:
+    """Stochastic depth and dropout: where the reference has them, and in training only."""
+
+    def branches(self, model):
+        seen = []
+        model.refiner.layers[1].drop_path.register_forward_hook(lambda m, args, output: seen.append((args[0], output)))
+        torch.manual_seed(0)
+        model(torch.randn(64, 3, 16, 16))
+        return seen
+
+    def test_drop_path_drops_whole_branches_of_single_images(self, tiny_model):
+        model = tiny_model(drop_path_rate=0.9).train()
+        branches = self.branches(model)
+        assert len(branches) == 2  # attention and MLP
+        rate = model.refiner.layers[1].drop_path.p
+        for before, after in branches:
+            dropped = (after == 0).flatten(1).all(1)
+            assert 0 < dropped.sum() < 64
+            assert_close(after[~dropped], before[~dropped] / (1 - rate))
+        before, after = self.branches(model.eval())[-1]
+        assert torch.equal(before, after)
+
+    @pytest.mark.parametrize("attention_type", ["plain", "refined"])
+    def test_attention_dropout_comes_before_the_refinement(self, tiny_model, attention_type):
+        model = tiny_model(attention_types=[attention_type] * 4, attention_probs_dropout_prob=0.5).train()
+        dropped = []
+        model.refiner.layers[0].attention.dropout.register_forward_hook(lambda m, a, output: dropped.append(output))
+        attentions = model(IMAGES, output_attentions=True).attentions
+        assert 0.3 < (dropped[0] == 0).float().mean() < 0.7
+        if attention_type == "plain":
+            assert torch.equal(attentions[0], dropped[0])
+        else:
+            assert (attentions[0] == 0).float().mean() < 0.05
+
+    def test_hidden_dropout_is_on_embeddings_and_both_branches(self, tiny_model):
+        model = tiny_model(hidden_dropout_prob=0.5).train()
+        shares = []
+        for module in (model.refiner.embeddings, model.refiner.layers[0]):
+            module.dropout.register_forward_hook(lambda m, a, output: shares.append((output == 0).float().mean()))
+        model(IMAGES)
+        assert len(shares) == 3 and all(0.3 < share < 0.7 for share in shares)
+
+
+def test_options_that_change_the_network(tiny_model):
+    with_sum, without = (
+        tiny_model(attention_types=LAYOUTS["plain"], accumulate_attention=flag)
+        .eval()(IMAGES, output_attentions=True)
+        .attentions
+        for flag in (True, False)
+    )
+    assert_close(without[1].sum(-1), torch.ones(3, 4, 17))
+    assert_close(with_sum[1].sum(-1), torch.full((3, 4, 17), 1 + 6**-0.5))
+    attention = tiny_model(qkv_bias=False).refiner.layers[0].attention
+    assert attention.q_proj.bias is None and attention.v_proj.bias is None and attention.o_proj.bias is not None
+
+
+def test_fields_changed_after_construction_are_checked(tiny_model, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    for wrong in (dict(num_hidden_layers=6), dict(attention_types=["shared_refined"] * 4), dict(image_size=18)):
+        with pytest.raises(StrictDataclassError):
+            RefinerForImageClassification.from_pretrained(tmp_path, **wrong)
+
+
 class TestLabels:
     def test_reset_classifier(self, tiny_model):
         model = tiny_model(use_dense_head=True)
@@ -292,6 +354,9 @@ class TestLabels:
         assert outputs.logits.shape == (3, 2) and outputs.patch_logits.shape == (3, 16, 2)
         assert model.classifier.weight.std().item() == pytest.approx(0.02, rel=0.4)
         assert (model.classifier.bias == 0).all()
+        for wrong in ([], ["cat", "cat"]):
+            with pytest.raises(ValueError, match="different names"):
+                model.reset_classifier(wrong)
 
     def test_ignore_mismatched_sizes(self, tiny_model, tmp_path):
         tiny_model(use_dense_head=True).save_pretrained(tmp_path)

@@ -1,1 +1,31 @@
-"""The command lines: parse, call, print. `scripts/` holds one file for each, for use in a checkout."""
+"""
+The command lines: parse, call, print. `scripts/` holds one file for each, for use in a checkout.
+
+Here are the entry points of an installed package, which may lack what only training needs.
+"""
+
+import importlib
+import sys
+
+
+def _run(command: str) -> None:
+    try:
+        module = importlib.import_module(f".{command}", __name__)
+    except ModuleNotFoundError as error:
+        sys.exit(f"Error: this command needs {error.name}. Install it with: pip install 'refiner_hf[train]'")
+    module.main()
+
+
+def train() -> None:
+    """`refiner-train`"""
+    _run("train")
+
+
+def convert() -> None:
+    """`refiner-convert`"""
+    _run("convert_checkpoint")
+
+
+def show() -> None:
+    """`refiner-show`"""
+    _run("show_refinement")

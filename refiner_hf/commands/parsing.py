@@ -75,7 +75,10 @@ def _find_recipe(name: str) -> Path:
 
 def _recipe_words(path: Path) -> list[str]:
     """A recipe file's entries as the words of a command line."""
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SystemExit(f"{path} isn't a YAML or JSON file of options: {error}") from error
     if not isinstance(content, dict):
         raise SystemExit(f"{path} must hold option names and values, as in '--help', one a line.")
     words = []

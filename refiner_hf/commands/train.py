@@ -17,8 +17,6 @@ from huggingface_hub.errors import StrictDataclassError
 import refiner_hf
 
 from ..data.arguments import DataArguments
-from ..training.arguments import RefinerTrainingArguments
-from ..training.folder import predict_examples
 from ..training.run import RunResult, run
 from .parsing import parse_arguments
 
@@ -31,11 +29,11 @@ def main(argv: list[str] | None = None) -> RunResult:
     except (ValueError, OSError, StrictDataclassError) as error:
         sys.exit(f"Error: {error}")
     if arguments[-1].should_save:
-        report(result, arguments[1], arguments[-1])
+        report(result, arguments[1])
     return result
 
 
-def report(result: RunResult, data_args: DataArguments, training_args: RefinerTrainingArguments) -> None:
+def report(result: RunResult, data_args: DataArguments) -> None:
     """Prints where the folder is, what was measured, and a few predictions."""
     print()
     if "eval_accuracy" in result.metrics:
@@ -49,11 +47,11 @@ def report(result: RunResult, data_args: DataArguments, training_args: RefinerTr
     if not result.trained:
         print(f"Results: {result.folder}")
         return
-    if result.data.evaluation is not None and training_args.example_pictures:
+    if result.examples:
         print("\nThe saved model on a few held-out pictures:")
-        for _, truth, answer in predict_examples(result.folder, result.data, training_args.example_pictures):
-            mark = "" if answer["label"] == truth else "   <- wrong"
-            print(f"  {truth:>12}: {answer['label']} ({answer['score']:.1%}){mark}")
+    for example in result.examples:
+        mark = "" if example.answer == example.label else "   <- wrong"
+        print(f"  {example.label:>12}: {example.answer} ({example.score:.1%}){mark}")
     print(f"\nThe finished folder, with model, card and pictures: {result.folder.resolve()}")
 
 

@@ -22,8 +22,8 @@ from .weights import check_tensors, read_config, rename_state_dict
 # The evaluation crop of the published networks, by layers and width.
 PUBLISHED_CROP_PCT = {(16, 384): 0.9, (32, 420): 1.0, (32, 512): 1.13}
 _OTHER_CROP_PCT = 0.9
-# WordNet's lemmas of ImageNet-1k's 1000 synsets in the usual order, as timm's ImageNetInfo lists them; the second "crane"
-# is called "crane2", as in the Hub's imagenet-1k, so that no two labels have one name.
+# WordNet's lemmas of ImageNet-1k's 1000 synsets in the usual order, as timm's ImageNetInfo lists them; the second
+# "crane" is called "crane2", as in the Hub's imagenet-1k, so that no two labels have one name.
 IMAGENET_LABELS = Path(__file__).with_name("imagenet_1k_labels.txt")
 
 
@@ -114,10 +114,10 @@ def load_reference_file(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        what = re.search(r"Unsupported \w+: [^\n]*?(?= was not| is not|\n|$)", str(error))
+        what = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(
-            f"{path} holds objects that aren't loaded for safety, or is no PyTorch checkpoint"
-            + (f": {what.group()}." if what else ".")
+            f"{path} holds objects that aren't loaded for safety"
+            + (f", such as {what.group(1)}." if what else ", or it is no PyTorch checkpoint.")
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise ValueError(f"{path} can't be read as a PyTorch checkpoint: {error}. Is it complete?") from error

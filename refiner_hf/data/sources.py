@@ -152,13 +152,12 @@ def _as_class_label(data, column: str, feature):
     if feature.dtype.startswith(("int", "uint")):
         values = data.unique(column)
         if None in values or min(values) < 0:
-            raise ValueError(
-                f"The labels in column {column!r} must be numbers from 0, got {sorted(map(str, values))[:5]}."
-            )
+            some = sorted(map(str, values))[:5]
+            raise ValueError(f"The labels in column {column!r} must be numbers from 0, got {some}.")
         if max(values) >= 10 * max(len(values), 10):
             raise ValueError(
-                f"The labels in column {column!r} are {len(values)} different numbers up to {max(values)}: number them "
-                "from 0 on, or give them as names."
+                f"The labels in column {column!r} are {len(values)} different numbers up to {max(values)}: number "
+                "them from 0 on, or give them as names."
             )
         return data.cast_column(column, ClassLabel(names=[str(i) for i in range(max(values) + 1)]))
     return data.class_encode_column(column)

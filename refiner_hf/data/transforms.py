@@ -103,8 +103,8 @@ def decode_image(encoded: dict[str, Any]) -> PILImage.Image:
         image = Image().decode_example(encoded)
         if image.mode.startswith("I"):
             logger.warning_once(
-                "There are 16-bit images among the data. They are scaled to 8 bits here and in the image processor, but "
-                "transformers' pipelines clip them when they open a file: hand those to the processor yourself."
+                "There are 16-bit images among the data. They are scaled to 8 bits here and in the image processor, "
+                "but transformers' pipelines clip them when they open a file: hand those to the processor yourself."
             )
         return to_8_bit_rgb(image)
     except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
@@ -127,8 +127,8 @@ def match_labels(data_labels: list[str], model_labels: list[str]) -> list[int] |
     if unknown := [label for label in data_labels if label not in model_labels]:
         unseen = [label for label in model_labels if label not in data_labels]
         raise ValueError(
-            f"The data has labels that the model doesn't know: {_some(unknown)}. The model's labels that the data lacks: "
-            f"{_some(unseen)}. Rename the data's labels (folders) as the model calls them."
+            f"The data has labels that the model doesn't know: {_some(unknown)}. The model's labels that the data "
+            f"lacks: {_some(unseen)}. Rename the data's labels (folders) as the model calls them."
         )
     return [model_labels.index(label) for label in data_labels]
 

@@ -1,10 +1,13 @@
 """The model and training options."""
 
+import dataclasses
 import json
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+
+from ..configuration_refiner import RefinerConfig
 
 
 @dataclass
@@ -30,7 +33,8 @@ class ModelArguments:
     )
     refine_implementation: str = field(default="auto", metadata={"help": "How attention maps are refined."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
-    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    token: str | None = field(default=None, metadata={"help": "Access token for a private model on the Hub."})
 
     def __post_init__(self):
         try:
@@ -41,6 +45,11 @@ class ModelArguments:
             ) from error
         if not isinstance(self.overrides, dict):
             raise ValueError(f"--config_overrides must be a JSON object, got {self.config_overrides}.")
+        fields = {f.name for f in dataclasses.fields(RefinerConfig) if f.name in RefinerConfig.__annotations__}
+        if unknown := sorted(self.overrides.keys() - fields):
+            raise ValueError(f"--config_overrides has {unknown}, but the fields of a network are {sorted(fields)}.")
+        if self.crop_pct is not None and self.crop_pct <= 0:
+            raise ValueError(f"--crop_pct must be positive, got {self.crop_pct}.")
 
 
 @dataclass
@@ -66,10 +75,10 @@ class RefinerTrainingArguments(TrainingArguments):
         },
     )
     example_pictures: int = field(
-        default=8,
+        default=0,
         metadata={
-            "help": "Evaluation pictures to put into the folder and its card, with the model's answers. 0 for none, "
-            "where the pictures are private."
+            "help": "So many evaluation pictures go into the folder and its card, with the model's answers. Mind that "
+            "they are published with it."
         },
     )
     weights_license: str | None = field(
@@ -82,6 +91,8 @@ class RefinerTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False  # torch warns otherwise
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns would drop the images before they are read; leave it off.")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise ValueError(f"--label_smoothing_factor must be in [0, 1), got {self.label_smoothing_factor}.")
         for name in ("norm_statistics_images", "example_pictures"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}.")

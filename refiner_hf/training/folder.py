@@ -1,20 +1,24 @@
 """The finished folder of a training run: pictures, code and card beside the weights."""
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from transformers import Trainer, pipeline
 
-from ..data.arguments import AugmentationArguments
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN, ImageData
 from ..data.transforms import decode_image
 from ..hub.card import CardFacts, describe_network, make_card, markdown_table, usage_example, versions_and_machine
 from ..hub.code import add_code
 from ..hub.plots import plot_confusion_matrix, plot_learning_curve, plot_predictions
-from .arguments import ModelArguments, RefinerTrainingArguments
+from .arguments import RefinerTrainingArguments
 
 
 CONFUSION_MATRIX = "confusion_matrix.csv"
+RUN_FILE = "training_arguments.json"
+EXAMPLES = 8
 LARGEST_EXAMPLE = 512
 
 _METRICS = {
@@ -35,30 +39,48 @@ _ALWAYS_IN_CARD = (
     "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2", "max_grad_norm",
     "label_smoothing_factor", "seed", "bf16", "fp16", "norm_statistics_images", "freeze_norms",
 )  # fmt: skip
+_NETWORK_IN_CARD = (
+    "drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "layerscale_value", "initializer_range",
+    "dense_loss_weight", "dense_logits_weight", "token_mixing", "cosine_regularizer_weight", "batch_norm_momentum",
+)  # fmt: skip
+
+
+@dataclass
+class Example:
+    """An evaluation picture, its true label, and the model's best answer with its score."""
+
+    image: Image.Image
+    label: str
+    answer: str
+    score: float
 
 
 def finish_folder(
     trainer: Trainer,
     data: ImageData,
-    model_args: ModelArguments,
-    augmentation_args: AugmentationArguments,
+    arguments: dict[str, dict[str, Any]],
     measured: dict[str, float],
     confusion_matrix: list[list[int]] | None,
-) -> None:
+) -> list[Example]:
     """
     Writes pictures, code (with `--with_code`) and card into the Trainer's output folder.
 
     Args:
         trainer: trained, its model saved.
         data: what it was trained and evaluated on.
-        model_args, augmentation_args: the run's options.
+        arguments: the run's options by group: model, data, augmentation, training.
         measured: all measured numbers, named as the Trainer does.
         confusion_matrix: that of the evaluation, if there was one.
+
+    Returns:
+        what the saved model answers for a few evaluation pictures.
     """
     args: RefinerTrainingArguments = trainer.args
     folder = Path(args.output_dir)
-    # A pickle that holds local paths; the arguments are in a JSON file and in the card.
+    # A pickle; the arguments are in a JSON file and in the card.
     (folder / "training_args.bin").unlink(missing_ok=True)
+    for name in (RUN_FILE, "trainer_state.json"):
+        write_json(folder / name, without_paths(json.loads((folder / name).read_text(encoding="utf-8"))))
 
     config = trainer.model.config
     labels = [config.id2label[i] for i in range(config.num_labels)]
@@ -68,31 +90,49 @@ def finish_folder(
     if confusion_matrix is not None:
         plot_confusion_matrix(confusion_matrix, labels, folder / "confusion_matrix.png")
         pictures.append(("confusion_matrix.png", f"Confusion matrix on {data.evaluation_split}"))
-    if data.evaluation is not None and args.example_pictures:
-        examples = predict_examples(folder, data, args.example_pictures)
-        plot_predictions(
-            [image for image, _, _ in examples],
-            [f"{truth}: {answer['label']} {answer['score']:.0%}" for _, truth, answer in examples],
-            folder / "predictions.png",
-        )
+    examples = predict_examples(folder, data, args.example_pictures or EXAMPLES) if data.evaluation is not None else []
+    if examples and args.example_pictures:
+        titles = [f"{example.label}: {example.answer} {example.score:.0%}" for example in examples]
+        plot_predictions([example.image for example in examples], titles, folder / "predictions.png")
         pictures.append(("predictions.png", "Pictures of the evaluation set, as 'true label: prediction, score'"))
-        _save_pictures([image for image, _, _ in examples], folder / "examples")
+        _save_pictures([example.image for example in examples], folder / "examples")
 
     if args.with_code:
         add_code(folder)
-    facts = _facts(trainer, data, model_args, augmentation_args, measured, pictures)
-    make_card(facts).save(folder / "README.md")
+    make_card(_facts(trainer, data, arguments, measured, pictures)).save(folder / "README.md")
+    return examples
 
 
-def predict_examples(folder: Path, data: ImageData, count: int) -> list[tuple]:
-    """
-    What the saved folder's pipeline answers for a few evaluation images: (image, true label, its best answer).
-    """
+def predict_examples(folder: Path, data: ImageData, count: int) -> list[Example]:
+    """What the saved folder's pipeline answers for `count` evaluation images, spread over the set."""
     classify = pipeline("image-classification", model=str(folder), device="cpu")
-    rows = list(data.evaluation.take(count))
+    if hasattr(data.evaluation, "__len__"):
+        size = len(data.evaluation)
+        rows = [data.evaluation[i * size // count] for i in range(count)] if size > count else list(data.evaluation)
+    else:
+        rows = list(data.evaluation.take(count))
     images = [decode_image(row[IMAGE_COLUMN]) for row in rows]
-    answers = classify(images, top_k=1)
-    return [(image, data.labels[row[LABEL_COLUMN]], answer[0]) for image, row, answer in zip(images, rows, answers)]
+    answers = [answer[0] for answer in classify(images, top_k=1)] if images else []
+    return [
+        Example(image, data.labels[row[LABEL_COLUMN]], answer["label"], answer["score"])
+        for image, row, answer in zip(images, rows, answers)
+    ]
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes `content` to `path`, readably."""
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def without_paths(content: Any) -> Any:
+    """The same with every path of this machine cut down to its last name: the folder will be published."""
+    if isinstance(content, dict):
+        return {key: without_paths(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [without_paths(value) for value in content]
+    if isinstance(content, str) and Path(content).name != content and Path(content).exists():
+        return Path(content).resolve().name
+    return content
 
 
 def _save_pictures(images: list[Image.Image], folder: Path) -> None:
@@ -106,18 +146,17 @@ def _save_pictures(images: list[Image.Image], folder: Path) -> None:
 def _facts(
     trainer: Trainer,
     data: ImageData,
-    model_args: ModelArguments,
-    augmentation_args: AugmentationArguments,
+    arguments: dict[str, dict[str, Any]],
     measured: dict[str, float],
     pictures: list[tuple[str, str]],
 ) -> CardFacts:
     args, config = trainer.args, trainer.model.config
     name = Path(args.output_dir).resolve().name
     title = (args.hub_model_id or f"refiner-{name}").split("/")[-1]
-    source = "from scratch"
-    if model_args.model_name_or_path:
-        source = f"by fine-tuning `{Path(model_args.model_name_or_path).name}`"
-    on_hub = model_args.model_name_or_path and not Path(model_args.model_name_or_path).exists()
+    base, source = arguments["model"]["model_name_or_path"], "from scratch"
+    if base:
+        source = f"by fine-tuning `{Path(base).name}`"
+    on_hub = base and not Path(base).exists()
 
     metrics = {kind: (text, round(measured[key], 6)) for key, (kind, text) in _METRICS.items() if key in measured}
     results = ""
@@ -137,32 +176,33 @@ def _facts(
         architecture=describe_network(trainer.model),
         data=f"{data.name}: {_length(data.train)} training images, {_length(data.evaluation)} evaluation images "
         f"({data.evaluation_split}). Labels: {_name_some([config.id2label[i] for i in range(config.num_labels)])}.",
-        training=_training(args, augmentation_args, measured, trainer.state.global_step),
+        training=_training(trainer, arguments, measured),
         metrics=metrics,
         dataset_name=data.name,
         dataset_id=data.hub_id,
         dataset_split=data.evaluation_split,
         license=args.weights_license,
-        base_model=model_args.model_name_or_path if on_hub else None,
+        base_model=base if on_hub else None,
         remote_code=args.with_code,
     )
 
 
-def _training(
-    args: RefinerTrainingArguments, augmentation_args: AugmentationArguments, measured: dict[str, float], steps: int
-) -> str:
+def _training(trainer: Trainer, arguments: dict[str, dict[str, Any]], measured: dict[str, float]) -> str:
+    args, config = trainer.args, trainer.model.config
     shown = args.to_sanitized_dict()
     defaults = type(args)(output_dir=args.output_dir).to_sanitized_dict()
     changed = [name for name, value in shown.items() if value != defaults[name] and name not in _NOT_IN_CARD]
-    names = dict.fromkeys([*_ALWAYS_IN_CARD, *sorted(changed)])
-    rows = [(name, _plain(shown[name])) for name in names if name in shown]
-    rows += [(name, _plain(value)) for name, value in vars(augmentation_args).items()]
+    rows = [(name, _plain(shown[name])) for name in dict.fromkeys([*_ALWAYS_IN_CARD, *sorted(changed)])]
+    rows += [(name, _plain(getattr(config, name))) for name in _NETWORK_IN_CARD]
+    rows += [(name, _plain(value)) for name, value in arguments["augmentation"].items()]
+    rows += [(name, _plain(arguments["data"][name])) for name in ("train_val_split", "max_train_samples")]
+    rows.append(("crop_pct (evaluation)", _plain(trainer.processing_class.crop_pct)))
     seconds = measured.get("train_runtime")
     duration = f" in {seconds:.0f} s" if seconds else ""
     return (
-        f"With `refiner_hf` and the Hugging Face Trainer: {steps} steps{duration} on {versions_and_machine()}. Every "
-        f"option that isn't in this table has its default; all of them are in `training_arguments.json`.\n\n"
-        + markdown_table(["option", "value"], rows)
+        f"With `refiner_hf` and the Hugging Face Trainer: {trainer.state.global_step} steps{duration} on "
+        f"{versions_and_machine()}. Every option that isn't in this table has its default; all of them are in "
+        f"`{RUN_FILE}`.\n\n" + markdown_table(["option", "value"], rows)
     )
 
 

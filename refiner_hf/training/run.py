@@ -18,7 +18,7 @@ from ..data.transforms import PrepareImages, evaluation_pixels, match_labels, tr
 from ..image_processing_refiner import RefinerImageProcessor
 from ..modeling_refiner import RefinerForImageClassification
 from .arguments import ModelArguments, RefinerTrainingArguments
-from .folder import CONFUSION_MATRIX, finish_folder
+from .folder import CONFUSION_MATRIX, RUN_FILE, Example, finish_folder, without_paths, write_json
 from .metrics import ClassificationMetrics, rank_labels
 from .statistics import NormStatisticsCallback
 from .trainer import RefinerTrainer
@@ -26,18 +26,23 @@ from .trainer import RefinerTrainer
 
 logger = logging.get_logger(__name__)
 
-RUN_FILE = "training_arguments.json"
 FINISHED_FILE = "train_results.json"
+# Options that may differ when a run is taken up again.
+_MAY_CHANGE = {"cache_dir", "refine_implementation", "max_eval_samples"}
 
 
 @dataclass
 class RunResult:
-    """What a run leaves: the folder, the measured metrics (`eval_accuracy` and so on), and the data it was run on."""
+    """
+    What a run leaves: the folder, the measured metrics (`eval_accuracy` and so on), the data it was run on, and after
+    training what the saved model answers for a few evaluation pictures.
+    """
 
     folder: Path
     metrics: dict[str, float]
     data: ImageData
     trained: bool
+    examples: list[Example]
 
 
 def run(
@@ -56,7 +61,12 @@ def run(
         `ValueError`: options, data or labels that don't fit; before anything long begins wherever it can be seen.
         `OSError`: an output folder that can't be written, before training.
     """
-    checkpoint = _prepare_output_folder(training_args)
+    if not (training_args.do_train or training_args.do_eval):
+        raise ValueError("Nothing to do: neither --do_train nor --do_eval.")
+    if not training_args.do_train and model_args.model_name_or_path is None:
+        raise ValueError("Which model to evaluate? Give --model_name_or_path.")
+    arguments = _as_dict(model_args, data_args, augmentation_args, training_args)
+    checkpoint = _prepare_output_folder(training_args, arguments)
     set_seed(training_args.seed)
     data = load_image_data(
         data_args, need_train=training_args.do_train, need_evaluation=training_args.do_eval, seed=training_args.seed
@@ -76,7 +86,8 @@ def run(
         elif training_args.norm_statistics_images:
             some = with_transform(_some(train, training_args), for_evaluation)
             callbacks.append(NormStatisticsCallback(some, training_args.per_device_eval_batch_size))
-        _write_run_file(model_args, data_args, augmentation_args, training_args)
+        if training_args.should_save:
+            write_json(Path(training_args.output_dir) / RUN_FILE, arguments)
 
     trainer = RefinerTrainer(
         model=model,
@@ -98,16 +109,17 @@ def run(
         measured |= evaluated
         trainer.log_metrics("eval", evaluated)
         trainer.save_metrics("eval", evaluated)
-        if trainer.is_world_process_zero():
+        if trainer.is_world_process_zero() and metrics.confusion_matrix is not None:
             _write_confusion_matrix(metrics.confusion_matrix, model.config, training_args.output_dir)
+    examples = []
     if training_args.do_train:
         trainer.save_model()
         trainer.save_state()
         if trainer.is_world_process_zero():
-            finish_folder(trainer, data, model_args, augmentation_args, measured, metrics.confusion_matrix)
+            examples = finish_folder(trainer, data, arguments, measured, metrics.confusion_matrix)
         # Last, since it marks the folder as finished.
         trainer.save_metrics("train", {k: v for k, v in measured.items() if not k.startswith("eval_")})
-    return RunResult(Path(training_args.output_dir), measured, data, training_args.do_train)
+    return RunResult(Path(training_args.output_dir), measured, data, training_args.do_train, examples)
 
 
 def load_model(
@@ -132,16 +144,19 @@ def load_model(
         config = new(**names, **args.overrides | sizes)
         return RefinerForImageClassification(config, args.refine_implementation), None
 
-    hub = {"cache_dir": args.cache_dir, "revision": args.revision}
+    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
     config = AutoConfig.from_pretrained(args.model_name_or_path, **hub)
     if not isinstance(config, RefinerConfig):
         raise ValueError(f"{args.model_name_or_path} is a {config.model_type!r} model, not a Refiner.")
-    model = RefinerForImageClassification.from_pretrained(
-        args.model_name_or_path,
-        refine_implementation=args.refine_implementation,
-        **hub,
-        **args.overrides | sizes,
-    )
+    try:
+        model = RefinerForImageClassification.from_pretrained(
+            args.model_name_or_path,
+            refine_implementation=args.refine_implementation,
+            **hub,
+            **args.overrides | sizes,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"The weights of {args.model_name_or_path} don't fit the network: {error}") from error
     model_labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
     if keep_labels or set(labels) == set(model_labels):
         return model, match_labels(labels, model_labels)
@@ -163,14 +178,18 @@ def load_processor(args: ModelArguments, config: RefinerConfig) -> RefinerImageP
         return RefinerImageProcessor(**changes)
     try:
         return RefinerImageProcessor.from_pretrained(
-            args.model_name_or_path, cache_dir=args.cache_dir, revision=args.revision, **changes
+            args.model_name_or_path,
+            cache_dir=args.cache_dir,
+            revision=args.model_revision,
+            token=args.token,
+            **changes,
         )
     except OSError:
         logger.warning(f"{args.model_name_or_path} has no image processor; taking the standard one.")
         return RefinerImageProcessor(**changes)
 
 
-def _prepare_output_folder(args: RefinerTrainingArguments) -> str | None:
+def _prepare_output_folder(args: RefinerTrainingArguments, arguments: dict[str, Any]) -> str | None:
     """Checks that the folder can be written and holds nothing to lose. Returns the checkpoint to go on from."""
     folder = Path(args.output_dir)
     try:
@@ -179,22 +198,40 @@ def _prepare_output_folder(args: RefinerTrainingArguments) -> str | None:
             pass
     except OSError as error:
         raise OSError(f"The output folder {folder} can't be written: {error}. Give another --output_dir.") from error
+    if (folder / FINISHED_FILE).exists():
+        raise ValueError(f"{folder} holds a finished training run. Give another --output_dir, or remove that one.")
     if not args.do_train:
         return None
     if args.resume_from_checkpoint and args.resume_from_checkpoint not in ("True", "true"):
         if not os.path.isdir(args.resume_from_checkpoint):
             raise ValueError(f"There is no checkpoint {args.resume_from_checkpoint}.")
         return args.resume_from_checkpoint
-    if (folder / FINISHED_FILE).exists():
-        raise ValueError(f"{folder} holds a finished training run. Give another --output_dir, or remove that one.")
     if any(folder.iterdir()) and not (folder / RUN_FILE).exists():
         raise ValueError(f"{folder} isn't empty and holds no training run of ours. Give another --output_dir.")
     checkpoint = _last_whole_checkpoint(folder)
     if checkpoint:
+        _check_same_run(folder, arguments)
         logger.warning(f"Going on from {checkpoint}.")
     elif args.resume_from_checkpoint:
         raise ValueError(f"There is no checkpoint in {folder} to resume from.")
     return checkpoint
+
+
+def _check_same_run(folder: Path, arguments: dict[str, Any]) -> None:
+    """A run may go on for longer or on other hardware, but with the network and the data that it began with."""
+    begun = without_paths(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
+    arguments = without_paths(arguments)
+    changed = [
+        f"{name} was {begun[group].get(name)!r} and is now {value!r}"
+        for group in ("model", "data", "augmentation")
+        for name, value in arguments[group].items()
+        if name not in _MAY_CHANGE and begun[group].get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run that broke off, but its options differ: {'; '.join(changed)}. Start it with the "
+            "same options to go on, or give another --output_dir."
+        )
 
 
 def _last_whole_checkpoint(folder: Path) -> str | None:
@@ -225,17 +262,15 @@ def _some(train, args: RefinerTrainingArguments):
     return train.shuffle(seed=args.seed).select(range(min(number, len(train))))
 
 
-def _write_run_file(model_args, data_args, augmentation_args, training_args: RefinerTrainingArguments) -> None:
-    if not training_args.should_save:
-        return
-    everything = {
-        "model": {name: value for name, value in vars(model_args).items() if name != "overrides"},
-        "data": vars(data_args),
-        "augmentation": vars(augmentation_args),
+def _as_dict(model_args, data_args, augmentation_args, training_args: RefinerTrainingArguments) -> dict[str, Any]:
+    return {
+        "model": {
+            name: value for name, value in vars(model_args).items() if name not in ("config_overrides", "token")
+        },
+        "data": dict(vars(data_args)),
+        "augmentation": dict(vars(augmentation_args)),
         "training": training_args.to_sanitized_dict(),
     }
-    path = Path(training_args.output_dir) / RUN_FILE
-    path.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_confusion_matrix(counts: list[list[int]], config: RefinerConfig, folder: str) -> None:

@@ -100,6 +100,19 @@ class TestFolders:
         with pytest.raises(ValueError, match="no folder|subfolder"):
             load(train_dir=str(tmp_path / "photos"))
 
+    @pytest.mark.parametrize("name", ["train_{}", "ILSVRC2012_val_{}", "test_{}", "val-{}"])
+    def test_names_that_look_like_splits_lose_nothing(self, tmp_path, name):
+        folder = write_folder(tmp_path / "my [photos]", labels=("train", "plane", "test"))
+        for path in folder.rglob("*.png"):
+            path.rename(path.with_name(name.format(path.name)))
+        data = load(train_dir=str(folder), need_evaluation=False)
+        assert len(data.train) == 24 and data.labels == ["plane", "test", "train"]
+
+    def test_a_folder_of_splits_gives_its_name(self, tmp_path):
+        for split in ("train", "val"):
+            write_folder(tmp_path / "pets" / split)
+        assert load(train_dir=str(tmp_path / "pets/train"), validation_dir=str(tmp_path / "pets/val")).name == "pets"
+
 
 class TestOtherSources:
     @pytest.fixture
@@ -139,6 +152,8 @@ class TestOtherSources:
         for split, name in ((table, "train"), (table.select(range(5)), "validation")):
             split.to_parquet(str(tmp_path / "tables" / f"{name}.parquet"))
         data = load(dataset_name=str(tmp_path / "tables"), streaming=True, max_eval_samples=3)
+        order = labels_of(data.train)
+        assert sorted(order) == labels_of(load(dataset_name=str(tmp_path / "tables")).train) and order != sorted(order)
         assert isinstance(data.train, datasets.IterableDataset) and data.labels == ["blue", "green", "red"]
         processor = RefinerImageProcessor(size={"height": 16, "width": 16})
         rows = list(with_transform(data.evaluation, PrepareImages(evaluation_pixels(processor))))
@@ -202,6 +217,31 @@ class TestTransforms:
         assert ids == [2, 3, 0]
         rows = with_transform(data.train, PrepareImages(evaluation_pixels(processor), ids))[:24]
         assert rows["labels"] == [ids[label] for label in labels_of(data.train)]
+
+    @pytest.mark.parametrize("label", [-1, 3, None])
+    def test_labels_out_of_range(self, label, processor, folder):
+        row = load(train_dir=str(folder), need_evaluation=False).train[0]
+        with pytest.raises(ValueError, match="label"):
+            PrepareImages(evaluation_pixels(processor), [2, 1, 0])({"image": [row["image"]], "labels": [label]})
+
+    def test_files_are_turned_upright(self, tmp_path):
+        pixels = np.arange(20 * 30 * 3, dtype=np.uint32).reshape(20, 30, 3).astype(np.uint8)
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+        turned = decode_image({"path": str(tmp_path / "a.png"), "bytes": None})
+        assert (np.asarray(turned) == np.rot90(pixels, -1)).all()
+
+    def test_options_reach_the_transform(self, processor):
+        def transforms(**fields):
+            return repr(training_pixels(processor, AugmentationArguments(**fields)).args[0])
+
+        assert "RandAugment" in transforms(auto_augment="rand-m9-mstd0.5-inc1")
+        assert "RandAugment" not in transforms() and "RandomErasing" not in transforms()
+        assert "RandomErasing" in transforms(random_erasing=0.25)
+        assert "HorizontalFlip" in transforms() and "HorizontalFlip" not in transforms(horizontal_flip=False)
+        assert "ColorJitter" in transforms(color_jitter=0.2) and "ColorJitter" not in transforms()
+        assert "bicubic" in transforms() and "0.5" in transforms(crop_min_scale=0.5)
 
     def test_labels_that_the_model_does_not_know(self):
         assert match_labels(["a", "b"], ["a", "b"]) is None

@@ -40,7 +40,7 @@ def trained(photos, tmp_path_factory):
         [
             "--train_dir", str(photos), "--output_dir", str(folder), *QUICK, "--num_train_epochs", "8",
             "--train_val_split", "0.25", "--eval_strategy", "epoch", "--logging_steps", "1", "--with_code",
-            "--weights_license", "apache-2.0",
+            "--weights_license", "apache-2.0", "--example_pictures", "8",
         ]
     )  # fmt: skip
     return folder, result
@@ -75,7 +75,15 @@ class TestFinishedFolder:
             assert f"]({picture})" in card.text
             assert Image.open(folder / picture).size[0] > 300
         assert "bibtex" in card.text and "Limits" in card.text and "24 x" not in card.text
-        assert str(folder.parent) not in card.text
+        for line in ("drop_path_rate | 0.1", "train_val_split | 0.25", "crop_pct (evaluation) | 1"):
+            assert f"| {line} |" in card.text
+
+    def test_no_path_of_this_machine_is_published(self, trained):
+        folder, _ = trained
+        for path in folder.iterdir():
+            if path.suffix in (".json", ".md", ".csv"):
+                assert str(folder.parent) not in path.read_text() and "/data0/" not in path.read_text(), path.name
+        assert load_json(folder / "training_arguments.json")["data"]["train_dir"] == "photos"
 
     def test_example_pictures(self, trained):
         examples = sorted((trained[0] / "examples").iterdir())
@@ -118,6 +126,9 @@ class TestFinishedFolder:
     def test_finished_runs_are_not_overwritten(self, trained, photos):
         folder, _ = trained
         before = (folder / "model.safetensors").read_bytes()
+        evaluate = ["--model_name_or_path", str(folder), "--train_dir", str(photos), "--do_eval"]
+        with pytest.raises(SystemExit, match="finished training run"):
+            main([*evaluate, "--output_dir", str(folder)])
         with pytest.raises(SystemExit, match="finished training run"):
             main(["--train_dir", str(photos), "--output_dir", str(folder), *QUICK])
         assert (folder / "model.safetensors").read_bytes() == before
@@ -133,6 +144,8 @@ config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 assert type(config).__module__.startswith("transformers_modules"), type(config)
 model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
 base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+larger = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True, image_size=24)
+assert larger.base_model.embeddings.position_embeddings.shape[1] == 37
 processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
 assert type(base).__name__ == "RefinerModel" and type(processor).__name__ == "RefinerImageProcessor"
 from PIL import Image
@@ -253,7 +266,7 @@ class TestMoreData:
             ["from_scratch", "--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), "--max_steps", "2",
              "--config_overrides", json.dumps(overrides), "--dataloader_num_workers", "0", "--use_cpu",
              "--eval_strategy", "no", "--load_best_model_at_end", "False", "--save_strategy", "no",
-             "--example_pictures", "0", "--report_to", "none", "--disable_tqdm", "True"]
+             "--report_to", "none", "--disable_tqdm", "True"]
         )  # fmt: skip
         card = (tmp_path / "out" / "README.md").read_text()
         assert "rand-m9-mstd0.5-inc1" in card and "predictions.png" not in card
@@ -268,7 +281,7 @@ class TestMoreData:
         command = ["--dataset_name", str(tmp_path / "tables"), "--streaming", *QUICK, "--output_dir"]
         with pytest.raises(SystemExit, match="--max_steps"):
             main([*command, str(tmp_path / "first")])
-        result = main([*command, str(tmp_path / "out"), "--max_steps", "3", "--logging_steps", "1"])
+        result = main([*command, str(tmp_path / "out"), "--max_steps", "3", "--example_pictures", "2"])
         assert 0 <= result.metrics["eval_accuracy"] <= 1
         assert (tmp_path / "out" / "predictions.png").exists()
 
@@ -296,6 +309,12 @@ class TestBadInput:
             (["--norm_statistics_images", "-1"], "norm_statistics_images"),
             (["--no_such_option", "1"], "no_such_option"),
             (["--model_size", "huge"], "huge"),
+            (["--config_overrides", '{"expansion_rate": 6}'], "expansion_rate"),
+            (["--config_overrides", '{"num_labels": 7}'], "num_labels"),
+            (["--random_erasing", "2"], "random_erasing"),
+            (["--label_smoothing_factor", "2"], "label_smoothing_factor"),
+            (["--crop_pct", "-1"], "crop_pct"),
+            (["--do_train", "False"], "Nothing to do"),
         ],
     )
     def test_options(self, tmp_path, photos, words, message, capsys):
@@ -303,6 +322,33 @@ class TestBadInput:
             main(["--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK, *words])
         assert message in str(error.value) + capsys.readouterr().err
         assert not (tmp_path / "out").exists()
+
+    def test_unknown_augmentation(self, tmp_path, photos):
+        words = ["--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK]
+        with pytest.raises(SystemExit, match="--auto_augment nonsense"):
+            main([*words, "--auto_augment", "nonsense"])
+
+    def test_evaluation_without_a_model(self, tmp_path, photos):
+        with pytest.raises(SystemExit, match="--model_name_or_path"):
+            main(["--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), "--do_eval", "--use_cpu"])
+
+    def test_one_label(self, tmp_path):
+        data = write_folder(tmp_path / "data", labels=("red",))
+        with pytest.raises(SystemExit, match="one label only"):
+            main(["--train_dir", str(data), "--output_dir", str(tmp_path / "out"), *QUICK])
+
+    def test_file_that_is_no_recipe(self, tmp_path):
+        (tmp_path / "options.yaml").write_text("a: [b")
+        with pytest.raises(SystemExit, match="options.yaml isn't"):
+            main([str(tmp_path / "options.yaml")])
+
+    @pytest.mark.parametrize("overrides", ['{"hidden_size": 48}', '{"num_hidden_layers": 1}', '{"hidden_act": "x"}'])
+    def test_overrides_that_do_not_fit_a_checkpoint(self, trained, tmp_path, photos, overrides):
+        with pytest.raises(SystemExit, match="Error"):
+            main(
+                ["--model_name_or_path", str(trained[0]), "--train_dir", str(photos), "--use_cpu",
+                 "--output_dir", str(tmp_path / "out"), "--config_overrides", overrides]
+            )  # fmt: skip
 
     def test_missing_recipe(self):
         with pytest.raises(SystemExit, match="digits, fine_tune, from_scratch"):
@@ -371,6 +417,9 @@ def test_a_checkpoint_that_was_cut_off_is_left_aside(tmp_path, photos, monkeypat
     for name in ("train_results.json", "README.md"):
         (tmp_path / "out" / name).unlink()
     (tmp_path / "out" / "checkpoint-9" / "trainer_state.json").write_text('{"epoch": ')
+    other = write_folder(tmp_path / "data", labels=("cat", "dog"))
+    with pytest.raises(SystemExit, match="train_dir was 'photos' and is now 'data'"):
+        main([*options[:1], str(other), *options[2:]])
     main(options)
     assert any("checkpoint-9 is incomplete" in line for line in said)
     assert any("Going on from" in line and "checkpoint-6" in line for line in said)

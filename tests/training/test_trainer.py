@@ -227,8 +227,33 @@ class TestNormStatistics:
         trainer.train()
         evaluated = next(e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e)
         saved = RefinerForImageClassification.from_pretrained(next(tmp_path.glob("checkpoint-*")))
+        by_hand = copy.deepcopy(model)
+        reestimate_norm_statistics(by_hand, data.pixels.split(8))
+        for name, buffer in by_hand.named_buffers():
+            assert_close(saved.state_dict()[name].float(), buffer.float(), 1e-5, name)
         with torch.no_grad():
             assert saved(data.pixels, labels=data.labels).loss.item() == pytest.approx(evaluated, rel=1e-4)
+
+    @pytest.mark.parametrize("save_strategy", ["epoch", "no"])
+    def test_also_without_evaluation(self, tiny_model, tmp_path, save_strategy):
+        model, data = tiny_model(), Images()
+        args = arguments(tmp_path, save_strategy=save_strategy)
+        RefinerTrainer(model, args, train_dataset=data, callbacks=[NormStatisticsCallback(data, 8)]).train()
+        by_hand = copy.deepcopy(model)
+        reestimate_norm_statistics(by_hand, data.pixels.split(8))
+        models = [model]
+        if save_strategy == "epoch":
+            models.append(RefinerForImageClassification.from_pretrained(next(tmp_path.glob("checkpoint-*"))))
+        for trained in models:
+            for name, buffer in by_hand.named_buffers():
+                assert_close(trained.state_dict()[name].float(), buffer.float(), 1e-5, name)
+
+    def test_survive_a_batch_that_fails(self, tiny_model):
+        model = tiny_model()
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        with pytest.raises(ValueError):
+            reestimate_norm_statistics(model, [torch.randn(2, 3, 16, 16), torch.randn(2, 1, 16, 16)])
+        assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
     def test_do_not_touch_the_training(self, tiny_model, tmp_path):
         curves = []

@@ -74,7 +74,7 @@ def plot_predictions(images: list[Image.Image], titles: list[str], path: str | P
     columns = min(len(images), 4)
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(2.6 * columns, 2.9 * rows), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.set_axis_off()
     for axis, image, title in zip(axes, images, titles):

@@ -32,7 +32,8 @@ _NOT_IN_CARD = {
     "remove_unused_columns", "with_code", "weights_license", "example_pictures", "logging_steps", "logging_strategy",
     "logging_first_step", "eval_strategy", "save_strategy", "save_total_limit", "do_train", "do_eval",
     "resume_from_checkpoint", "dataloader_num_workers", "dataloader_pin_memory", "local_rank", "deepspeed_plugin",
-    "distributed_state", "label_names", "project", "trackio_space_id",
+    "distributed_state", "label_names", "train_batch_size",
+    "eval_batch_size", "per_device_eval_batch_size", "project", "trackio_space_id",
 }  # fmt: skip
 _ALWAYS_IN_CARD = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",

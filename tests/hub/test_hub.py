@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -97,5 +98,6 @@ class TestPictures:
 
     @pytest.mark.parametrize("count", [1, 3, 8])
     def test_predictions(self, tmp_path, count):
-        plot_predictions([Image.new("L", (8, 8))] * count, ["x"] * count, tmp_path / "a.png")
-        assert Image.open(tmp_path / "a.png").size[0] > 100
+        plot_predictions([Image.new("RGB", (8, 8), (200, 0, 0))] * count, ["x"] * count, tmp_path / "a.png")
+        picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
+        assert ((picture == (200, 0, 0)).all(-1).mean() > 0.3) and picture.shape[1] > 100

@@ -402,6 +402,8 @@ def test_a_killed_run_goes_on(tmp_path, photos):
     )
     assert "Going on from" in again.stderr + again.stdout
     assert history(tmp_path / "broken") == pytest.approx(history(tmp_path / "unbroken"), rel=1e-4)
+    assert " steps in " in (tmp_path / "unbroken" / "README.md").read_text()
+    assert " steps in " not in (tmp_path / "broken" / "README.md").read_text()
 
 
 def test_a_checkpoint_that_was_cut_off_is_left_aside(tmp_path, photos, monkeypatch):

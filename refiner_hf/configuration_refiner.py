@@ -199,6 +199,11 @@ class RefinerConfig(PreTrainedConfig):
         (height, width), (patch_height, patch_width) = self.image_height_width, self.patch_height_width
         return height // patch_height, width // patch_width
 
+    @property
+    def label_names(self) -> list[str]:
+        """The labels' names in the order of the logits."""
+        return [self.id2label[i] for i in range(self.num_labels)]
+
     # Checks between fields; `strict` calls each `validate_*` at construction.
 
     def validate_image_and_patch_size(self):

@@ -75,8 +75,8 @@ def load_image_data(args: DataArguments, *, need_train: bool, need_evaluation: b
     return ImageData(
         name=name,
         labels=names,
-        train=_at_most(train, args.max_train_samples, seed),
-        evaluation=_at_most(evaluation, args.max_eval_samples, seed),
+        train=at_most(train, args.max_train_samples, seed),
+        evaluation=at_most(evaluation, args.max_eval_samples, seed),
         evaluation_split=evaluation_split or "none",
         hub_id=args.dataset_name if args.dataset_name and not os.path.exists(args.dataset_name) else None,
     )
@@ -193,7 +193,8 @@ def _hold_out(train, share: float, seed: int):
     return parts["train"], parts["test"]
 
 
-def _at_most(data, number: int | None, seed: int):
+def at_most(data: Dataset | IterableDataset | None, number: int | None, seed: int) -> Dataset | IterableDataset | None:
+    """`number` images at random, the same ones for a seed; the first ones of a stream; all where it is `None`."""
     if data is None or number is None:
         return data
     if isinstance(data, IterableDataset):

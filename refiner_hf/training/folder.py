@@ -83,13 +83,11 @@ def finish_folder(
     for name in (RUN_FILE, "trainer_state.json"):
         write_json(folder / name, without_paths(json.loads((folder / name).read_text(encoding="utf-8"))))
 
-    config = trainer.model.config
-    labels = [config.id2label[i] for i in range(config.num_labels)]
     caption = "Loss and accuracy during training; only the training loss has the regularisation in it"
     pictures = [("learning_curve.png", caption)]
     plot_learning_curve(trainer.state.log_history, folder / pictures[0][0])
     if confusion_matrix is not None:
-        plot_confusion_matrix(confusion_matrix, labels, folder / "confusion_matrix.png")
+        plot_confusion_matrix(confusion_matrix, trainer.model.config.label_names, folder / "confusion_matrix.png")
         pictures.append(("confusion_matrix.png", f"Confusion matrix on {data.evaluation_split}"))
     examples = predict_examples(folder, data, args.example_pictures or EXAMPLES) if data.evaluation is not None else []
     if examples and args.example_pictures:
@@ -176,7 +174,7 @@ def _facts(
         pictures=pictures,
         architecture=describe_network(trainer.model),
         data=f"{data.name}: {_length(data.train)} training images, {_length(data.evaluation)} evaluation images "
-        f"({data.evaluation_split}). Labels: {_name_some([config.id2label[i] for i in range(config.num_labels)])}.",
+        f"({data.evaluation_split}). Labels: {_name_some(config.label_names)}.",
         training=_training(trainer, arguments, measured),
         metrics=metrics,
         dataset_name=data.name,

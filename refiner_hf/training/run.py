@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..configuration_refiner import RefinerConfig
 from ..data.arguments import AugmentationArguments, DataArguments
-from ..data.sources import ImageData, load_image_data
+from ..data.sources import ImageData, at_most, load_image_data
 from ..data.transforms import PrepareImages, evaluation_pixels, match_labels, training_pixels, with_transform
 from ..image_processing_refiner import RefinerImageProcessor
 from ..modeling_refiner import RefinerForImageClassification
@@ -84,8 +84,10 @@ def run(
         if training_args.freeze_norms:
             model.freeze_norms()
         elif training_args.norm_statistics_images:
-            some = with_transform(_some(train, training_args), for_evaluation)
-            callbacks.append(NormStatisticsCallback(some, training_args.per_device_eval_batch_size))
+            # Always the same training images.
+            some = at_most(train, training_args.norm_statistics_images, training_args.seed)
+            for_statistics = with_transform(some, for_evaluation)
+            callbacks.append(NormStatisticsCallback(for_statistics, training_args.per_device_eval_batch_size))
         if training_args.should_save:
             write_json(Path(training_args.output_dir) / RUN_FILE, arguments)
 
@@ -160,7 +162,7 @@ def load_model(
         )
     except RuntimeError as error:
         raise ValueError(f"The weights of {args.model_name_or_path} don't fit the network: {error}") from error
-    model_labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+    model_labels = model.config.label_names
     if keep_labels or set(labels) == set(model_labels):
         return model, match_labels(labels, model_labels)
     logger.warning(
@@ -257,14 +259,6 @@ def _check_length(train, args: RefinerTrainingArguments) -> None:
         raise ValueError("There are no training images.")
 
 
-def _some(train, args: RefinerTrainingArguments):
-    """The training images over which norm statistics are re-estimated: always the same ones."""
-    number = args.norm_statistics_images
-    if not hasattr(train, "__len__"):
-        return train.take(number)
-    return train.shuffle(seed=args.seed).select(range(min(number, len(train))))
-
-
 def _as_dict(model_args, data_args, augmentation_args, training_args: RefinerTrainingArguments) -> dict[str, Any]:
     return {
         "model": {
@@ -277,7 +271,7 @@ def _as_dict(model_args, data_args, augmentation_args, training_args: RefinerTra
 
 
 def _write_confusion_matrix(counts: list[list[int]], config: RefinerConfig, folder: str) -> None:
-    labels = [config.id2label[i] for i in range(config.num_labels)]
+    labels = config.label_names
     with open(Path(folder) / CONFUSION_MATRIX, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["true label \\ predicted", *labels])

@@ -17,6 +17,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
 
@@ -25,7 +26,7 @@ REFINEMENTS = ("expansion_convolution", "convolution", "expansion")
 
 
 @strict
-class RefinerConfig(PreTrainedConfig):
+class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a Refiner: a vision transformer whose attention maps are refined before they weight the values
     (Zhou et al., 2021, [arXiv 2106.03714](https://huggingface.co/papers/2106.03714)).
@@ -101,6 +102,13 @@ class RefinerConfig(PreTrainedConfig):
         cosine_regularizer_repeated_pairs (`bool`, *optional*, defaults to `False`):
             Whether to count pairs in which a `shared_refined` layer passes on the very map that it got (similarity
             1, no gradient), as the reference does.
+        apply_layernorm (`bool`, *optional*, defaults to `True`):
+            Whether [`RefinerBackbone`] puts its feature maps through the last layer norm.
+        reshape_hidden_states (`bool`, *optional*, defaults to `True`):
+            Whether [`RefinerBackbone`] gives feature maps (batch, width, rows, columns), or the tokens as they are.
+        out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):
+            Which of `stage_names` ("stem", "stage1", ...) [`RefinerBackbone`] gives, by name or number. By default
+            the last. `ValueError` where there is no such stage.
 
     Raises:
         `StrictDataclassError` (of `huggingface_hub.errors`): sizes that don't fit each other, an unknown attention
@@ -147,6 +155,10 @@ class RefinerConfig(PreTrainedConfig):
     token_mixing: bool = False
     cosine_regularizer_weight: float | int = 0.0
     cosine_regularizer_repeated_pairs: bool = False
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         if self.intermediate_size is None:
@@ -154,6 +166,7 @@ class RefinerConfig(PreTrainedConfig):
         if self.attention_types is None:
             self.attention_types = [("plain", "shared_refined")[i % 2] for i in range(self.num_hidden_layers)]
         self.attention_types = list(self.attention_types)
+        self.set_output_features_output_indices(kwargs.pop("out_features", None), kwargs.pop("out_indices", None))
         super().__post_init__(**kwargs)
 
     # The published networks. Drop path is that of training without token labels.
@@ -198,6 +211,11 @@ class RefinerConfig(PreTrainedConfig):
         """Number of patches, down and across."""
         (height, width), (patch_height, patch_width) = self.image_height_width, self.patch_height_width
         return height // patch_height, width // patch_width
+
+    @property
+    def stage_names(self) -> list[str]:
+        """What a backbone can give: the embeddings and each layer's output."""
+        return ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
 
     @property
     def label_names(self) -> list[str]:

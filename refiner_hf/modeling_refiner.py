@@ -28,9 +28,15 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    MaskedImageModelingOutput,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging
@@ -121,10 +127,11 @@ class RefinerPatchEmbeddings(nn.Module):
 class RefinerEmbeddings(nn.Module):
     """Patches with the class token before them and positions added."""
 
-    def __init__(self, config: RefinerConfig):
+    def __init__(self, config: RefinerConfig, use_mask_token: bool = False):
         super().__init__()
         self.config = config
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if use_mask_token else None
         self.patch_embeddings = RefinerPatchEmbeddings(config)
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + math.prod(config.patch_grid), config.hidden_size))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
@@ -143,14 +150,32 @@ class RefinerEmbeddings(nn.Module):
         pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool | None = None,
         mixing_mask: torch.BoolTensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
     ) -> torch.Tensor:
         """(B, C, height, width) -> (B, N, D)."""
         grid = self._check(pixel_values, interpolate_pos_encoding)
+        if bool_masked_pos is not None:
+            masked = self._masked_patches(bool_masked_pos, pixel_values.shape[0], grid)
+            # The stem's convolutions look across the borders of patches, so the pixels are hidden from it as well.
+            pixel_values = pixel_values.masked_fill(patches_to_pixels(masked, self.config.patch_height_width), 0)
         patches = self.patch_embeddings(pixel_values)
+        if bool_masked_pos is not None:
+            patches = torch.where(masked.flatten(1).unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
         if mixing_mask is not None:
             patches = mix_tokens(patches, mixing_mask)
         embeddings = torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1)
         return self.dropout(embeddings + self.resized_positions(grid, mode="bilinear", align_corners=True))
+
+    def _masked_patches(self, bool_masked_pos: torch.Tensor, batch: int, grid: tuple[int, int]) -> torch.BoolTensor:
+        """(B, P) or (B, rows, columns) -> (B, rows, columns)."""
+        if self.mask_token is None:
+            raise ValueError("This model has no mask token: make it with use_mask_token=True to use bool_masked_pos.")
+        if bool_masked_pos.shape not in ((batch, math.prod(grid)), (batch, *grid)):
+            raise ValueError(
+                f"bool_masked_pos must have shape {(batch, math.prod(grid))} or {(batch, *grid)}, one value for each "
+                f"patch of each image, got {tuple(bool_masked_pos.shape)}."
+            )
+        return bool_masked_pos.bool().view(batch, *grid)
 
     def _check(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None) -> tuple[int, int]:
         if pixel_values.ndim != 4:
@@ -178,6 +203,11 @@ class RefinerEmbeddings(nn.Module):
                 "interpolate_pos_encoding=True."
             )
         return height // patch_height, width // patch_width
+
+
+def patches_to_pixels(mask: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
+    """A mask of patches (B, rows, columns) as one of pixels, (B, 1, height, width)."""
+    return mask.repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2).unsqueeze(1)
 
 
 class RefinerAttention(nn.Module):
@@ -314,6 +344,8 @@ class RefinerPreTrainedModel(PreTrainedModel):
         if isinstance(module, RefinerEmbeddings):
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+            if module.mask_token is not None:
+                init.zeros_(module.mask_token)
         elif isinstance(module, RefinerLayerScale):
             init.constant_(module.lambda1, self.config.layerscale_value)
 
@@ -410,13 +442,14 @@ class RefinerModel(RefinerPreTrainedModel):
     Args:
         config ([`RefinerConfig`]): the architecture.
         refine_implementation (`str`, *optional*, defaults to `"auto"`): how attention maps are refined.
+        use_mask_token (`bool`, *optional*, defaults to `False`): a learned embedding for masked patches.
     """
 
-    def __init__(self, config: RefinerConfig, refine_implementation: str = "auto"):
+    def __init__(self, config: RefinerConfig, refine_implementation: str = "auto", use_mask_token: bool = False):
         config.validate()  # fields may have been changed since it was made, by from_pretrained's keywords for one
         super().__init__(config)
         drop_path = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
-        self.embeddings = RefinerEmbeddings(config)
+        self.embeddings = RefinerEmbeddings(config, use_mask_token)
         self.layers = nn.ModuleList(
             RefinerLayer(config, attention_type, rate, refine_implementation)
             for attention_type, rate in zip(config.attention_types, drop_path)
@@ -431,6 +464,7 @@ class RefinerModel(RefinerPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         mixing_mask: torch.BoolTensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefinerModelOutput:
         r"""
@@ -440,6 +474,8 @@ class RefinerModel(RefinerPreTrainedModel):
                 positions interpolated on the fly (bilinear, corners aligned, as in the reference's forward).
             mixing_mask (`torch.BoolTensor` of shape (grid height, grid width), *optional*): box of patches to swap
                 between the images of the batch (token mixing).
+            bool_masked_pos (`torch.BoolTensor` of shape (B, P), *optional*): true for the patches to hide behind the
+                mask token, see [`RefinerForMaskedImageModeling`].
             output_hidden_states, output_attentions, return_dict (`bool`, *optional*): as everywhere in transformers.
 
         Returns:
@@ -451,7 +487,7 @@ class RefinerModel(RefinerPreTrainedModel):
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
-        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, mixing_mask)
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, mixing_mask, bool_masked_pos)
 
         attention_map, similarities = None, []
         for i, layer in enumerate(self.layers):
@@ -575,6 +611,149 @@ class RefinerForImageClassification(RefinerPreTrainedModel):
         )
 
 
+class RefinerForMaskedImageModeling(RefinerPreTrainedModel):
+    """
+    A Refiner that learns to paint masked patches from the others, for pretraining without labels (as in SimMIM,
+    [arXiv 2111.09886](https://huggingface.co/papers/2111.09886)): masked patches are replaced by a learned token, and
+    a linear layer predicts their pixels.
+
+    What is under the mask reaches nothing but the loss, also with the convolutional stem, which looks across patches.
+
+    Args:
+        config ([`RefinerConfig`]): the architecture.
+        refine_implementation (`str`, *optional*, defaults to `"auto"`): how attention maps are refined.
+    """
+
+    def __init__(self, config: RefinerConfig, refine_implementation: str = "auto"):
+        super().__init__(config)
+        self.refiner = RefinerModel(config, refine_implementation, use_mask_token=True)
+        self.decoder = nn.Linear(config.hidden_size, config.num_channels * math.prod(config.patch_height_width))
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedImageModelingOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape (B, C, height, width)): images, as the image processor gives them.
+            bool_masked_pos (`torch.BoolTensor` of shape (B, P), *optional*): true for the patches to hide.
+            interpolate_pos_encoding (`bool`, *optional*): take images of another size, see [`RefinerModel.forward`].
+            output_hidden_states, output_attentions, return_dict (`bool`, *optional*): as everywhere in transformers.
+
+        Returns:
+            [`~transformers.modeling_outputs.MaskedImageModelingOutput`]: `reconstruction` (B, C, height, width) in
+            the scale of `pixel_values`, and with `bool_masked_pos` the `loss`: mean absolute difference over the
+            masked pixels, 0 where nothing is masked.
+
+        Raises:
+            `ValueError`: images or masks that don't fit the model.
+        """
+        outputs: RefinerModelOutput = self.refiner(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            bool_masked_pos=bool_masked_pos,
+            **kwargs,
+        )
+        height, width = pixel_values.shape[-2:]
+        patch_height, patch_width = self.config.patch_height_width
+        rows, columns = height // patch_height, width // patch_width
+        reconstruction = (
+            self.decoder(outputs.last_hidden_state[:, 1:])
+            .view(-1, rows, columns, self.config.num_channels, patch_height, patch_width)
+            .permute(0, 3, 1, 4, 2, 5)
+            .reshape(-1, self.config.num_channels, height, width)
+        )
+
+        loss = None
+        if bool_masked_pos is not None:
+            masked = patches_to_pixels(bool_masked_pos.bool().view(-1, rows, columns), (patch_height, patch_width))
+            difference = (reconstruction - pixel_values).abs() * masked
+            loss = difference.sum() / (self.config.num_channels * masked.sum()).clamp(min=1)
+            if outputs.map_similarity is not None:
+                loss = loss + self.config.cosine_regularizer_weight * outputs.map_similarity
+
+        return MaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=reconstruction,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class RefinerBackbone(BackboneMixin, RefinerModel):
+    """
+    A Refiner that gives the feature maps of chosen layers to a detection or segmentation head: `"stem"` is the
+    embeddings, `"stage1"`, `"stage2"`, ... are the layers' outputs. `config.out_features` or `config.out_indices`
+    chooses; by default the last.
+
+    Args:
+        config ([`RefinerConfig`]): the architecture.
+        refine_implementation (`str`, *optional*, defaults to `"auto"`): how attention maps are refined.
+
+    Example:
+
+    ```python
+    >>> import refiner_hf
+    >>> from transformers import AutoBackbone
+
+    >>> backbone = AutoBackbone.from_pretrained("USER/my-refiner", out_features=["stage4", "stage8", "stage16"])
+    ```"""
+
+    def __init__(self, config: RefinerConfig, refine_implementation: str = "auto"):
+        super().__init__(config, refine_implementation)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = True,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BackboneOutput:
+        r"""
+        Args:
+            pixel_values (`torch.Tensor` of shape (B, C, height, width)): images; height and width may be any
+                multiples of the patch's.
+            interpolate_pos_encoding (`bool`, *optional*, defaults to `True`): take images of another size than
+                `config.image_size`, see [`RefinerModel.forward`].
+            output_hidden_states, output_attentions, return_dict (`bool`, *optional*): as everywhere in transformers.
+
+        Returns:
+            [`~transformers.modeling_outputs.BackboneOutput`]: `feature_maps`, for each chosen stage
+            (B, D, grid height, grid width), or (B, N, D) without `config.reshape_hidden_states`; normed by the last
+            layer norm unless `config.apply_layernorm` is off.
+
+        Raises:
+            `ValueError`: missing images, or images of the wrong rank, number of channels or size.
+        """
+        # Not super(): the mixin, which must come first, has a forward of its own that only raises.
+        outputs: RefinerModelOutput = RefinerModel.forward(
+            self, pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+        )
+        patch_height, patch_width = self.config.patch_height_width
+        grid = (pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width)
+        feature_maps = []
+        for stage, features in zip(self.stage_names, outputs.hidden_states):
+            if stage not in self.out_features:
+                continue
+            if self.config.apply_layernorm:
+                features = self.norm(features)
+            if self.config.reshape_hidden_states:
+                features = features[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous()  # (B, D, rows, columns)
+            feature_maps.append(features)
+        return BackboneOutput(
+            feature_maps=tuple(feature_maps),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
 def _saved_image_size(pretrained_model_name_or_path, kwargs: dict[str, Any]) -> int | list[int] | None:
     """The `image_size` in a checkpoint's own config.json, `None` where there is no such file to ask."""
     if pretrained_model_name_or_path is None:
@@ -583,4 +762,10 @@ def _saved_image_size(pretrained_model_name_or_path, kwargs: dict[str, Any]) -> 
     return config.get("image_size", RefinerConfig.image_size)
 
 
-__all__ = ["RefinerForImageClassification", "RefinerModel", "RefinerPreTrainedModel"]
+__all__ = [
+    "RefinerBackbone",
+    "RefinerForImageClassification",
+    "RefinerForMaskedImageModeling",
+    "RefinerModel",
+    "RefinerPreTrainedModel",
+]

@@ -13,14 +13,16 @@ AUTO_MAP = {
     "AutoConfig": "configuration_refiner.RefinerConfig",
     "AutoModel": "modeling_refiner.RefinerModel",
     "AutoModelForImageClassification": "modeling_refiner.RefinerForImageClassification",
+    "AutoModelForMaskedImageModeling": "modeling_refiner.RefinerForMaskedImageModeling",
+    "AutoBackbone": "modeling_refiner.RefinerBackbone",
 }
 PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_refiner.RefinerImageProcessor"}
 
 
 def add_code(folder: str | Path) -> None:
     """
-    Copies the code into a saved model's folder and names it in `config.json` and `preprocessor_config.json`, for all
-    of AutoConfig, AutoModel, AutoModelForImageClassification and AutoImageProcessor. (`register_for_auto_class` would
+    Copies the code into a saved model's folder and names it in `config.json` and `preprocessor_config.json`, for
+    every Auto class. (`register_for_auto_class` would
     name the saved class alone.)
 
     Args:

@@ -45,7 +45,11 @@ class ModelArguments:
             ) from error
         if not isinstance(self.overrides, dict):
             raise ValueError(f"--config_overrides must be a JSON object, got {self.config_overrides}.")
-        fields = {f.name for f in dataclasses.fields(RefinerConfig) if f.name in RefinerConfig.__annotations__}
+        fields = {
+            f.name
+            for f in dataclasses.fields(RefinerConfig)
+            if f.name in RefinerConfig.__annotations__ and f.name[0] != "_"
+        }
         if unknown := sorted(self.overrides.keys() - fields):
             raise ValueError(f"--config_overrides has {unknown}, but the fields of a network are {sorted(fields)}.")
         if self.crop_pct is not None and self.crop_pct <= 0:

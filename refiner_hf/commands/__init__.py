@@ -29,3 +29,8 @@ def convert() -> None:
 def show() -> None:
     """`refiner-show`"""
     _run("show_refinement")
+
+
+def push() -> None:
+    """`refiner-push`"""
+    _run("push_to_hub")

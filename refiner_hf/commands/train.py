@@ -7,6 +7,7 @@ win. Without any, a small Refiner learns scikit-learn's digits. A run that broke
     refiner-train                                                     # digits, under two minutes on 2 CPU cores
     refiner-train from_scratch --train_dir photos --output_dir out    # photos/LABEL/*.jpg
     refiner-train fine_tune --model_name_or_path MODEL --train_dir photos --output_dir out
+    refiner-train from_scratch --train_dir photos --output_dir out --push_to_hub --hub_model_id USER/NAME --verify_push
     refiner-train --model_name_or_path out --validation_dir more_photos --do_eval --output_dir out_eval
 """
 
@@ -53,6 +54,8 @@ def report(result: RunResult, data_args: DataArguments) -> None:
         mark = "" if example.answer == example.label else "   <- wrong"
         print(f"  {example.label:>12}: {example.answer} ({example.score:.1%}){mark}")
     print(f"\nThe finished folder, with model, card and pictures: {result.folder.resolve()}")
+    if result.published:
+        print(f"Published: {result.published.url} (commit {result.published.commit[:8]})")
 
 
 if __name__ == "__main__":

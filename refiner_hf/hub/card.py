@@ -1,6 +1,7 @@
 """Model cards, from what is known of a model."""
 
 import platform
+import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -8,10 +9,13 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch.utils.flop_counter import FlopCounterMode
 
-from ..modeling_refiner import RefinerForImageClassification
+from ..modeling_refiner import RefinerForImageClassification, RefinerPreTrainedModel
 
 
+CLASSIFICATION = "image-classification"
+CODE_TAG = "custom_code"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 CITATION = """@article{zhou2021refiner,
@@ -29,7 +33,8 @@ class CardFacts:
     What a card says. Texts are Markdown; a section whose text is empty is left out.
 
     `metrics` maps a metric's type on the Hub ("accuracy") to a name and a measured value; together with the dataset
-    they become the model-index. `pictures` are (file in the folder, caption).
+    they become the model-index. `pictures` are (file in the folder, caption). `co2` is the metadata's
+    `co2_eq_emissions` ("emissions" in grams, and what more the Hub knows).
     """
 
     title: str
@@ -48,6 +53,10 @@ class CardFacts:
     license: str | None = None
     base_model: str | None = None
     remote_code: bool = False
+    task: str = CLASSIFICATION
+    co2: dict[str, Any] | None = None
+    language: str | None = None
+    tags: list[str] = field(default_factory=list)
 
 
 def make_card(facts: CardFacts) -> ModelCard:
@@ -59,7 +68,7 @@ def make_card(facts: CardFacts) -> ModelCard:
     """
     results = [
         EvalResult(
-            task_type="image-classification",
+            task_type=CLASSIFICATION,
             task_name="Image Classification",
             dataset_type=facts.dataset_id or _slug(facts.dataset_name),
             dataset_name=facts.dataset_name,
@@ -69,17 +78,20 @@ def make_card(facts: CardFacts) -> ModelCard:
             metric_value=value,
         )
         for kind, (name, value) in facts.metrics.items()
+        if facts.dataset_name  # without, a number says nothing
     ]
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag=facts.task,
         license=facts.license,
-        tags=["refiner", "vision", "image-classification"] + (["custom_code"] if facts.remote_code else []),
+        language=facts.language,
+        tags=list(dict.fromkeys(["refiner", "vision", facts.task, *facts.tags, *[CODE_TAG] * facts.remote_code])),
         datasets=[facts.dataset_id] if facts.dataset_id else None,
         metrics=sorted(facts.metrics) or None,
         base_model=facts.base_model,
         model_name=facts.title if results else None,
         eval_results=results or None,
+        co2_eq_emissions=facts.co2,
     )
     text = {name: getattr(facts, name) for name in _TEXTS}
     return ModelCard.from_template(data, template_path=str(TEMPLATE), citation=CITATION, **text)
@@ -88,14 +100,67 @@ def make_card(facts: CardFacts) -> ModelCard:
 _TEXTS = ("title", "summary", "usage", "limits", "results", "pictures", "architecture", "data", "training")
 
 
-def describe_network(model: RefinerForImageClassification) -> str:
-    """A table of a network's architecture and its number of parameters."""
+def basic_card(model: RefinerPreTrainedModel, name: str) -> ModelCard:
+    """A card that says what a model shows of itself, for one that comes without a card."""
+    task = task_of(model)
+    return make_card(
+        CardFacts(
+            title=name.split("/")[-1],
+            summary=f"A Refiner (`{type(model).__name__}`).",
+            usage=usage_example(name, False, task),
+            architecture=describe_network(model),
+            limits="How this model was trained, on what, and how well it does was not recorded when it was published. "
+            "Ask whoever published it.",
+            task=task,
+        )
+    )
+
+
+def for_repository(card: ModelCard, repo_id: str, remote_code: bool, revision: str | None = None) -> ModelCard:
+    """A card whose [`usage_example`] names the repository; other code in it, and anything else, stays."""
+
+    def usage(found: re.Match) -> str:
+        return f"```python\n{usage_example(repo_id, remote_code, found['task'], revision)}\n```"
+
+    card = ModelCard(str(card))
+    card.text = _USAGE.sub(usage, card.text)
+    tags = card.data.tags or []
+    if remote_code and CODE_TAG not in tags:
+        card.data.tags = [*tags, CODE_TAG]
+    return card
+
+
+_USAGE = re.compile(
+    r"```python\n(?:import refiner_hf[^\n]*\n)?from transformers import pipeline\n\n"
+    r"\w+ = pipeline\(\"(?P<task>[\w-]+)\"[^\n]*\nprint\([^\n]*\n```"
+)
+
+
+def task_of(model: RefinerPreTrainedModel) -> str:
+    """The pipeline that a model answers in: a classifier classifies, everything else gives features."""
+    return CLASSIFICATION if isinstance(model, RefinerForImageClassification) else "image-feature-extraction"
+
+
+def count_flops(model: RefinerPreTrainedModel) -> int:
+    """Floating-point operations for one image of the model's own size in evaluation, 2 per multiply-add."""
+    config = model.config
+    with torch.device("meta"):
+        shapes_only = type(model)(config).eval()
+        image = torch.empty(1, config.num_channels, *config.image_height_width)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        shapes_only(image)
+    return counter.get_total_flops()
+
+
+def describe_network(model: RefinerPreTrainedModel) -> str:
+    """A table of a network's architecture, its number of parameters and its cost."""
     config = model.config
     types = {name: config.attention_types.count(name) for name in dict.fromkeys(config.attention_types)}
     height, width = config.image_height_width
     patch = " x ".join(map(str, config.patch_height_width))
     rows = {
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+        "cost of an image": f"{_giga(count_flops(model))} GFLOP (2 per multiply-add)",
         "images": f"{height} x {width} pixels, {config.num_channels} channels, patches of {patch}",
         "layers": f"{config.num_hidden_layers} ("
         + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in types.items())
@@ -103,9 +168,9 @@ def describe_network(model: RefinerForImageClassification) -> str:
         "width, MLP width": f"{config.hidden_size}, {config.intermediate_size}",
         "attention heads": str(config.num_attention_heads),
         "embedding": "convolutional stem" if config.use_conv_stem else "patch projection",
-        "dense head": "yes" if config.use_dense_head else "no",
-        "labels": str(config.num_labels),
     }
+    if isinstance(model, RefinerForImageClassification):
+        rows |= {"dense head": "yes" if config.use_dense_head else "no", "labels": str(config.num_labels)}
     if set(config.attention_types) != {"plain"}:
         rows["refinement"] = config.refinement.replace("_", " ")
         if config.refinement != "convolution":
@@ -115,28 +180,33 @@ def describe_network(model: RefinerForImageClassification) -> str:
     return markdown_table(["", ""], rows.items())
 
 
-def usage_example(model: str, remote_code: bool) -> str:
-    """A few lines of Python that classify an image with `model`, a folder or Hub name."""
-    load = "import refiner_hf  # registers the model" if not remote_code else ""
-    trust = ", trust_remote_code=True" if remote_code else ""
-    lines = [
-        *([load] if load else []),
-        "from transformers import pipeline",
-        "",
-        f'classify = pipeline("image-classification", model="{model}"{trust})',
-        'print(classify("photo.jpg", top_k=5))',
-    ]
-    return "\n".join(lines)
+def usage_example(name: str, remote_code: bool, task: str = CLASSIFICATION, revision: str | None = None) -> str:
+    """A few lines of Python that give an image to `name`, a folder or Hub name, in the pipeline of `task`."""
+    options = f', revision="{revision}"' if revision else ""
+    options += ", trust_remote_code=True" if remote_code else ""
+    verb, result = ("classify", "top_k=5") if task == CLASSIFICATION else ("features", "pool=True")
+    return "\n".join(
+        [
+            *([] if remote_code else ["import refiner_hf  # registers the model"]),
+            "from transformers import pipeline",
+            "",
+            f'{verb} = pipeline("{task}", model="{name}"{options})',
+            f'print({verb}("photo.jpg", {result}))',
+        ]
+    )
 
 
-def versions_and_machine() -> str:
-    """One line on the software and the device of this process."""
+def device_name() -> str:
+    """The device that this process computes on."""
     if torch.cuda.is_available():
-        device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    else:
-        device = f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"CPU ({_cpu_name()}, {torch.get_num_threads()} threads)"
+
+
+def versions() -> str:
+    """The versions of Python and of what computes."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets"))
-    return f"{device}; Python {platform.python_version()}, {packages}"
+    return f"Python {platform.python_version()}, {packages}"
 
 
 def markdown_table(head: list[str], rows: Any) -> str:
@@ -145,6 +215,19 @@ def markdown_table(head: list[str], rows: Any) -> str:
     for row in rows:
         lines.append("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |")
     return "\n".join(lines)
+
+
+def _giga(number: float) -> str:
+    return f"{number / 1e9:.3g}" if number < 1e11 else f"{number / 1e9:.0f}"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def _slug(name: str | None) -> str:

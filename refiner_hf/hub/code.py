@@ -1,7 +1,6 @@
 """The model's code beside its weights, for `trust_remote_code=True` where this package isn't installed."""
 
 import json
-import shutil
 from pathlib import Path
 
 
@@ -19,21 +18,24 @@ AUTO_MAP = {
 PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_refiner.RefinerImageProcessor"}
 
 
-def add_code(folder: str | Path) -> None:
+def code_for(folder: str | Path) -> dict[str, bytes]:
     """
-    Copies the code into a saved model's folder and names it in `config.json` and `preprocessor_config.json`, for
-    every Auto class. (`register_for_auto_class` would
-    name the saved class alone.)
+    The code's files for a saved model's folder, and its `config.json` and `preprocessor_config.json` with the code
+    named in them for every Auto class. (`register_for_auto_class` would name the saved class alone.)
 
     Args:
         folder: holds `config.json` and, if images are prepared by this package, `preprocessor_config.json`.
     """
-    folder = Path(folder)
-    for name in CODE_FILES:
-        shutil.copyfile(PACKAGE / name, folder / name)
+    files = {name: (PACKAGE / name).read_bytes() for name in CODE_FILES}
     for file, auto_map in (("config.json", AUTO_MAP), ("preprocessor_config.json", PROCESSOR_AUTO_MAP)):
-        path = folder / file
+        path = Path(folder) / file
         if path.exists():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            content["auto_map"] = auto_map
-            path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            content = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": auto_map}
+            files[file] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("utf-8")
+    return files
+
+
+def add_code(folder: str | Path) -> None:
+    """Puts the files of [`code_for`] into the folder."""
+    for name, content in code_for(folder).items():
+        (Path(folder) / name).write_bytes(content)

@@ -85,6 +85,10 @@ class RefinerTrainingArguments(TrainingArguments):
             "they are published with it."
         },
     )
+    verify_push: bool = field(
+        default=False,
+        metadata={"help": "After --push_to_hub, load the model back from the Hub in a fresh process and compare."},
+    )
     weights_license: str | None = field(
         default=None, metadata={"help": "License of the weights for the model card, such as apache-2.0."}
     )

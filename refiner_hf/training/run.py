@@ -15,10 +15,15 @@ from ..configuration_refiner import RefinerConfig
 from ..data.arguments import AugmentationArguments, DataArguments
 from ..data.sources import ImageData, at_most, load_image_data
 from ..data.transforms import PrepareImages, evaluation_pixels, match_labels, training_pixels, with_transform
+from ..hub.publish import Published
+from ..hub.repository import PublishError, prepare_repository
+from ..hub.verification import verify
 from ..image_processing_refiner import RefinerImageProcessor
 from ..modeling_refiner import RefinerForImageClassification
 from .arguments import ModelArguments, RefinerTrainingArguments
-from .folder import CONFUSION_MATRIX, RUN_FILE, Example, finish_folder, without_paths, write_json
+from .card import RUN_FILE
+from .files import without_paths, write_json
+from .folder import CONFUSION_MATRIX, Example, finish_folder
 from .metrics import ClassificationMetrics, rank_labels
 from .statistics import NormStatisticsCallback
 from .trainer import RefinerTrainer
@@ -35,7 +40,7 @@ _MAY_CHANGE = {"cache_dir", "refine_implementation", "max_eval_samples"}
 class RunResult:
     """
     What a run leaves: the folder, the measured metrics (`eval_accuracy` and so on), the data it was run on, and after
-    training what the saved model answers for a few evaluation pictures.
+    training what the saved model answers for a few evaluation pictures, and where it was published.
     """
 
     folder: Path
@@ -43,6 +48,7 @@ class RunResult:
     data: ImageData
     trained: bool
     examples: list[Example]
+    published: Published | None = None
 
 
 def run(
@@ -53,13 +59,16 @@ def run(
 ) -> RunResult:
     """
     Trains and/or evaluates, as `training_args.do_train` and `do_eval` say. After training, the output folder holds
-    the model, its processor, a card with pictures, and the measured results: it is ready for the Hub.
+    the model, its processor, a card with pictures, and the measured results: it is ready for the Hub, and with
+    `push_to_hub` it goes there, in one commit. The token and the repository are checked before anything else.
 
     A run that broke off is taken up again from its last checkpoint.
 
     Raises:
         `ValueError`: options, data or labels that don't fit; before anything long begins wherever it can be seen.
         `OSError`: an output folder that can't be written, before training.
+        [`~refiner_hf.hub.repository.PublishError`]: a token that can't push, before training; or the push failed
+            after it (the folder is finished, and the message says how to push it again).
     """
     if not (training_args.do_train or training_args.do_eval):
         raise ValueError("Nothing to do: neither --do_train nor --do_eval.")
@@ -67,6 +76,13 @@ def run(
         raise ValueError("Which model to evaluate? Give --model_name_or_path.")
     arguments = _as_dict(model_args, data_args, augmentation_args, training_args)
     checkpoint = _prepare_output_folder(training_args, arguments)
+    if training_args.push_to_hub and training_args.do_train and training_args.should_save:
+        training_args.hub_model_id = prepare_repository(
+            training_args.hub_model_id or Path(training_args.output_dir).resolve().name,
+            private=training_args.hub_private_repo,
+            branch=training_args.hub_revision,
+            token=training_args.hub_token,
+        )
     set_seed(training_args.seed)
     data = load_image_data(
         data_args, need_train=training_args.do_train, need_evaluation=training_args.do_eval, seed=training_args.seed
@@ -118,13 +134,28 @@ def run(
             _write_confusion_matrix(metrics.confusion_matrix, model.config, training_args.output_dir)
     examples = []
     if training_args.do_train:
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # the folder is pushed when it is finished
         trainer.save_state()
         if trainer.is_world_process_zero():
             examples = finish_folder(trainer, data, arguments, measured, metrics.confusion_matrix)
         # Last, since it marks the folder as finished.
         trainer.save_metrics("train", {k: v for k, v in measured.items() if not k.startswith("eval_")})
-    return RunResult(Path(training_args.output_dir), measured, data, training_args.do_train, examples)
+    published = _publish(trainer) if training_args.do_train and training_args.push_to_hub else None
+    return RunResult(Path(training_args.output_dir), measured, data, training_args.do_train, examples, published)
+
+
+def _publish(trainer: RefinerTrainer) -> Published | None:
+    args = trainer.args
+    try:
+        published = trainer.publish("End of training")
+        if published and args.verify_push:
+            verify(args.output_dir, published, remote_code=args.with_code, token=args.hub_token)
+    except (PublishError, ValueError) as error:
+        again = f"refiner-push --folder {args.output_dir} --repo_id {trainer.hub_model_id}"
+        raise PublishError(
+            f"Training is finished and its folder is whole, but: {error}\nTo push again: {again}"
+        ) from error
+    return published
 
 
 def load_model(

@@ -2,22 +2,24 @@
 
 import torch
 from torch import nn
-from transformers import Trainer
+
+from .pushing import PushingTrainer
 
 
 # Kept free of weight decay beside everything with fewer than two dimensions (norms, biases, layer scale).
 _UNDECAYED = ("cls_token", "position_embeddings")
 
 
-class RefinerTrainer(Trainer):
+class RefinerTrainer(PushingTrainer):
     """
-    [`~transformers.Trainer`] with two differences:
+    [`~transformers.Trainer`] with these differences:
 
     - no weight decay on norms, biases, layer scale, class token and positions, as in the reference. The stock Trainer
       decays the last two;
     - `label_smoothing_factor` becomes soft labels, so that it reaches the dense head and token mixing. The stock
       Trainer would take the model's own loss away and put one on the class logits in its place. Evaluation losses
-      are not smoothed.
+      are not smoothed;
+    - pushing to the Hub as [`~refiner_hf.training.pushing.PushingTrainer`] does it.
     """
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:

@@ -1,0 +1,173 @@
+"""A saved model's folder to a repository on the Hub, in one commit."""
+
+import json
+import logging
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+
+from .. import modeling_refiner
+from ..modeling_refiner import RefinerPreTrainedModel
+from .card import basic_card, for_repository
+from .code import AUTO_MAP, code_for
+from .repository import PublishError, hub, patiently, prepare_repository
+
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+CARD = "README.md"
+# What a Trainer keeps for itself: its checkpoints, a pickle that holds paths and the token, and codecarbon's file,
+# which tells where the machine stands.
+_NOT_PUBLISHED = ("checkpoint-*", "last-checkpoint", "training_args.bin", "emissions.csv", "_*", ".*")
+
+# Files of a repository by their path in it: a local file, or the content itself.
+Files = dict[str, Path | bytes]
+
+
+@dataclass
+class Published:
+    """Where a folder went: the repository, the commit and its page."""
+
+    repo_id: str
+    commit: str
+    url: str
+
+
+def publish_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    branch: str | None = None,
+    tag: str | None = None,
+    token: str | None = None,
+    message: str = "Upload a Refiner with refiner_hf",
+    with_code: bool = False,
+) -> Published:
+    """
+    Publishes a folder in one commit: weights, configuration, image processor, card, pictures, results, and with
+    `with_code` the model's code. The folder isn't changed. Weights of an earlier commit that the new ones replace
+    under other names (other shards) are deleted in the same commit.
+
+    First everything local is checked (the model loads, nothing is missing), then the token and the repository; then
+    the upload begins. Pushing again after a failure sends only what isn't there yet.
+
+    Args:
+        folder: as training, conversion or `save_pretrained` left it. A card is made where it has none.
+        repo_id: "name" or "namespace/name".
+        private, branch, tag, token: see [`prepare_repository`].
+        message: of the commit.
+        with_code (`bool`, *optional*): the repository loads with `trust_remote_code=True` where this package isn't
+            installed.
+
+    Raises:
+        `ValueError`: the folder holds no whole Refiner, or its card's metadata is refused by the Hub's validator.
+        [`PublishError`], `ValueError`: as [`prepare_repository`]; or the upload failed. Nothing local is lost.
+    """
+    folder = Path(folder)
+    files = files_to_publish(folder)
+    model = check_model(folder)
+    repo_id = prepare_repository(repo_id, private=private, branch=branch, tag=tag, token=token)
+    files |= _card_and_code(folder, repo_id, branch, model, with_code)
+    api = hub(token)
+    try:
+        commit = commit_files(api, repo_id, files, message, branch)
+        if tag is not None:
+            patiently(
+                lambda: api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True), f"Making the tag {tag}"
+            )
+    except PublishError as error:
+        raise PublishError(f"{error} Nothing is lost: {folder} is as it was, and a second push goes on.") from error
+    return Published(repo_id, commit.oid, f"{api.endpoint}/{repo_id}/tree/{tag or branch or 'main'}")
+
+
+def files_to_publish(folder: Path) -> Files:
+    """
+    The files of a model folder, without what only the Trainer needs.
+
+    Raises:
+        `ValueError`: no folder, no configuration, or weights that are missing (they are named).
+    """
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder}.")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no model: it has no config.json. Give the folder of a finished run.")
+    files: Files = {}
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        if path.is_file() and not any(fnmatch(part, no) for part in inside.parts for no in _NOT_PUBLISHED):
+            files[inside.as_posix()] = path
+    missing = sorted(_weight_files(folder) - files.keys())
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}: the model's weights aren't all there.")
+    return files
+
+
+def check_model(folder: Path) -> RefinerPreTrainedModel:
+    """
+    Loads the folder's model, to be sure that others can.
+
+    Raises:
+        `ValueError`: the folder's model isn't a Refiner, or its weights don't fit its configuration.
+    """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = (config.get("architectures") or [None])[0]
+    if name not in AUTO_CLASSES:
+        raise ValueError(f"{folder} holds a {name}, not one of {', '.join(AUTO_CLASSES)}.")
+    try:
+        model, loading = getattr(modeling_refiner, name).from_pretrained(folder, output_loading_info=True)
+    except Exception as error:  # safetensors, torch and transformers each have their own for a damaged file
+        raise ValueError(f"The model in {folder} can't be loaded: {error}") from error
+    if loading["missing_keys"]:
+        raise ValueError(f"The weights in {folder} lack {', '.join(sorted(loading['missing_keys']))}.")
+    if not (folder / "preprocessor_config.json").exists():
+        logger.warning(f"{folder} has no image processor: pipelines won't know how to prepare images.")
+    return model.eval()
+
+
+# RefinerForImageClassification -> AutoModelForImageClassification
+AUTO_CLASSES = {target.split(".")[-1]: auto for auto, target in AUTO_MAP.items() if auto != "AutoConfig"}
+
+
+def commit_files(api: HfApi, repo_id: str, files: Files, message: str, branch: str | None) -> CommitInfo:
+    """One commit that adds `files` and deletes the weights that they replace under other names."""
+
+    def commit() -> CommitInfo:
+        there = api.list_repo_files(repo_id, revision=branch)
+        stale = [path for path in there if fnmatch(path, "model*.safetensors*") and path not in files]
+        return api.create_commit(
+            repo_id,
+            [CommitOperationAdd(path, content) for path, content in files.items()]
+            + [CommitOperationDelete(path) for path in stale if "/" not in path],
+            commit_message=message,
+            revision=branch,
+        )
+
+    # Trying again is safe: what was uploaded is kept, and a commit that was made unheard is found to be there.
+    return patiently(commit, f"Publishing to {repo_id}")
+
+
+def _card_and_code(
+    folder: Path, repo_id: str, branch: str | None, model: RefinerPreTrainedModel, with_code: bool
+) -> Files:
+    """The files that say something about the repository itself."""
+    files: Files = code_for(folder) if with_code else {}
+    with_code = with_code or "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if (folder / CARD).exists():
+        card = ModelCard((folder / CARD).read_text(encoding="utf-8"))
+    else:
+        logger.warning(f"{folder} has no model card: publishing one that says what the model shows of itself.")
+        card = basic_card(model, repo_id)
+    files[CARD] = str(for_repository(card, repo_id, with_code, branch)).encode("utf-8")
+    return files
+
+
+def _weight_files(folder: Path) -> set[str]:
+    if (folder / WEIGHTS).exists() or not (folder / WEIGHTS_INDEX).exists():
+        return {WEIGHTS}
+    index = json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))
+    return {WEIGHTS_INDEX, *index["weight_map"].values()}

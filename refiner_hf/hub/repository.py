@@ -1,0 +1,186 @@
+"""The repository on the Hub: may this token write to it? Asked before anything long begins."""
+
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id
+
+from .. import __version__
+
+
+Result = TypeVar("Result")
+
+TRIES = 4
+# 409 and 412: somebody else wrote to the repository at the same moment.
+_PASSING_STATUS = {408, 409, 412, 429, 500, 502, 503, 504}
+
+
+class PublishError(OSError):
+    """Publishing failed, for a reason that the message says. Nothing local was changed."""
+
+
+def hub(token: str | None = None) -> HfApi:
+    """The client for the Hub (of `HF_ENDPOINT`)."""
+    return HfApi(token=token, library_name="refiner_hf", library_version=__version__)
+
+
+def prepare_repository(
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    branch: str | None = None,
+    tag: str | None = None,
+    token: str | None = None,
+) -> str:
+    """
+    Checks everything about the destination that can be checked beforehand, and makes the repository and the branch
+    where they aren't there yet.
+
+    Args:
+        repo_id: "name" (in the user's own namespace) or "namespace/name".
+        private (`bool`, *optional*): whether the repository shall be private; by default, as it is, and a new one as
+            its namespace has it (usually public).
+        branch (`str`, *optional*): that will be written to, instead of `main`.
+        tag (`str`, *optional*): that will be made; it must be new.
+        token (`str`, *optional*): by default the one of `hf auth login` or `HF_TOKEN`.
+
+    Returns:
+        the full name, "namespace/name".
+
+    Raises:
+        `ValueError`: a name that can't be one; a namespace that isn't the user's; a repository that is public where
+            `private` is wanted, or the other way round; a tag that exists.
+        [`PublishError`]: no token, an invalid, expired or read-only one, or one without rights here; no connection.
+    """
+    validate_repo_id(repo_id)
+    api = hub(token)
+    user = patiently(lambda: _who(api), "Asking the Hub about the token")
+    name = repo_id.split("/")[-1]
+    namespace = repo_id.split("/")[0] if "/" in repo_id else user["name"]
+    repo_id = f"{namespace}/{name}"
+    _check_namespace(user, namespace, name)
+
+    def make() -> None:
+        try:
+            info = api.repo_info(repo_id)
+        except RepositoryNotFoundError:
+            _check_rights(user, repo_id, exists=False)
+            # exist_ok: an answer that got lost, and the repeated request finds the repository made.
+            api.create_repo(repo_id, private=private, exist_ok=True)
+        else:
+            _check_rights(user, repo_id, exists=True)
+            if private is not None and bool(info.private) != private:
+                raise ValueError(
+                    f"{repo_id} exists and is {'private' if info.private else 'public'}, but "
+                    f"{'private' if private else 'public'} was asked for. Change it in the repository's settings on "
+                    "the Hub, or choose another name."
+                )
+        if tag is not None and tag in {ref.name for ref in api.list_repo_refs(repo_id).tags}:
+            raise ValueError(f"{repo_id} has a tag {tag!r} already. Choose another, or delete that one on the Hub.")
+        if branch not in (None, "main"):
+            api.create_branch(repo_id, branch=branch, exist_ok=True)
+
+    patiently(make, f"Preparing the repository {repo_id}")
+    return repo_id
+
+
+def patiently(action: Callable[[], Result], what: str) -> Result:
+    """
+    Runs `action`, again after a while where the Hub is busy, limits the rate, or the connection broke.
+
+    Raises:
+        [`PublishError`]: it failed in a way that waiting doesn't mend, or too often.
+    """
+    for attempt in range(1, TRIES + 1):
+        try:
+            return action()
+        except OfflineModeIsEnabled as error:
+            raise PublishError(f"{what} needs the network, but HF_HUB_OFFLINE is set.") from error
+        except (HTTPError, RuntimeError) as error:  # the client wraps errors of large uploads in a RuntimeError
+            cause = _http_cause(error)
+            if cause is None:
+                raise
+            response = cause.response if isinstance(cause, HfHubHTTPError) else None
+            passing = response is None or response.status_code in _PASSING_STATUS
+            if not passing or attempt == TRIES:
+                tried = f" after {attempt} tries" if passing else ""
+                raise PublishError(f"{what} failed{tried}: {_explain(cause, response)}") from error
+            time.sleep(_seconds_to_wait(response, attempt))
+    raise AssertionError("unreachable")
+
+
+def _who(api: HfApi) -> dict[str, Any]:
+    try:
+        return api.whoami()
+    except LocalTokenNotFoundError as error:
+        raise PublishError(
+            "There is no token for the Hub. Log in with `hf auth login`, set HF_TOKEN, or give a token."
+        ) from error
+    except HfHubHTTPError as error:
+        if error.response.status_code in (401, 403):
+            raise PublishError(
+                "The Hub doesn't accept the token: it is wrong or has expired. Make one with the right to write at "
+                f"{api.endpoint}/settings/tokens and log in again with `hf auth login`."
+            ) from error
+        raise
+
+
+def _check_namespace(user: dict[str, Any], namespace: str, name: str) -> None:
+    roles = {user["name"]: "admin"}
+    roles |= {organization["name"]: organization.get("roleInOrg") for organization in user.get("orgs", [])}
+    if namespace not in roles:
+        raise ValueError(
+            f"{user['name']} can't write to {namespace}/{name}: the namespace must be one of {', '.join(roles)}."
+        )
+    if roles[namespace] == "read":
+        raise PublishError(f"{user['name']} may only read in the organisation {namespace}. Ask its admins.")
+
+
+def _check_rights(user: dict[str, Any], repo_id: str, exists: bool) -> None:
+    """Refuses a token that can't write; what a token is for is in the Hub's answer to whoami."""
+    token = user.get("auth", {}).get("accessToken", {})
+    name = f"The token {token.get('displayName', '')!r} of {user['name']}"
+    if token.get("role") == "read":
+        raise PublishError(f"{name} may only read. Make one with the right to write.")
+    if token.get("role") == "fineGrained":
+        covering = {repo_id.split("/")[0], repo_id} if exists else {repo_id.split("/")[0]}
+        may_write = any(
+            scope.get("entity", {}).get("name") in covering and "repo.write" in scope.get("permissions", [])
+            for scope in token.get("fineGrained", {}).get("scoped", [])
+        )
+        if not may_write:
+            what = "write to" if exists else "make the repository"
+            raise PublishError(f"{name} is fine-grained and may not {what} {repo_id}. Give it that right.")
+
+
+def _http_cause(error: BaseException | None) -> HTTPError | None:
+    while error is not None and not isinstance(error, HTTPError):
+        error = error.__cause__
+    return error
+
+
+def _seconds_to_wait(response, attempt: int) -> float:
+    if response is not None and response.status_code == 429:
+        limit = parse_ratelimit_headers(response.headers)
+        if limit is not None:
+            return limit.reset_in_seconds + 1
+        if response.headers.get("Retry-After", "").isdigit():
+            return int(response.headers["Retry-After"])
+    return 2.0**attempt
+
+
+def _explain(error: HTTPError, response) -> str:
+    if response is None:
+        return f"the connection to {hub().endpoint} broke or can't be made ({error or type(error).__name__})."
+    if response.status_code in (401, 403):
+        return f"the Hub refuses it ({error}). Has the token the right to write here?"
+    return str(error)

@@ -1,0 +1,78 @@
+"""Does what is on the Hub answer as the local folder does?"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from huggingface_hub import get_token
+from transformers import AutoImageProcessor
+
+from .answers import answers_of
+from .code import PACKAGE
+from .publish import AUTO_CLASSES, Published, check_model
+from .repository import PublishError
+
+
+TOLERANCE = 1e-5
+
+
+def verify(folder: str | Path, published: Published, *, remote_code: bool, token: str | None = None) -> float:
+    """
+    Loads a published model from the Hub in a fresh process with an empty cache, by its commit, and compares what it
+    answers with the local folder's model: one fixed picture, through the image processor and the network.
+
+    Args:
+        folder: what was published.
+        published: as [`publish_folder`] gave it.
+        remote_code: whether the code on the Hub is used; the process then can't import this package.
+        token (`str`, *optional*): by default the one of `hf auth login` or `HF_TOKEN`.
+
+    Returns:
+        `float`: the largest difference of a number in the model's output.
+
+    Raises:
+        [`PublishError`]: it can't be loaded (the message ends as the process did), or it answers differently.
+    """
+    folder = Path(folder)
+    processed = (folder / "preprocessor_config.json").exists()
+    model = check_model(folder)
+    expected = answers_of(model, AutoImageProcessor.from_pretrained(folder) if processed else None)
+    question = {
+        "model": published.repo_id,
+        "revision": published.commit,
+        "auto_class": AUTO_CLASSES[type(model).__name__],
+        "remote_code": remote_code,
+        "processed": processed,
+    }
+    actual = _ask(question, token)
+    difference = float(np.abs(actual - expected).max()) if actual.shape == expected.shape else float("inf")
+    if not difference <= TOLERANCE * np.abs(expected).max():
+        raise PublishError(
+            f"{published.repo_id} at {published.commit} answers differently from {folder}: by {difference:g}, where "
+            f"the largest number is {np.abs(expected).max():g}."
+        )
+    return difference
+
+
+def _ask(question: dict, token: str | None) -> np.ndarray:
+    """The answers of the model on the Hub, from a process of its own."""
+    # -P keeps this folder's own modules, such as `code`, out of the process.
+    program = [sys.executable, "-P", str(Path(__file__).with_name("answers.py")), json.dumps(question)]
+    with tempfile.TemporaryDirectory() as cache:
+        answer = Path(cache) / "answer.npy"
+        environment = os.environ | {
+            "HF_HOME": cache,
+            "HF_HUB_CACHE": str(Path(cache) / "hub"),
+            "HF_TOKEN": token or get_token() or "",
+            "HF_HUB_OFFLINE": "0",
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
+        }
+        process = subprocess.run([*program, str(answer)], env=environment, capture_output=True, text=True)
+        if process.returncode:
+            last = "\n".join(process.stderr.strip().splitlines()[-5:])
+            raise PublishError(f"{question['model']} was published, but can't be loaded from the Hub:\n{last}")
+        return np.load(answer)

@@ -1,0 +1,222 @@
+"""What the card of a trained model says."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from ..data.sources import ImageData
+from ..hub.card import (
+    CLASSIFICATION,
+    CardFacts,
+    describe_network,
+    device_name,
+    markdown_table,
+    task_of,
+    usage_example,
+    versions,
+)
+
+
+RUN_FILE = "training_arguments.json"
+EMISSIONS_FILE = "emissions.csv"
+
+_METRICS = {
+    "eval_accuracy": ("accuracy", "Top-1 accuracy"),
+    "eval_top5_accuracy": ("top_5_accuracy", "Top-5 accuracy"),
+}
+
+# Options that say where things lie or how they are shown, not what was trained.
+_NOT_IN_CARD = {
+    "output_dir", "logging_dir", "run_name", "hub_model_id", "hub_token", "push_to_hub", "report_to", "disable_tqdm",
+    "remove_unused_columns", "with_code", "weights_license", "example_pictures", "logging_steps", "logging_strategy",
+    "logging_first_step", "eval_strategy", "save_strategy", "save_total_limit", "do_train", "do_eval",
+    "resume_from_checkpoint", "dataloader_num_workers", "dataloader_pin_memory", "local_rank", "deepspeed_plugin",
+    "distributed_state", "label_names", "train_batch_size",
+    "eval_batch_size", "per_device_eval_batch_size",
+    "verify_push", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "project",
+    "trackio_space_id",
+}  # fmt: skip
+_ALWAYS_IN_CARD = (
+    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2", "max_grad_norm",
+    "label_smoothing_factor", "seed", "bf16", "fp16", "norm_statistics_images", "freeze_norms",
+)  # fmt: skip
+_NETWORK_IN_CARD = (
+    "drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "layerscale_value", "initializer_range",
+    "dense_loss_weight", "dense_logits_weight", "token_mixing", "cosine_regularizer_weight", "batch_norm_momentum",
+)  # fmt: skip
+
+
+def training_facts(
+    trainer: Trainer,
+    measured: dict[str, float],
+    *,
+    data: ImageData | None = None,
+    arguments: dict[str, dict[str, Any]] | None = None,
+    pictures: list[tuple[str, str]] | None = None,
+) -> CardFacts:
+    """
+    What a trained model's card says.
+
+    Args:
+        trainer: with the model as it is saved.
+        measured: all measured numbers, named as the Trainer does.
+        data: what it was trained and evaluated on, if it is known.
+        arguments: a run's options by group (model, data, augmentation, training), if they are known.
+        pictures: (file in the folder, caption).
+    """
+    args, model = trainer.args, trainer.model
+    name = Path(args.output_dir).resolve().name
+    task, remote_code = task_of(model), getattr(args, "with_code", False)
+    base = (arguments or {}).get("model", {}).get("model_name_or_path")
+    source = f"by fine-tuning `{Path(base).name}`" if base else "from scratch" if arguments else "with the HF Trainer"
+    kind = f"image classifier with {model.config.num_labels} labels" if task == CLASSIFICATION else "image model"
+    on = f" on {data.name}" if data else ""
+    metrics = {kind: (text, round(measured[key], 6)) for key, (kind, text) in _METRICS.items() if key in measured}
+    emissions = _emissions(Path(args.output_dir)) if "train_runtime" in measured else None
+    return CardFacts(
+        title=(args.hub_model_id or f"refiner-{name}").split("/")[-1],
+        summary=f"A Refiner {kind}, trained {source}{on}.{_unfinished(trainer)}",
+        usage=usage_example(args.hub_model_id or name, remote_code, task),
+        limits=_limits(data, model.config.num_labels) if task == CLASSIFICATION else _UNMEASURED,
+        results=_results(trainer, measured, metrics, data),
+        pictures=pictures or [],
+        architecture=describe_network(model),
+        data=_data(trainer, data),
+        training=_training(trainer, measured, arguments, emissions),
+        metrics=metrics,
+        dataset_name=data.name if data else None,
+        dataset_id=data.hub_id if data else None,
+        dataset_split=data.evaluation_split if data else None,
+        license=getattr(args, "weights_license", None),
+        base_model=base if base and not Path(base).exists() else None,
+        remote_code=remote_code,
+        task=task,
+        co2=emissions
+        and {
+            "emissions": emissions["grams"],
+            "source": "codecarbon",
+            "training_type": "fine-tuning" if base else "pre-training",
+            "geographical_location": emissions["country"],
+            "hardware_used": emissions["hardware"],
+        },
+    )
+
+
+def last_measured(trainer: Trainer) -> dict[str, float]:
+    """What the Trainer's log says of the model as it is now: the numbers of its evaluation, and of the training."""
+    state = trainer.state
+    entries = state.log_history
+    if trainer.args.load_best_model_at_end and not trainer.is_in_train and state.best_global_step:
+        # The weights are those of the best evaluation, not of the last.
+        entries = [e for e in entries if "eval_loss" not in e or e["step"] <= state.best_global_step]
+    return {key: value for entry in entries for key, value in entry.items() if key.startswith(("eval_", "train_"))}
+
+
+def _unfinished(trainer: Trainer) -> str:
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    return f" **Training is still going on: step {step} of {steps}.**" if step < steps and trainer.is_in_train else ""
+
+
+def _results(trainer: Trainer, measured: dict[str, float], metrics: dict, data: ImageData | None) -> str:
+    if "eval_loss" not in measured:
+        return ""
+    rows = [(text, f"{value:.2%}") for text, value in metrics.values()]
+    rows.append(("Loss", f"{measured['eval_loss']:.4f}"))
+    if speed := measured.get("eval_samples_per_second"):
+        rows.append(("Evaluation speed, reading images included", f"{speed:.1f} images/s on {device_name()}"))
+    count = _length(data.evaluation if data else trainer.eval_dataset)
+    of = f" ({data.evaluation_split}) of {data.name}" if data else ""
+    return f"Measured on {count} images{of}.\n\n" + markdown_table(["", ""], rows)
+
+
+def _data(trainer: Trainer, data: ImageData | None) -> str:
+    if data is None:
+        counts = f"{_length(trainer.train_dataset)} training images, {_length(trainer.eval_dataset)} evaluation images"
+        return f"{counts}. Which ones was not recorded."
+    return (
+        f"{data.name}: {_length(data.train)} training images, {_length(data.evaluation)} evaluation images "
+        f"({data.evaluation_split}). Labels: {_name_some(trainer.model.config.label_names)}."
+    )
+
+
+def _training(
+    trainer: Trainer,
+    measured: dict[str, float],
+    arguments: dict[str, dict[str, Any]] | None,
+    emissions: dict[str, Any] | None,
+) -> str:
+    args, config = trainer.args, trainer.model.config
+    shown = args.to_sanitized_dict()
+    defaults = type(args)(output_dir=args.output_dir).to_sanitized_dict()
+    changed = [name for name, value in shown.items() if value != defaults[name] and name not in _NOT_IN_CARD]
+    always = [name for name in _ALWAYS_IN_CARD if name in shown]
+    rows = [(name, _plain(shown[name])) for name in dict.fromkeys([*always, *sorted(changed)])]
+    rows += [(name, _plain(getattr(config, name))) for name in _NETWORK_IN_CARD]
+    where = ""
+    if arguments:
+        rows += [(name, _plain(value)) for name, value in arguments["augmentation"].items()]
+        rows += [(name, _plain(arguments["data"][name])) for name in ("train_val_split", "max_train_samples")]
+        where = f"; all of them are in `{RUN_FILE}`"
+    if hasattr(trainer.processing_class, "crop_pct"):
+        rows.append(("crop_pct (evaluation)", _plain(trainer.processing_class.crop_pct)))
+    duration = f" in {measured['train_runtime']:.0f} s" if "train_runtime" in measured else ""
+    if speed := measured.get("train_samples_per_second"):
+        duration += f" ({speed:.1f} images/s, evaluations and saving included)"
+    return (
+        f"With `refiner_hf` and the Hugging Face Trainer: {trainer.state.global_step} steps{duration} on "
+        f"{device_name()}; {versions()}.{_footprint(emissions)} Every option that isn't in this table has its default"
+        f"{where}.\n\n" + markdown_table(["option", "value"], rows)
+    )
+
+
+def _emissions(folder: Path) -> dict[str, Any] | None:
+    """What codecarbon (`--report_to codecarbon`) wrote about the last training in this folder."""
+    path = folder / EMISSIONS_FILE
+    if not path.exists():
+        return None
+    with open(path, newline="", encoding="utf-8") as file:
+        *_, last = csv.DictReader(file)
+    return {
+        "grams": float(f"{1000 * float(last['emissions']):.3g}"),
+        "kilowatt_hours": float(f"{float(last['energy_consumed']):.3g}"),
+        "country": last["country_name"],
+        "hardware": last["gpu_model"] or last["cpu_model"],
+    }
+
+
+def _footprint(emissions: dict[str, Any] | None) -> str:
+    if emissions is None:
+        return ""
+    return (
+        f" By codecarbon's estimate it took {emissions['kilowatt_hours']:g} kWh and emitted {emissions['grams']:g} g "
+        f"of CO2 equivalent, with the electricity of {emissions['country']}, where codecarbon took the machine to be."
+    )
+
+
+def _limits(data: ImageData | None, num_labels: int) -> str:
+    return (
+        f"The model knows {num_labels} labels and gives every picture one of them, also pictures of something else. "
+        f"It has been measured on {data.name if data else 'the data above'} only; expect less on pictures of another "
+        "kind, size or origin. Its scores have not been calibrated, and its behaviour on different groups of people "
+        "or things has not been examined."
+    )
+
+
+_UNMEASURED = "What the features are good for has not been measured."
+
+
+def _plain(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _length(data) -> str:
+    if data is None:
+        return "no"
+    return f"{len(data):,}" if hasattr(data, "__len__") else "a stream of"
+
+
+def _name_some(labels: list[str], most: int = 20) -> str:
+    return ", ".join(labels) if len(labels) <= most else ", ".join(labels[:most]) + f" and {len(labels) - most} more"

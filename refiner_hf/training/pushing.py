@@ -1,0 +1,199 @@
+"""A Trainer that pushes to the Hub what should be there."""
+
+import json
+import os
+import shutil
+import tempfile
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, ModelCard
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
+
+from ..hub.card import make_card
+from ..hub.code import code_for
+from ..hub.publish import CARD, Files, Published, commit_files, files_to_publish, publish_folder
+from ..hub.repository import hub, prepare_repository
+from ..modeling_refiner import RefinerPreTrainedModel
+from .card import last_measured, training_facts
+from .files import without_paths
+
+
+logger = logging.get_logger(__name__)
+
+
+class PushingTrainer(Trainer):
+    """
+    [`~transformers.Trainer`] whose `push_to_hub`, argument and method, with every `hub_strategy`,
+
+    - checks the token's rights, the repository's name and its visibility *before* training, and makes the repository
+      and the branch `hub_revision`;
+    - makes one commit a push, with a card of what was measured and without files that hold paths of this machine; with
+      `with_code` in its arguments also the model's code. See [`~refiner_hf.hub.publish.publish_folder`];
+    - never stops a training because a push on the way failed: a warning says so, and the next push brings everything.
+
+    What it trains that is no Refiner (an adapter around one, say) is pushed as the stock Trainer does.
+    """
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        if not self.is_world_process_zero():
+            return
+        args = self.args
+        self.hub_model_id = args.hub_model_id = prepare_repository(
+            args.hub_model_id or Path(args.output_dir).absolute().name,
+            private=args.hub_private_repo if private is None else private,
+            branch=args.hub_revision,
+            token=token or args.hub_token,
+        )
+        self.push_in_progress = None
+        self._hub = hub(token or args.hub_token)  # one client, whose background jobs run one after the other
+
+    def create_model_card(self, **kwargs) -> None:
+        """Writes a card of what was trained and measured. Keywords as [`~transformers.Trainer.create_model_card`]."""
+        if not self._trains_a_refiner():
+            super().create_model_card(**kwargs)
+        elif self.is_world_process_zero():
+            self._card(**kwargs).save(Path(self.args.output_dir) / CARD)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> Published | Future | None:
+        """
+        Saves the model, writes its card and publishes the output folder, see [`~transformers.Trainer.push_to_hub`].
+
+        Returns:
+            [`~refiner_hf.hub.publish.Published`], or a `Future` of it unless `blocking`; `None` in other processes.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        if not self._trains_a_refiner():
+            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
+        self.save_model(_internal_call=True)
+        self.create_model_card(**kwargs)
+        return self.publish(commit_message, blocking=blocking, token=token, branch=revision)
+
+    def publish(
+        self, message: str, *, blocking: bool = True, token: str | None = None, branch: str | None = None
+    ) -> Published | Future | None:
+        """Publishes the output folder as it is, once pushes that are under way have ended."""
+        if not self.is_world_process_zero():
+            return None
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._finish_current_push()
+
+        def push() -> Published:
+            return publish_folder(
+                self.args.output_dir,
+                self.hub_model_id,
+                branch=branch or self.args.hub_revision,
+                token=token or self.args.hub_token,
+                message=message,
+                with_code=self._with_code,
+            )
+
+        return push() if blocking else self._hub.run_as_future(push)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """
+        The Trainer calls this after each save. One commit, made in the background while training goes on: the model
+        at this step with its card so far, and with the strategies `checkpoint` and `all_checkpoints` everything that
+        is needed to go on from here, in `last-checkpoint` or `checkpoint-STEP`.
+        """
+        args = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        if not self._trains_a_refiner():
+            super()._push_from_checkpoint(checkpoint_folder)
+            return
+        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if busy and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        # The upload reads the files later, when the Trainer may have deleted this checkpoint: keep links to them.
+        links = Path(tempfile.mkdtemp(prefix="_push-", dir=args.output_dir))
+        checkpoint = links / Path(checkpoint_folder).name
+        shutil.copytree(checkpoint_folder, checkpoint, copy_function=_link)
+        files, message = self._files_of(checkpoint), f"Training in progress, step {self.state.global_step}"
+
+        def push() -> CommitInfo | None:
+            try:
+                return commit_files(self._hub, self.hub_model_id, files, message, args.hub_revision)
+            except Exception as error:
+                logger.warning(f"A push on the way failed, training goes on: {error}")
+            finally:
+                shutil.rmtree(links, ignore_errors=True)
+
+        job = self._hub.run_as_future(push)
+        if busy:
+            self.push_in_progress.jobs.append(job)
+        else:
+            self.push_in_progress = PushInProgress([job])
+
+    def _files_of(self, checkpoint: Path) -> Files:
+        """What one push on the way brings."""
+        saved = files_to_publish(checkpoint)
+        files = {name: path for name, path in saved.items() if name.startswith(("config", "model", "preprocessor"))}
+        if self._with_code:
+            files |= code_for(checkpoint)
+        files[CARD] = str(self._card()).encode("utf-8")
+        if self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+            return files
+        folder = "last-checkpoint" if self.args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
+        files |= {f"{folder}/{name}": path for name, path in saved.items()}
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        files[f"{folder}/trainer_state.json"] = json.dumps(without_paths(state), indent=2).encode("utf-8")
+        return files
+
+    def _card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,  # the model knows its task
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> ModelCard:
+        facts = training_facts(self, last_measured(self))
+        said = {
+            "language": language,
+            "license": license,
+            "title": model_name,
+            "base_model": finetuned_from,
+            "dataset_id": _first(dataset_tags),
+            "dataset_name": _first(dataset) or _first(dataset_tags),
+            "dataset_split": _first(dataset_args),
+        }
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        tags += getattr(self.model, "model_tags", None) or []
+        return make_card(replace(facts, tags=tags, **{name: value for name, value in said.items() if value}))
+
+    @property
+    def _with_code(self) -> bool:
+        return getattr(self.args, "with_code", False)
+
+    def _trains_a_refiner(self) -> bool:
+        return isinstance(self.model, RefinerPreTrainedModel)
+
+
+def _first(values: str | list[str] | None) -> str | None:
+    return values if isinstance(values, str) or not values else values[0]
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)

@@ -1,6 +1,11 @@
 import json
 import os
+import sys
+import tempfile
+import time
 from pathlib import Path
+
+from .hub.local_hub import LocalHub
 
 
 # Tests run side by side: more threads than cores would spend their time waiting for each other.
@@ -8,8 +13,22 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+# The client reads these when it is imported, so they come first. Whatever they were (a test process inherits those of
+# the process that started it, whose server is another one), no test reaches the real Hub or the user's own files.
+HUB = LocalHub()
+HF_HOME = tempfile.TemporaryDirectory(prefix="hf_home_")
+for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_CACHE", "HF_MODULES_CACHE"):
+    os.environ.pop(name, None)
+os.environ["HF_ENDPOINT"] = HUB.url
+os.environ["HF_HOME"] = HF_HOME.name
+os.environ["HF_HUB_DISABLE_XET"] = "1"  # that storage has a protocol of its own, which the server does not speak
+os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"  # that service is none of the Hub's addresses
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
+
+import huggingface_hub  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from huggingface_hub.utils._http import default_client_factory  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
@@ -18,6 +37,7 @@ from refiner_hf.conversion.weights import read_config, rename_state_dict  # noqa
 
 
 torch.set_num_threads(1)
+assert huggingface_hub.constants.ENDPOINT == HUB.url, "something imported the client before this file"
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 GOLDEN_MODELS = [
@@ -113,3 +133,54 @@ LAYOUTS = {
 
 def load_json(path) -> dict:
     return json.loads(Path(path).read_text())
+
+
+class Clock:
+    """The `time` module for the client, which notes the pauses instead of making them."""
+
+    def sleep(self, seconds: float) -> None:
+        HUB.slept.append(seconds)
+
+    def __getattr__(self, name: str):
+        return getattr(time, name)
+
+
+def client_that_stays_here():
+    """A session of the client whose requests all come here.
+
+    Some of its versions ask huggingface.co itself, whatever the endpoint: 1.33 does to have a card checked.
+    """
+
+    def come_here(request) -> None:
+        if request.url.host not in ("127.0.0.1", "localhost"):
+            request.url = request.url.copy_with(scheme="http", netloc=HUB.url.removeprefix("http://").encode())
+
+    session = default_client_factory()
+    session.event_hooks["request"].append(come_here)
+    return session
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The Hub on this machine; the client, here and in child processes, is online, logged out, its cache empty."""
+    constants, home = huggingface_hub.constants, tmp_path / "hf_home"
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "0")
+        for module in ("huggingface_hub.constants", "datasets.config"):
+            if hasattr(sys.modules.get(module), name):
+                monkeypatch.setattr(sys.modules[module], name, False)
+    places = {
+        **{"HF_HOME": "", "HF_HUB_CACHE": "hub", "HUGGINGFACE_HUB_CACHE": "hub", "HF_ASSETS_CACHE": "assets"},
+        **{"HF_TOKEN_PATH": "token", "HF_STORED_TOKENS_PATH": "stored_tokens", "AGENT_HARNESSES_PATH": "agents.json"},
+    }
+    for name, place in places.items():
+        monkeypatch.setattr(constants, name, str(home / place), raising=False)
+    monkeypatch.setattr("huggingface_hub.utils._cache_manager.HF_HUB_CACHE", constants.HF_HUB_CACHE)
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for module in ("huggingface_hub.utils._http", "huggingface_hub.file_download"):
+        monkeypatch.setattr(f"{module}.time", Clock())
+    huggingface_hub.set_client_factory(client_that_stays_here)
+    yield HUB
+    huggingface_hub.set_client_factory(default_client_factory)  # this closes the session, too
+    HUB.reset()

@@ -1,10 +1,11 @@
 """What the card of a trained model says."""
 
 import csv
+import dataclasses
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from ..data.sources import ImageData
 from ..hub.card import (
@@ -36,7 +37,7 @@ _NOT_IN_CARD = {
     "distributed_state", "label_names", "train_batch_size",
     "eval_batch_size", "per_device_eval_batch_size",
     "verify_push", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "project",
-    "trackio_space_id",
+    "trackio_space_id", "accelerator_config",
 }  # fmt: skip
 _ALWAYS_IN_CARD = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
@@ -150,10 +151,8 @@ def _training(
 ) -> str:
     args, config = trainer.args, trainer.model.config
     shown = args.to_sanitized_dict()
-    defaults = type(args)(output_dir=args.output_dir).to_sanitized_dict()
-    changed = [name for name, value in shown.items() if value != defaults[name] and name not in _NOT_IN_CARD]
     always = [name for name in _ALWAYS_IN_CARD if name in shown]
-    rows = [(name, _plain(shown[name])) for name in dict.fromkeys([*always, *sorted(changed)])]
+    rows = [(name, _plain(shown[name])) for name in dict.fromkeys([*always, *_changed(args)])]
     rows += [(name, _plain(getattr(config, name))) for name in _NETWORK_IN_CARD]
     where = ""
     if arguments:
@@ -170,6 +169,17 @@ def _training(
         f"{device_name()}; {versions()}.{_footprint(emissions)} Every option that isn't in this table has its default"
         f"{where}.\n\n" + markdown_table(["option", "value"], rows)
     )
+
+
+def _changed(args: TrainingArguments) -> list[str]:
+    """The options that differ from their defaults. (A second instance, to compare with, would reset the devices.)"""
+    changed = []
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if value and value != default and field.name not in _NOT_IN_CARD:
+            changed.append(field.name)
+    return sorted(changed)
 
 
 def _emissions(folder: Path) -> dict[str, Any] | None:

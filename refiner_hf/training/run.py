@@ -74,9 +74,11 @@ def run(
         raise ValueError("Nothing to do: neither --do_train nor --do_eval.")
     if not training_args.do_train and model_args.model_name_or_path is None:
         raise ValueError("Which model to evaluate? Give --model_name_or_path.")
+    if training_args.push_to_hub and not training_args.do_train:
+        raise ValueError("An evaluation leaves nothing to push. Use refiner-push to publish the model's folder.")
     arguments = _as_dict(model_args, data_args, augmentation_args, training_args)
     checkpoint = _prepare_output_folder(training_args, arguments)
-    if training_args.push_to_hub and training_args.do_train and training_args.should_save:
+    if training_args.push_to_hub and training_args.should_save:
         training_args.hub_model_id = prepare_repository(
             training_args.hub_model_id or Path(training_args.output_dir).resolve().name,
             private=training_args.hub_private_repo,
@@ -140,7 +142,7 @@ def run(
             examples = finish_folder(trainer, data, arguments, measured, metrics.confusion_matrix)
         # Last, since it marks the folder as finished.
         trainer.save_metrics("train", {k: v for k, v in measured.items() if not k.startswith("eval_")})
-    published = _publish(trainer) if training_args.do_train and training_args.push_to_hub else None
+    published = _publish(trainer) if training_args.push_to_hub else None
     return RunResult(Path(training_args.output_dir), measured, data, training_args.do_train, examples, published)
 
 

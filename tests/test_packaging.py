@@ -37,6 +37,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import refiner_hf
 assert refiner_hf.__file__.startswith(sys.argv[1]), refiner_hf.__file__
+from refiner_hf.commands import convert_checkpoint, push_to_hub
 assert not {"timm", "datasets", "evaluate", "sklearn", "matplotlib"} & sys.modules.keys()
 from refiner_hf.commands.parsing import recipe_names
 assert recipe_names() == ["digits", "fine_tune", "from_scratch"]
@@ -53,4 +54,5 @@ def test_the_wheel_works_installed_and_imports_what_it_needs_only(wheel, tmp_pat
     )
     run = subprocess.run([sys.executable, "-c", RUN, str(site)], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert {path.name for path in (site / "bin").iterdir()} == {"refiner-train", "refiner-convert", "refiner-show"}
+    commands = {"refiner-train", "refiner-convert", "refiner-show", "refiner-push"}
+    assert {path.name for path in (site / "bin").iterdir()} == commands

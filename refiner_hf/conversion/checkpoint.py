@@ -14,13 +14,12 @@ import torch
 from ..configuration_refiner import RefinerConfig
 from ..hub.card import CardFacts, describe_network, make_card, usage_example
 from ..hub.code import add_code
+from ..hub.published import published_network
 from ..image_processing_refiner import RefinerImageProcessor
 from ..modeling_refiner import RefinerForImageClassification
 from .weights import check_tensors, read_config, rename_state_dict
 
 
-# The evaluation crop of the published networks, by layers and width.
-PUBLISHED_CROP_PCT = {(16, 384): 0.9, (32, 420): 1.0, (32, 512): 1.13}
 _OTHER_CROP_PCT = 0.9
 # WordNet's lemmas of ImageNet-1k's 1000 synsets in the usual order, as timm's ImageNetInfo lists them; the second
 # "crane" is called "crane2", as in the Hub's imagenet-1k, so that no two labels have one name.
@@ -68,7 +67,8 @@ def convert_checkpoint(
         config.drop_path_rate = float(drop_path)
     name_labels(config)
     if crop_pct is None:
-        crop_pct = PUBLISHED_CROP_PCT.get((config.num_hidden_layers, config.hidden_size), _OTHER_CROP_PCT)
+        published = published_network(config)
+        crop_pct = published.crop_pct if published else _OTHER_CROP_PCT
     height, width = config.image_height_width
     processor = RefinerImageProcessor(size={"height": height, "width": width}, crop_pct=crop_pct)
 
@@ -165,12 +165,20 @@ def _card(name: str, file: str, content: Mapping, model, use_ema: bool, crop_pct
     said = {
         key: content[key] for key in ("arch", "epoch", "metric") if isinstance(content.get(key), (str, int, float))
     }
+    published = published_network(model.config)
+    results = ""
+    if published:
+        results = (
+            f"The network is {published.name}'s. {published.table()}\n\nWhether the converted file holds the weights "
+            "that these numbers were published for can't be seen in it."
+        )
     claims = "".join(f" The file says {key}: {value}." for key, value in said.items())
     return make_card(
         CardFacts(
             title=name,
             summary=f"A Refiner image classifier, converted from the reference checkpoint `{file}`.",
             usage=usage_example(name, with_code),
+            results=results,
             architecture=describe_network(model),
             training=f"The {kind} weights of `{file}` were converted by `refiner_hf`; nothing was trained.{claims} "
             f"What the file says of itself was not measured again. Images are prepared as the reference evaluates: "

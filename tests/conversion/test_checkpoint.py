@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from refiner_hf.commands.convert_checkpoint import main
@@ -57,6 +58,7 @@ def test_golden_checkpoint(golden, tmp_path, use_ema):
     assert dict(processor.size) == {"height": 48, "width": 48}
     card = (tmp_path / "out" / "README.md").read_text()
     assert "converted" in card and "released_checkpoint.pth.tar" in card and "More information needed" not in card
+    assert "as published" not in card  # this is none of the paper's networks
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
@@ -124,6 +126,11 @@ def test_published_sizes(size, image_size, crop_pct, save, tmp_path):
     assert model.config.drop_path_rate == 0.2
     assert model.config.id2label[0] == "tench, Tinca tinca" and len(set(model.config.id2label.values())) == 1000
     assert load_json(tmp_path / "out" / "preprocessor_config.json")["crop_pct"] == crop_pct
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    letter, published = {384: ("S", "83.6"), 420: ("M", "84.6"), 512: ("L", "84.9")}[model.config.hidden_size]
+    assert f"The network is Refiner-{letter}'s." in card.text and f"| 224 x 224 | {published} |" in card.text
+    assert "**as published**" in card.text and "Accuracy was not measured after the conversion" in card.text
+    assert card.data.eval_results is None  # a published number is no result of these weights
 
 
 class TestWhatDoesNotConvert:

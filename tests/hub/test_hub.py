@@ -3,15 +3,27 @@
 import ast
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
 import refiner_hf
-from refiner_hf.hub.card import CardFacts, describe_network, make_card, markdown_table
+from refiner_hf import RefinerConfig, RefinerForImageClassification, RefinerModel
+from refiner_hf.hub.card import (
+    CardFacts,
+    basic_card,
+    count_flops,
+    describe_network,
+    for_repository,
+    make_card,
+    markdown_table,
+    usage_example,
+)
 from refiner_hf.hub.code import AUTO_MAP, CODE_FILES, PROCESSOR_AUTO_MAP, add_code
 from refiner_hf.hub.plots import plot_confusion_matrix, plot_learning_curve, plot_predictions
 
@@ -37,6 +49,11 @@ class TestCode:
         for target in [*AUTO_MAP.values(), *PROCESSOR_AUTO_MAP.values()]:
             module, name = target.split(".")
             assert f"{module}.py" in CODE_FILES and hasattr(refiner_hf, name)
+
+    def test_every_registered_class_is_in_it(self):
+        heads = {name for name in refiner_hf.__all__ if name.startswith("Refiner") and hasattr(refiner_hf, name)}
+        heads = {name for name in heads if issubclass(getattr(refiner_hf, name), refiner_hf.RefinerPreTrainedModel)}
+        assert {target.split(".")[1] for target in AUTO_MAP.values()} >= heads - {"RefinerPreTrainedModel"}
 
     def test_added_to_a_folder(self, tiny_model, tmp_path):
         tiny_model().save_pretrained(tmp_path)
@@ -71,6 +88,58 @@ class TestCards:
         table = describe_network(model)
         assert f"{sum(p.numel() for p in model.parameters()):,}" in table
         assert ("refinement" in table) == (layout != "plain")
+
+    # Multiply-adds of the published networks, counted on the reference implementation's own description of them.
+    @pytest.mark.parametrize(
+        "size, image_size, giga_multiply_adds",
+        [("small", 224, 6.82), ("small", 384, 24.09), ("medium", 224, 13.50), ("large", 448, 102.36)],
+    )
+    def test_cost(self, size, image_size, giga_multiply_adds):
+        with torch.device("meta"):
+            model = RefinerForImageClassification(getattr(RefinerConfig, size)(image_size=image_size))
+        assert count_flops(model) / 2e9 == pytest.approx(giga_multiply_adds, abs=0.005)
+
+    def test_counting_changes_nothing(self, tiny_model):
+        """A card is written in the middle of a training, too."""
+        model, state = tiny_model().train(), torch.get_rng_state()
+        count_flops(model)
+        assert model.training and torch.equal(state, torch.get_rng_state())
+
+    def test_numbers_without_data_are_no_result(self):
+        facts = replace(self.FACTS, metrics={"accuracy": ("Top-1 accuracy", 0.5)})
+        assert make_card(facts).data.eval_results is None
+
+    @pytest.mark.parametrize("head", [RefinerForImageClassification, RefinerModel])
+    def test_of_a_model_that_came_without(self, tiny_config, head):
+        card = basic_card(head(tiny_config()), "alice/model")
+        task = {"RefinerModel": "image-feature-extraction"}.get(head.__name__, "image-classification")
+        assert card.data.pipeline_tag == task and f'pipeline("{task}", model="alice/model")' in card.text
+        assert "More information needed" not in card.text and "not recorded" in card.text
+
+    def test_usage_for_another_place(self):
+        card = make_card(replace(self.FACTS, usage=usage_example("out", False)))
+        there = for_repository(card, "alice/model", remote_code=True, revision="trial")
+        assert 'model="alice/model", revision="trial", trust_remote_code=True)' in there.text
+        assert "import refiner_hf" not in there.text and '"out"' not in there.text
+        back = for_repository(there, "out", remote_code=False)
+        assert back.text == card.text and back.data.tags == [*card.data.tags, "custom_code"]
+        other = make_card(self.FACTS)
+        assert for_repository(other, "alice/model", remote_code=False).text == other.text
+
+    def test_the_hubs_validator_takes_them(self, hub):
+        """The check of huggingface_hub, which asks the Hub; here the tests' own one answers."""
+        facts = replace(
+            self.FACTS, dataset_name="My photos", dataset_split="test", license="mit", language="en", tags=["mine"],
+            metrics={"accuracy": ("Top-1 accuracy", 0.5)}, co2={"emissions": 1.5, "source": "codecarbon"},
+        )  # fmt: skip
+        make_card(facts).validate(repo_type="model")
+        for path in sorted((ROOT / "model_cards").glob("refiner-*.md")):
+            ModelCard.load(path).validate(repo_type="model")
+        assert hub.requests == [("POST", "/api/validate-yaml")] * 4
+        broken = make_card(facts)
+        broken.data.license = ["MIT!"]
+        with pytest.raises(ValueError, match="license"):
+            broken.validate(repo_type="model")
 
     def test_table_cells_keep_to_themselves(self):
         assert markdown_table(["a"], [("x|y\nz",)]).splitlines()[-1] == "| x\\|y z |"

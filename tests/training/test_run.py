@@ -75,6 +75,18 @@ class TestFinishedFolder:
             assert f"]({picture})" in card.text
             assert Image.open(folder / picture).size[0] > 300
         assert "bibtex" in card.text and "Limits" in card.text and "24 x" not in card.text
+        assert "6 images (25% held out of train) of photos" in card.text
+        assert (
+            f"| parameters | {AutoModelForImageClassification.from_pretrained(folder).num_parameters():,} |"
+            in card.text
+        )
+        for measured in (
+            "GFLOP",
+            "Evaluation speed, reading images included | ",
+            " images/s on CPU (",
+            " images/s, eval",
+        ):
+            assert measured in card.text, measured
         for line in ("drop_path_rate | 0.1", "train_val_split | 0.25", "crop_pct (evaluation) | 1"):
             assert f"| {line} |" in card.text
 
@@ -374,6 +386,35 @@ class TestBadInput:
     def test_architecture_that_does_not_fit(self, tmp_path, photos):
         with pytest.raises(SystemExit, match="multiple"):
             main(["--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK, "--image_size", "18"])
+
+
+def test_what_codecarbon_measured_is_in_the_card(tmp_path, photos, monkeypatch):
+    """codecarbon itself asks the network where it is, so here is the file that it leaves."""
+    from refiner_hf.training import run
+
+    def leave_a_file(args):
+        (tmp_path / "out" / "emissions.csv").write_text(
+            "timestamp,duration,emissions,energy_consumed,country_name,longitude,cpu_model,gpu_count,gpu_model\n"
+            "2026-01-01,1,0.5,0.9,France,2.3,A CPU,0,\n2026-01-02,1,0.00012345,0.00098765,Canada,-71.2,A CPU,0,\n"
+        )
+
+    monkeypatch.setattr(run, "set_seed", leave_a_file)
+    main(["--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "out"), "--do_train"])
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.to_dict()["co2_eq_emissions"] == {
+        "emissions": 0.123, "source": "codecarbon", "training_type": "pre-training",
+        "geographical_location": "Canada", "hardware_used": "A CPU",
+    }  # fmt: skip
+    assert "it took 0.000988 kWh and emitted 0.123 g of CO2 equivalent, with the electricity of Canada" in card.text
+
+
+@pytest.mark.slow
+def test_codecarbon_itself(tmp_path, photos):
+    pytest.importorskip("codecarbon")
+    options = ["--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "out"), "--do_train"]
+    main([*options, "--report_to", "codecarbon"])
+    emissions = ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()["co2_eq_emissions"]
+    assert emissions["emissions"] > 0 and emissions["source"] == "codecarbon"
 
 
 def test_a_killed_run_goes_on(tmp_path, photos):

@@ -6,15 +6,20 @@ BIN = $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export HF_DATASETS_OFFLINE = 1
 
-.PHONY: help install demo test test-all test-gpu style check cards clean
+# The lowest versions that setup.cfg declares, for `make test-lowest`.
+LOWEST = $(shell sed -nE 's/^ +(torch|torchvision|transformers|huggingface_hub) >=([0-9.]+).*/\1==\2/p' setup.cfg)
+LOWEST_BIN = .venv-lowest/bin
+
+.PHONY: help install demo test test-all test-lowest test-gpu style check cards clean
 
 help:
-	@echo "make demo      train a small Refiner on scikit-learn's digits into outputs/demo"
-	@echo "make test      the fast tests"
-	@echo "make test-all  all tests, the slow ones too"
-	@echo "make test-gpu  the tests that need a CUDA device"
-	@echo "make style     format the code        make check   check style without changing anything"
-	@echo "make cards     write model_cards/ anew"
+	@echo "make demo         train a small Refiner on scikit-learn's digits into outputs/demo"
+	@echo "make test         the fast tests"
+	@echo "make test-all     all tests, the slow ones too"
+	@echo "make test-lowest  the fast tests with the lowest declared versions, in a .venv-lowest of their own"
+	@echo "make test-gpu     the tests that need a CUDA device"
+	@echo "make style        format the code        make check   check style without changing anything"
+	@echo "make cards        write model_cards/ anew"
 
 install: $(VENV)/installed
 
@@ -33,6 +38,15 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest -n 2 -m "not gpu"
+
+.venv-lowest/installed: setup.cfg pyproject.toml
+	test -x $(LOWEST_BIN)/python || $(PYTHON) -m venv .venv-lowest
+	$(LOWEST_BIN)/python -m pip install --quiet --upgrade pip
+	$(LOWEST_BIN)/python -m pip install --quiet --editable '.[dev]' $(LOWEST)
+	touch $@
+
+test-lowest: .venv-lowest/installed
+	$(LOWEST_BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu

@@ -161,13 +161,19 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        self.complete()
+        features, indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        if features is not None or indices is not None:  # else the backbone takes the last, whichever it is then
+            self.set_output_features_output_indices(features, indices)
+        super().__post_init__(**kwargs)
+
+    def complete(self) -> None:
+        """Fills in what follows from other fields, where it is `None`."""
         if self.intermediate_size is None:
             self.intermediate_size = 3 * self.hidden_size
         if self.attention_types is None:
             self.attention_types = [("plain", "shared_refined")[i % 2] for i in range(self.num_hidden_layers)]
         self.attention_types = list(self.attention_types)
-        self.set_output_features_output_indices(kwargs.pop("out_features", None), kwargs.pop("out_indices", None))
-        super().__post_init__(**kwargs)
 
     # The published networks. Drop path is that of training without token labels.
 

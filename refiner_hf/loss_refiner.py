@@ -36,8 +36,8 @@ def image_classification_loss(
               column 1 the class target, the rest one target for each patch, row by row. With no patch columns, or
               with labels of another shape, every patch gets the image's target;
             - what `config.problem_type` says otherwise: (B, K) zeros and ones for `"multi_label_classification"`,
-              numbers of shape (B,) or (B, K) for `"regression"`. An explicit `problem_type` wins over what the labels
-              look like.
+              numbers of shape (B, K), or (B,) with one label, for `"regression"`. An explicit `problem_type` wins over
+              what the labels look like.
         logits (`torch.Tensor` of shape (B, K)): class logits.
         config ([`RefinerConfig`]): gives `num_labels`, `problem_type` and `dense_loss_weight`.
         patch_logits (`torch.Tensor` of shape (B, P, K), *optional*): those of the dense head.
@@ -57,7 +57,7 @@ def image_classification_loss(
     if mixing_mask is not None:
         if problem == SINGLE_LABEL and class_target.ndim == 1:
             mixed_target = nn.functional.one_hot(class_target, logits.shape[-1])
-        mixed_target = mix_targets(mixed_target.to(logits.dtype), mixing_mask)
+        mixed_target = mix_targets(mixed_target.float(), mixing_mask)
 
     loss = criterion(logits, mixed_target)
     if patch_logits is not None:
@@ -109,7 +109,7 @@ def _targets(
     if problem != SINGLE_LABEL and labels.numel() == batch and num_labels == 1:
         return labels.reshape(batch, 1), None
     if labels.shape == logits.shape:
-        return labels.to(logits.dtype), None
+        return labels.float(), None
     if problem == SINGLE_LABEL and labels.ndim == 3 and labels.shape[:2] == logits.shape and labels.shape[2] >= 2:
         patch_target = labels[:, :, 2:].transpose(1, 2)
         if patch_target.shape[1] == 0 or patch_logits is None:
@@ -120,10 +120,13 @@ def _targets(
                 f"model has {patch_logits.shape[1]} patches."
             )
         return labels[:, :, 1], patch_target
+    fitting = f"floating point numbers of shape ({batch}, {num_labels})"
+    if problem == SINGLE_LABEL:
+        fitting = f"integers of shape ({batch},), soft labels of shape ({batch}, {num_labels})"
+        fitting += f" or dense ones of shape ({batch}, {num_labels}, 2 + patches)"
     raise ValueError(
         f"Labels of type {labels.dtype} and shape {tuple(labels.shape)} don't fit {problem} of {batch} images with "
-        f"{num_labels} labels. Pass integers of shape ({batch},), soft labels of shape ({batch}, {num_labels}) or "
-        f"dense ones of shape ({batch}, {num_labels}, 2 + patches)."
+        f"{num_labels} labels. Pass {fitting}."
     )
 
 

@@ -385,12 +385,18 @@ class RefinerPreTrainedModel(PreTrainedModel):
         Raises:
             `StrictDataclassError` (of `huggingface_hub.errors`): `image_size` isn't a multiple of the patch size;
             nothing is changed.
+            `ValueError`: the position embeddings are offloaded, so that they can't be changed.
         """
         resized = type(self.config)(
             image_size=image_size, patch_size=self.config.patch_size, use_conv_stem=self.config.use_conv_stem
         )
         old, new = self.config.patch_grid, resized.patch_grid
         embeddings = self.base_model.embeddings
+        if embeddings.position_embeddings.is_meta:
+            raise ValueError(
+                "The position embeddings are offloaded, so they can't be resized. Load the model whole, call "
+                "set_image_size, save it, and load that folder with the device_map."
+            )
         with torch.no_grad():
             positions = embeddings.resized_positions(new, mode="bicubic", align_corners=False).clone()
         embeddings.position_embeddings = nn.Parameter(
@@ -446,7 +452,9 @@ class RefinerModel(RefinerPreTrainedModel):
     """
 
     def __init__(self, config: RefinerConfig, refine_implementation: str = "auto", use_mask_token: bool = False):
-        config.validate()  # fields may have been changed since it was made, by from_pretrained's keywords for one
+        # Fields may have been changed since it was made, by from_pretrained's keywords for one.
+        config.complete()
+        config.validate()
         super().__init__(config)
         drop_path = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
         self.embeddings = RefinerEmbeddings(config, use_mask_token)
@@ -584,6 +592,7 @@ class RefinerForImageClassification(RefinerPreTrainedModel):
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             mixing_mask=mixing_mask,
+            return_dict=True,  # whatever the configuration says: the tuple is made outside
             **kwargs,
         )
         logits = self.classifier(outputs.pooler_output)
@@ -657,6 +666,7 @@ class RefinerForMaskedImageModeling(RefinerPreTrainedModel):
             pixel_values,
             interpolate_pos_encoding=interpolate_pos_encoding,
             bool_masked_pos=bool_masked_pos,
+            return_dict=True,
             **kwargs,
         )
         height, width = pixel_values.shape[-2:]
@@ -673,7 +683,8 @@ class RefinerForMaskedImageModeling(RefinerPreTrainedModel):
         if bool_masked_pos is not None:
             masked = patches_to_pixels(bool_masked_pos.bool().view(-1, rows, columns), (patch_height, patch_width))
             difference = (reconstruction - pixel_values).abs() * masked
-            loss = difference.sum() / (self.config.num_channels * masked.sum()).clamp(min=1)
+            # In float32: a sum over a batch's pixels is soon too large for half precision.
+            loss = difference.sum(dtype=torch.float32) / (self.config.num_channels * masked.sum()).clamp(min=1)
             if outputs.map_similarity is not None:
                 loss = loss + self.config.cosine_regularizer_weight * outputs.map_similarity
 
@@ -698,13 +709,13 @@ class RefinerBackbone(BackboneMixin, RefinerModel):
     Example:
 
     ```python
-    >>> import refiner_hf
-    >>> from transformers import AutoBackbone
+    >>> from refiner_hf import RefinerBackbone
 
-    >>> backbone = AutoBackbone.from_pretrained("USER/my-refiner", out_features=["stage4", "stage8", "stage16"])
+    >>> backbone = RefinerBackbone.from_pretrained("USER/my-refiner", out_features=["stage4", "stage8", "stage16"])
     ```"""
 
     def __init__(self, config: RefinerConfig, refine_implementation: str = "auto"):
+        config.set_output_features_output_indices(config.out_features, config.out_indices)  # the last by default
         super().__init__(config, refine_implementation)
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
 
@@ -734,7 +745,7 @@ class RefinerBackbone(BackboneMixin, RefinerModel):
         """
         # Not super(): the mixin, which must come first, has a forward of its own that only raises.
         outputs: RefinerModelOutput = RefinerModel.forward(
-            self, pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
+            self, pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
         )
         patch_height, patch_width = self.config.patch_height_width
         grid = (pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width)

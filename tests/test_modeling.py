@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers import AutoModel, AutoModelForImageClassification
 
 from refiner_hf import RefinerConfig, RefinerForImageClassification, RefinerModel
 from refiner_hf.attention_refiner import RefinerMapRefinement
@@ -59,11 +59,6 @@ def test_a_layers_output_is_the_next_hidden_state(tiny_model):
     outputs = model(IMAGES, output_hidden_states=True)
     assert_close(model.norm(outputs.hidden_states[-1]), outputs.last_hidden_state)
     assert_close(outputs.last_hidden_state[:, 0], outputs.pooler_output)
-
-
-def test_return_dict_false(tiny_model):
-    logits, hidden_states = tiny_model().eval()(IMAGES, return_dict=False, output_hidden_states=True)
-    assert logits.shape == (3, 5) and len(hidden_states) == 5
 
 
 def test_dense_head_joins_in_evaluation_and_comes_apart_in_training(tiny_model):
@@ -274,13 +269,6 @@ class TestNorms:
             assert torch.equal(ours(x), theirs(x))
         assert torch.equal(ours.running_var, theirs.running_var)
 
-    def test_an_images_logits_do_not_depend_on_its_batch(self, tiny_model):
-        model = tiny_model(use_dense_head=True).eval()
-        with torch.no_grad():
-            together = model(IMAGES).logits
-            alone = torch.cat([model(image[None]).logits for image in IMAGES])
-        assert_close(alone, together, 1e-5)
-
 
 class TestRandomness:
     """Stochastic depth and dropout: where the reference has them, and in training only."""
@@ -357,28 +345,6 @@ class TestLabels:
         for wrong in ([], ["cat", "cat"]):
             with pytest.raises(ValueError, match="different names"):
                 model.reset_classifier(wrong)
-
-    def test_ignore_mismatched_sizes(self, tiny_model, tmp_path):
-        tiny_model(use_dense_head=True).save_pretrained(tmp_path)
-        loaded = RefinerForImageClassification.from_pretrained(tmp_path, num_labels=9, ignore_mismatched_sizes=True)
-        assert loaded(IMAGES).logits.shape == (3, 9)
-
-
-def test_registered_with_the_auto_classes(tiny_model, tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    assert isinstance(AutoConfig.from_pretrained(tmp_path), RefinerConfig)
-    assert isinstance(AutoModelForImageClassification.from_pretrained(tmp_path), RefinerForImageClassification)
-    assert isinstance(AutoModel.from_pretrained(tmp_path), RefinerModel)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_follows_single(tiny_model, tmp_path, dtype):
-    model = tiny_model(use_dense_head=True).eval()
-    model.save_pretrained(tmp_path)
-    half = RefinerForImageClassification.from_pretrained(tmp_path, dtype=dtype)
-    assert half.dtype == dtype
-    with torch.no_grad():
-        assert_close(half(IMAGES).logits, model(IMAGES).logits, 0.05)
 
 
 def test_autocast_trains(tiny_model):

@@ -5,6 +5,8 @@ BIN = $(VENV)/bin
 # Nothing here needs the network once the environment is there.
 export HF_HUB_OFFLINE = 1
 export HF_DATASETS_OFFLINE = 1
+# torchao, which the tests use, makes newer torch say at every import that it does something in an old way.
+export TORCH_LOGS = -torch.utils._pytree
 
 # The lowest versions that setup.cfg declares, for `make test-lowest`.
 LOWEST = $(shell sed -nE 's/^ +(torch|torchvision|transformers|huggingface_hub) >=([0-9.]+).*/\1==\2/p' setup.cfg)

@@ -96,14 +96,20 @@ def files_to_publish(folder: Path) -> Files:
         raise ValueError(f"There is no folder {folder}.")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no model: it has no config.json. Give the folder of a finished run.")
+    files = public_files(folder)
+    missing = sorted(_weight_files(folder) - files.keys())
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}: the model's weights aren't all there.")
+    return files
+
+
+def public_files(folder: Path) -> Files:
+    """All that lies in a folder, whatever it is, but what only the Trainer needs."""
     files: Files = {}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
         if path.is_file() and not any(fnmatch(part, no) for part in inside.parts for no in _NOT_PUBLISHED):
             files[inside.as_posix()] = path
-    missing = sorted(_weight_files(folder) - files.keys())
-    if missing:
-        raise ValueError(f"{folder} lacks {', '.join(missing)}: the model's weights aren't all there.")
     return files
 
 

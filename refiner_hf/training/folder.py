@@ -55,8 +55,6 @@ def finish_folder(
     """
     args: RefinerTrainingArguments = trainer.args
     folder = Path(args.output_dir)
-    # A pickle; the arguments are in a JSON file and in the card.
-    (folder / "training_args.bin").unlink(missing_ok=True)
     for name in (RUN_FILE, "trainer_state.json"):
         write_json(folder / name, without_paths(json.loads((folder / name).read_text(encoding="utf-8"))))
 

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo, ModelCard
 from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from ..hub.card import make_card
 from ..hub.code import code_for
-from ..hub.publish import CARD, Files, Published, commit_files, files_to_publish, publish_folder
+from ..hub.publish import CARD, Files, Published, commit_files, public_files, publish_folder
 from ..hub.repository import hub, prepare_repository
 from ..modeling_refiner import RefinerPreTrainedModel
 from .card import last_measured, training_facts
@@ -24,6 +25,9 @@ from .files import without_paths
 
 
 logger = logging.get_logger(__name__)
+
+# Beginnings of the names that a model, its processor or an adapter is saved under; the rest is the Trainer's.
+_MODEL_FILES = ("adapter", "config", "model", "preprocessor", CARD)
 
 
 class PushingTrainer(Trainer):
@@ -36,8 +40,13 @@ class PushingTrainer(Trainer):
       `with_code` in its arguments also the model's code. See [`~refiner_hf.hub.publish.publish_folder`];
     - never stops a training because a push on the way failed: a warning says so, and the next push brings everything.
 
-    What it trains that is no Refiner (an adapter around one, say) is pushed as the stock Trainer does.
+    An adapter around a Refiner (PEFT) is pushed the same way, with the card that PEFT makes.
     """
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle of the arguments, with paths and the token in plain text, that nothing reads.
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         if not self.is_world_process_zero():
@@ -76,8 +85,6 @@ class PushingTrainer(Trainer):
         """
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
-        if not self._trains_a_refiner():
-            return super().push_to_hub(commit_message, blocking, token, revision, **kwargs)
         self.save_model(_internal_call=True)
         self.create_model_card(**kwargs)
         return self.publish(commit_message, blocking=blocking, token=token, branch=revision)
@@ -91,14 +98,15 @@ class PushingTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._finish_current_push()
 
+        folder, branch = Path(self.args.output_dir), branch or self.args.hub_revision
+        token = token or self.args.hub_token
+
         def push() -> Published:
+            if not self._trains_a_refiner():
+                commit = commit_files(hub(token), self.hub_model_id, public_files(folder), message, branch)
+                return Published(self.hub_model_id, commit.oid, commit.commit_url)
             return publish_folder(
-                self.args.output_dir,
-                self.hub_model_id,
-                branch=branch or self.args.hub_revision,
-                token=token or self.args.hub_token,
-                message=message,
-                with_code=self._with_code,
+                folder, self.hub_model_id, branch=branch, token=token, message=message, with_code=self._with_code
             )
 
         return push() if blocking else self._hub.run_as_future(push)
@@ -111,9 +119,6 @@ class PushingTrainer(Trainer):
         """
         args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
-            return
-        if not self._trains_a_refiner():
-            super()._push_from_checkpoint(checkpoint_folder)
             return
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if busy and not args.hub_always_push:
@@ -141,11 +146,11 @@ class PushingTrainer(Trainer):
 
     def _files_of(self, checkpoint: Path) -> Files:
         """What one push on the way brings."""
-        saved = files_to_publish(checkpoint)
-        files = {name: path for name, path in saved.items() if name.startswith(("config", "model", "preprocessor"))}
-        if self._with_code:
-            files |= code_for(checkpoint)
-        files[CARD] = str(self._card()).encode("utf-8")
+        saved = public_files(checkpoint)
+        files = {name: path for name, path in saved.items() if name.startswith(_MODEL_FILES)}
+        if self._trains_a_refiner():
+            files |= code_for(checkpoint) if self._with_code else {}
+            files[CARD] = str(self._card()).encode("utf-8")
         if self.args.hub_strategy == HubStrategy.EVERY_SAVE:
             return files
         folder = "last-checkpoint" if self.args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name

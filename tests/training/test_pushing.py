@@ -268,9 +268,30 @@ class TestOwnTrainer:
     def test_an_adapter_is_pushed_as_peft_saves_it(self, hub, token, tiny_model, tmp_path):
         peft = pytest.importorskip("peft")
         model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["v_proj"], r=2))
-        trainer = self.trainer(model, tmp_path / "out", token)
+        fields = dict(push_to_hub=True, hub_strategy="checkpoint", save_strategy="epoch", hub_always_push=True)
+        trainer = self.trainer(model, tmp_path / "out", token, **fields)
         trainer.train()
         trainer.push_to_hub()
-        files = hub.repositories["alice/model"].files()
-        assert "adapter_model.safetensors" in files and "model.safetensors" not in files
-        assert json.loads(files["adapter_config.json"])["r"] == 2
+        first, last = reversed(hub.repositories["alice/model"].history()[:2])
+        saved = {"adapter_model.safetensors", "adapter_config.json"}
+        state = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+        for files in (first.files, last.files):
+            assert saved | {"README.md"} | {f"last-checkpoint/{name}" for name in saved | state} <= files.keys()
+            assert not [name for name in files if "model.safetensors" in name and "adapter" not in name]
+            assert not [name for name, content in files.items() if token.encode() in content]
+        assert json.loads(last.files["adapter_config.json"])["r"] == 2
+
+
+@pytest.mark.parametrize("trains", [None, "v_proj"])
+def test_the_token_is_not_written_to_disk(token, tiny_model, tmp_path, trains):
+    """transformers' Trainer pickles its arguments, token and all, into each folder that it saves."""
+    model = tiny_model()
+    if trains:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=[trains], r=2))
+    args = arguments(tmp_path / "out", save_strategy="epoch", hub_token=token)
+    trainer = RefinerTrainer(model, args, train_dataset=Images())
+    trainer.train()
+    trainer.save_model()
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) > 5 and not [path for path in files if token.encode() in path.read_bytes()]

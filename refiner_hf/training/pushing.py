@@ -28,6 +28,8 @@ logger = logging.get_logger(__name__)
 
 # Beginnings of the names that a model, its processor or an adapter is saved under; the rest is the Trainer's.
 _MODEL_FILES = ("adapter", "config", "model", "preprocessor", CARD)
+# Folders of links to a checkpoint that is being pushed. Names with _ in front are never published.
+_LINKS = "_push-"
 
 
 class PushingTrainer(Trainer):
@@ -58,6 +60,8 @@ class PushingTrainer(Trainer):
             branch=args.hub_revision,
             token=token or args.hub_token,
         )
+        for left in Path(args.output_dir).glob(f"{_LINKS}*"):  # by a run that was killed while it pushed
+            shutil.rmtree(left, ignore_errors=True)
         self.push_in_progress = None
         self._hub = hub(token or args.hub_token)  # one client, whose background jobs run one after the other
 
@@ -125,7 +129,7 @@ class PushingTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         # The upload reads the files later, when the Trainer may have deleted this checkpoint: keep links to them.
-        links = Path(tempfile.mkdtemp(prefix="_push-", dir=args.output_dir))
+        links = Path(tempfile.mkdtemp(prefix=_LINKS, dir=args.output_dir))
         checkpoint = links / Path(checkpoint_folder).name
         shutil.copytree(checkpoint_folder, checkpoint, copy_function=_link)
         files, message = self._files_of(checkpoint), f"Training in progress, step {self.state.global_step}"

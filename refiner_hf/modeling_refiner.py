@@ -21,6 +21,7 @@ H heads, K labels. Attention maps are (B, H, N, N).
 import copy
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -170,6 +171,11 @@ class RefinerEmbeddings(nn.Module):
         """(B, P) or (B, rows, columns) -> (B, rows, columns)."""
         if self.mask_token is None:
             raise ValueError("This model has no mask token: make it with use_mask_token=True to use bool_masked_pos.")
+        if not isinstance(bool_masked_pos, torch.Tensor) or bool_masked_pos.is_floating_point():
+            raise ValueError(
+                "bool_masked_pos must be a tensor of booleans, got "
+                f"{getattr(bool_masked_pos, 'dtype', type(bool_masked_pos).__name__)}."
+            )
         if bool_masked_pos.shape not in ((batch, math.prod(grid)), (batch, *grid)):
             raise ValueError(
                 f"bool_masked_pos must have shape {(batch, math.prod(grid))} or {(batch, *grid)}, one value for each "
@@ -356,6 +362,8 @@ class RefinerPreTrainedModel(PreTrainedModel):
         keyword or in `config`) the position embeddings are resized (bicubic) and a warning says so.
         `refine_implementation` chooses how attention maps are refined (`"auto"` by default).
         """
+        if isinstance(config, str | Path):
+            config = cls.config_class.from_pretrained(config)
         # Any config object: code from the Hub has a RefinerConfig of its own for each file that imports it.
         given = isinstance(config, PreTrainedConfig)
         wanted = config.image_size if given else kwargs.get("image_size")
@@ -470,20 +478,20 @@ class RefinerModel(RefinerPreTrainedModel):
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
         interpolate_pos_encoding: bool | None = None,
         mixing_mask: torch.BoolTensor | None = None,
-        bool_masked_pos: torch.BoolTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> RefinerModelOutput:
         r"""
         Args:
             pixel_values (`torch.Tensor` of shape (B, C, height, width)): images, as the image processor gives them.
+            bool_masked_pos (`torch.BoolTensor` of shape (B, P), *optional*): true for the patches to hide behind the
+                mask token, see [`RefinerForMaskedImageModeling`].
             interpolate_pos_encoding (`bool`, *optional*): take images of another size than `config.image_size`, with
                 positions interpolated on the fly (bilinear, corners aligned, as in the reference's forward).
             mixing_mask (`torch.BoolTensor` of shape (grid height, grid width), *optional*): box of patches to swap
                 between the images of the batch (token mixing).
-            bool_masked_pos (`torch.BoolTensor` of shape (B, P), *optional*): true for the patches to hide behind the
-                mask token, see [`RefinerForMaskedImageModeling`].
             output_hidden_states, output_attentions, return_dict (`bool`, *optional*): as everywhere in transformers.
 
         Returns:
@@ -494,6 +502,11 @@ class RefinerModel(RefinerPreTrainedModel):
         """
         if pixel_values is None:
             raise ValueError("You have to specify pixel_values")
+        if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
+            kind = getattr(pixel_values, "dtype", type(pixel_values).__name__)
+            raise ValueError(
+                f"pixel_values must be a floating point tensor, got {kind}: use the image processor."
+            )
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, mixing_mask, bool_masked_pos)
 
@@ -532,6 +545,8 @@ class RefinerForImageClassification(RefinerPreTrainedModel):
 
     def __init__(self, config: RefinerConfig, refine_implementation: str = "auto"):
         super().__init__(config)
+        if config.num_labels < 1:
+            raise ValueError("A classifier needs at least one label. For features take RefinerModel.")
         self.num_labels = config.num_labels
         self.refiner = RefinerModel(config, refine_implementation)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
@@ -715,7 +730,8 @@ class RefinerBackbone(BackboneMixin, RefinerModel):
     ```"""
 
     def __init__(self, config: RefinerConfig, refine_implementation: str = "auto"):
-        config.set_output_features_output_indices(config.out_features, config.out_indices)  # the last by default
+        config = copy.deepcopy(config)  # the default is this backbone's own: another may have fewer layers
+        config.set_output_features_output_indices(config.out_features, config.out_indices)
         super().__init__(config, refine_implementation)
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
 

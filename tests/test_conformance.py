@@ -241,7 +241,7 @@ class TestConfig:
             del written[field]
         (tmp_path / "config.json").write_text(json.dumps(written))
         config = RefinerConfig.from_pretrained(tmp_path)
-        assert RefinerBackbone(config).out_features == ["stage4"] and config.out_indices == [4]
+        assert RefinerBackbone(config).out_features == ["stage4"] and config.out_features is None
         assert config.apply_layernorm and config.reshape_hidden_states
         loaded = RefinerForImageClassification.from_pretrained(tmp_path)
         assert torch.equal(loaded(**inputs_of(RefinerModel)).logits, model(**inputs_of(RefinerModel)).logits)

@@ -94,7 +94,7 @@ class TestMaskedImageModeling:
         model = make(RefinerForMaskedImageModeling, **OBLONG)
         images, mask = oblong_inputs()
         expected = model(images, mask)
-        for same in (mask.flatten(1), mask.long(), mask.flatten(1).float()):
+        for same in (mask.flatten(1), mask.long(), mask.flatten(1).byte()):
             outputs = model(images, same)
             assert torch.equal(outputs.loss, expected.loss)
             assert torch.equal(outputs.reconstruction, expected.reconstruction)
@@ -104,6 +104,12 @@ class TestMaskedImageModeling:
         model = make(RefinerForMaskedImageModeling, **OBLONG)
         with pytest.raises(ValueError, match=r"bool_masked_pos must have shape \(2, 12\) or \(2, 4, 3\)"):
             model(oblong_inputs()[0], torch.zeros(shape, dtype=torch.bool))
+
+    @pytest.mark.parametrize("mask", [torch.rand(2, 12), [[True] * 12] * 2, "all"], ids=["shares", "list", "text"])
+    def test_masks_of_another_kind(self, mask):
+        model = make(RefinerForMaskedImageModeling, **OBLONG)
+        with pytest.raises(ValueError, match="bool_masked_pos must be a tensor of booleans"):
+            model(oblong_inputs()[0], mask)
 
     @pytest.mark.parametrize("cls", [RefinerModel, RefinerForImageClassification, RefinerBackbone])
     def test_models_without_a_mask_token_say_so(self, cls):
@@ -124,12 +130,12 @@ class TestMaskedImageModeling:
         # Without a mask there is no loss, and the reconstruction is that of the whole image.
         without = model.eval()(images)
         assert without.loss is None
-        assert torch.equal(without.reconstruction, model(images, torch.zeros(3, 16)).reconstruction)
+        assert torch.equal(without.reconstruction, model(images, torch.zeros(3, 16, dtype=torch.bool)).reconstruction)
 
     def test_everything_masked(self):
         """Then all that an image can be told from is its mask token and positions, the same for all."""
         reconstruction = make(RefinerForMaskedImageModeling)(
-            inputs_of(RefinerModel)["pixel_values"], torch.ones(3, 16)
+            inputs_of(RefinerModel)["pixel_values"], torch.ones(3, 16, dtype=torch.bool)
         ).reconstruction
         assert_close(reconstruction[1:], reconstruction[:1].expand(2, -1, -1, -1), 1e-5)
 
@@ -149,7 +155,7 @@ class TestMaskedImageModeling:
 
     def test_loss_of_a_large_batch_in_half_precision(self):
         model = make(RefinerForMaskedImageModeling, image_size=64, patch_size=16, use_conv_stem=False)
-        images, mask = torch.randn(8, 3, 64, 64), torch.ones(8, 16)
+        images, mask = torch.randn(8, 3, 64, 64), torch.ones(8, 16, dtype=torch.bool)
         expected = model(images, mask).loss
         assert_close(model.half()(images.half(), mask).loss, expected, 0.01)
 

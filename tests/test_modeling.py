@@ -122,6 +122,17 @@ class TestBadInput:
         with pytest.raises(ValueError, match="shape"):
             tiny_model()(torch.randn(3, 16, 16))
 
+    @pytest.mark.parametrize(
+        "images", [IMAGES.mul(255).byte(), IMAGES.tolist(), "photo.jpg"], ids=["bytes", "list", "text"]
+    )
+    def test_no_floating_point_numbers(self, tiny_model, images):
+        with pytest.raises(ValueError, match="pixel_values must be a floating point tensor"):
+            tiny_model()(images)
+
+    def test_no_labels(self, tiny_config):
+        with pytest.raises(ValueError, match="at least one label"):
+            RefinerForImageClassification(tiny_config(num_labels=0))
+
     def test_no_images(self, tiny_model):
         with pytest.raises(ValueError, match="pixel_values"):
             tiny_model()()
@@ -173,6 +184,22 @@ class TestPositions:
             model(torch.zeros(1, 3, 4 * side, 4 * side))
         model.save_pretrained(tmp_path / "resized")
         assert RefinerModel.from_pretrained(tmp_path / "resized").config.image_size == 4 * side
+
+    def test_with_the_configuration_of_another_folder(self, tiny_model, tmp_path):
+        tiny_model().save_pretrained(tmp_path / "a")
+        tiny_model(image_size=24).config.save_pretrained(tmp_path / "b")
+        loaded = RefinerForImageClassification.from_pretrained(tmp_path / "a", config=str(tmp_path / "b"))
+        assert loaded.config.image_size == 24 and loaded.refiner.embeddings.position_embeddings.shape[1] == 37
+
+    def test_what_is_given_is_kept(self, tiny_model, tiny_config, tmp_path):
+        """The caller's configuration, and whether positions are trained."""
+        tiny_model().save_pretrained(tmp_path)
+        config = tiny_config(image_size=24)
+        model = RefinerForImageClassification.from_pretrained(tmp_path, config=config)
+        assert config.image_size == 24 and model.config.image_size == 24
+        model.refiner.embeddings.position_embeddings.requires_grad_(False)
+        model.set_image_size(16)
+        assert not model.refiner.embeddings.position_embeddings.requires_grad
 
     def test_it_says_so(self, tiny_model, monkeypatch):
         from refiner_hf import modeling_refiner

@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         print(f"Published: {published.url} (commit {published.commit[:8]})")
         if args.verify:
-            difference = verify(args.folder, published, remote_code=args.with_code, token=args.token)
+            difference = verify(published, token=args.token)
             print(f"Loaded back from the Hub in a fresh process: largest difference of an output {difference:g}.")
     except (ValueError, OSError) as error:
         sys.exit(f"Error: {error}")

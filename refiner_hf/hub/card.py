@@ -124,15 +124,16 @@ def for_repository(card: ModelCard, repo_id: str, remote_code: bool, revision: s
 
     card = ModelCard(str(card))
     card.text = _USAGE.sub(usage, card.text)
-    tags = card.data.tags or []
-    if remote_code and CODE_TAG not in tags:
-        card.data.tags = [*tags, CODE_TAG]
+    tags = [tag for tag in card.data.tags or [] if tag != CODE_TAG] + [CODE_TAG] * remote_code
+    card.data.tags = tags or None
     return card
 
 
+# Exactly what `usage_example` writes, for any name.
 _USAGE = re.compile(
-    r"```python\n(?:import refiner_hf[^\n]*\n)?from transformers import pipeline\n\n"
-    r"\w+ = pipeline\(\"(?P<task>[\w-]+)\"[^\n]*\nprint\([^\n]*\n```"
+    r"```python\n(?:import refiner_hf  # registers the model\n)?from transformers import pipeline\n\n"
+    r"(?P<verb>classify|features) = pipeline\(\"(?P<task>[\w-]+)\", model=\"[^\"]*\"(?:, revision=\"[^\"]*\")?"
+    r"(?:, trust_remote_code=True)?\)\nprint\((?P=verb)\(\"photo\.jpg\", (?:top_k=5|pool=True)\)\)\n```"
 )
 
 
@@ -200,7 +201,8 @@ def device_name() -> str:
     """The device that this process computes on."""
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"CPU ({_cpu_name()}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"CPU ({_cpu_name()}, {threads} thread{'s' * (threads > 1)})"
 
 
 def versions() -> str:

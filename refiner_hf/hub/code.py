@@ -35,6 +35,23 @@ def code_for(folder: str | Path) -> dict[str, bytes]:
     return files
 
 
+def without_code(folder: str | Path) -> dict[str, bytes]:
+    """The folder's configurations that name code, without the names: fine-tuning a model with code keeps those."""
+    files = {}
+    for file in ("config.json", "preprocessor_config.json"):
+        path = Path(folder) / file
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if content.pop("auto_map", None):
+            files[file] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("utf-8")
+    return files
+
+
+def has_code(folder: str | Path) -> bool:
+    """Whether a folder loads with its own code: it names code, and all of it is there."""
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    return "auto_map" in config and all((Path(folder) / name).exists() for name in CODE_FILES)
+
+
 def add_code(folder: str | Path) -> None:
     """Puts the files of [`code_for`] into the folder."""
     for name, content in code_for(folder).items():

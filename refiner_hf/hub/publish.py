@@ -6,12 +6,17 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+import numpy as np
+import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from transformers import AutoImageProcessor
 
 from .. import modeling_refiner
 from ..modeling_refiner import RefinerPreTrainedModel
+from .answers import answers_of
 from .card import basic_card, for_repository
-from .code import AUTO_MAP, code_for
+from .code import AUTO_MAP, code_for, has_code, without_code
+from .files import to_json, without_paths
 from .repository import PublishError, hub, patiently, prepare_repository
 
 
@@ -20,9 +25,14 @@ logger = logging.getLogger(__name__)
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 CARD = "README.md"
-# What a Trainer keeps for itself: its checkpoints, a pickle that holds paths and the token, and codecarbon's file,
-# which tells where the machine stands.
-_NOT_PUBLISHED = ("checkpoint-*", "last-checkpoint", "training_args.bin", "emissions.csv", "_*", ".*")
+# What a Trainer keeps for itself: its checkpoints and their state, a pickle that holds paths and the token, and
+# codecarbon's file, which tells where the machine stands.
+_NOT_PUBLISHED = (
+    "checkpoint-*", "last-checkpoint", "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth",
+    "training_args.bin", "emissions.csv", "_*", ".*",
+)  # fmt: skip
+# JSON files in which a Trainer writes down paths.
+_WITH_PATHS = ("trainer_state.json", "training_arguments.json", "adapter_config.json")
 
 # Files of a repository by their path in it: a local file, or the content itself.
 Files = dict[str, Path | bytes]
@@ -30,11 +40,18 @@ Files = dict[str, Path | bytes]
 
 @dataclass
 class Published:
-    """Where a folder went: the repository, the commit and its page."""
+    """
+    Where a folder went: the repository, the commit and its page; what its model answers to one fixed picture, and
+    whether it loads with code of its own.
+    """
 
     repo_id: str
     commit: str
     url: str
+    model_class: str
+    processed: bool
+    remote_code: bool
+    answers: np.ndarray
 
 
 def publish_folder(
@@ -53,8 +70,8 @@ def publish_folder(
     `with_code` the model's code. The folder isn't changed. Weights of an earlier commit that the new ones replace
     under other names (other shards) are deleted in the same commit.
 
-    First everything local is checked (the model loads, nothing is missing), then the token and the repository; then
-    the upload begins. Pushing again after a failure sends only what isn't there yet.
+    First everything local is checked (the model loads and answers, nothing is missing, the card can be read), then the
+    token and the repository; then the upload begins. Pushing again after a failure sends only what isn't there yet.
 
     Args:
         folder: as training, conversion or `save_pretrained` left it. A card is made where it has none.
@@ -62,17 +79,25 @@ def publish_folder(
         private, branch, tag, token: see [`prepare_repository`].
         message: of the commit.
         with_code (`bool`, *optional*): the repository loads with `trust_remote_code=True` where this package isn't
-            installed.
+            installed. A folder that holds the code already is published with it in any case.
 
     Raises:
-        `ValueError`: the folder holds no whole Refiner, or its card's metadata is refused by the Hub's validator.
+        `ValueError`: the folder holds no whole Refiner, or its card can't be read or is refused by the Hub.
         [`PublishError`], `ValueError`: as [`prepare_repository`]; or the upload failed. Nothing local is lost.
     """
     folder = Path(folder)
     files = files_to_publish(folder)
     model = check_model(folder)
+    answers = check_answers(folder, model)
+    card = read_card(folder)
+    remote_code = with_code or has_code(folder)
+    files |= code_for(folder) if with_code else {} if remote_code else without_code(folder)
+
     repo_id = prepare_repository(repo_id, private=private, branch=branch, tag=tag, token=token)
-    files |= _card_and_code(folder, repo_id, branch, model, with_code)
+    if card is None:
+        logger.warning(f"{folder} has no model card: publishing one that says what the model shows of itself.")
+        card = basic_card(model, repo_id)
+    files[CARD] = str(for_repository(card, repo_id, remote_code, branch)).encode("utf-8")
     api = hub(token)
     try:
         commit = commit_files(api, repo_id, files, message, branch)
@@ -82,7 +107,15 @@ def publish_folder(
             )
     except PublishError as error:
         raise PublishError(f"{error} Nothing is lost: {folder} is as it was, and a second push goes on.") from error
-    return Published(repo_id, commit.oid, f"{api.endpoint}/{repo_id}/tree/{tag or branch or 'main'}")
+    return Published(
+        repo_id=repo_id,
+        commit=commit.oid,
+        url=f"{api.endpoint}/{repo_id}/tree/{tag or branch or 'main'}",
+        model_class=type(model).__name__,
+        processed=_has_processor(folder),
+        remote_code=remote_code,
+        answers=answers,
+    )
 
 
 def files_to_publish(folder: Path) -> Files:
@@ -104,12 +137,15 @@ def files_to_publish(folder: Path) -> Files:
 
 
 def public_files(folder: Path) -> Files:
-    """All that lies in a folder, whatever it is, but what only the Trainer needs."""
+    """All that lies in a folder but what only the Trainer needs, and without the paths of this machine."""
     files: Files = {}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        if path.is_file() and not any(fnmatch(part, no) for part in inside.parts for no in _NOT_PUBLISHED):
-            files[inside.as_posix()] = path
+        if not path.is_file() or any(fnmatch(part, no) for part in inside.parts for no in _NOT_PUBLISHED):
+            continue
+        files[inside.as_posix()] = (
+            to_json(without_paths(_read_json(path))).encode() if path.name in _WITH_PATHS else path
+        )
     return files
 
 
@@ -120,7 +156,7 @@ def check_model(folder: Path) -> RefinerPreTrainedModel:
     Raises:
         `ValueError`: the folder's model isn't a Refiner, or its weights don't fit its configuration.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _read_json(folder / "config.json")
     name = (config.get("architectures") or [None])[0]
     if name not in AUTO_CLASSES:
         raise ValueError(f"{folder} holds a {name}, not one of {', '.join(AUTO_CLASSES)}.")
@@ -130,13 +166,45 @@ def check_model(folder: Path) -> RefinerPreTrainedModel:
         raise ValueError(f"The model in {folder} can't be loaded: {error}") from error
     if loading["missing_keys"]:
         raise ValueError(f"The weights in {folder} lack {', '.join(sorted(loading['missing_keys']))}.")
-    if not (folder / "preprocessor_config.json").exists():
-        logger.warning(f"{folder} has no image processor: pipelines won't know how to prepare images.")
     return model.eval()
+
+
+def check_answers(folder: Path, model: RefinerPreTrainedModel) -> np.ndarray:
+    """
+    What the folder's model answers to one fixed picture, through its image processor if it has one.
+
+    Raises:
+        `ValueError`: the processor can't be loaded or doesn't fit the model, or the answer isn't finite.
+    """
+    if not _has_processor(folder):
+        logger.warning(f"{folder} has no image processor: pipelines won't know how to prepare images.")
+    try:
+        answers = answers_of(model, AutoImageProcessor.from_pretrained(folder) if _has_processor(folder) else None)
+    except Exception as error:
+        raise ValueError(f"The model in {folder} doesn't work with its image processor: {error}") from error
+    if not np.isfinite(answers).all():
+        raise ValueError(f"The model in {folder} answers with numbers that aren't finite: its training broke.")
+    return answers
 
 
 # RefinerForImageClassification -> AutoModelForImageClassification
 AUTO_CLASSES = {target.split(".")[-1]: auto for auto, target in AUTO_MAP.items() if auto != "AutoConfig"}
+
+
+def read_card(folder: Path) -> ModelCard | None:
+    """
+    The folder's card, `None` where it has none.
+
+    Raises:
+        `ValueError`: it can't be read; the message says where.
+    """
+    path = folder / CARD
+    if not path.exists():
+        return None
+    try:
+        return ModelCard(path.read_text(encoding="utf-8-sig"))
+    except (UnicodeDecodeError, yaml.YAMLError, ValueError, TypeError) as error:
+        raise ValueError(f"The card {path} can't be read: {error}") from error
 
 
 def commit_files(api: HfApi, repo_id: str, files: Files, message: str, branch: str | None) -> CommitInfo:
@@ -157,23 +225,21 @@ def commit_files(api: HfApi, repo_id: str, files: Files, message: str, branch: s
     return patiently(commit, f"Publishing to {repo_id}")
 
 
-def _card_and_code(
-    folder: Path, repo_id: str, branch: str | None, model: RefinerPreTrainedModel, with_code: bool
-) -> Files:
-    """The files that say something about the repository itself."""
-    files: Files = code_for(folder) if with_code else {}
-    with_code = with_code or "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if (folder / CARD).exists():
-        card = ModelCard((folder / CARD).read_text(encoding="utf-8"))
-    else:
-        logger.warning(f"{folder} has no model card: publishing one that says what the model shows of itself.")
-        card = basic_card(model, repo_id)
-    files[CARD] = str(for_repository(card, repo_id, with_code, branch)).encode("utf-8")
-    return files
-
-
 def _weight_files(folder: Path) -> set[str]:
     if (folder / WEIGHTS).exists() or not (folder / WEIGHTS_INDEX).exists():
         return {WEIGHTS}
-    index = json.loads((folder / WEIGHTS_INDEX).read_text(encoding="utf-8"))
-    return {WEIGHTS_INDEX, *index["weight_map"].values()}
+    return {WEIGHTS_INDEX, *_read_json(folder / WEIGHTS_INDEX)["weight_map"].values()}
+
+
+def _has_processor(folder: Path) -> bool:
+    return (folder / "preprocessor_config.json").exists()
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object.")
+    return content

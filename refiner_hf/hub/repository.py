@@ -1,10 +1,12 @@
 """The repository on the Hub: may this token write to it? Asked before anything long begins."""
 
+import logging
+import re
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
@@ -17,9 +19,12 @@ from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id
 from .. import __version__
 
 
+logger = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
 
 TRIES = 4
+_REF = re.compile(r"[A-Za-z0-9][\w./-]*")
 # 409 and 412: somebody else wrote to the repository at the same moment.
 _PASSING_STATUS = {408, 409, 412, 429, 500, 502, 503, 504}
 
@@ -29,8 +34,9 @@ class PublishError(OSError):
 
 
 def hub(token: str | None = None) -> HfApi:
-    """The client for the Hub (of `HF_ENDPOINT`)."""
-    return HfApi(token=token, library_name="refiner_hf", library_version=__version__)
+    """The client for the Hub (of `HF_ENDPOINT`), with the given token or that of `hf auth login` or `HF_TOKEN`."""
+    # A token read from a file may end in a line break, which the client would show in an error about its header.
+    return HfApi(token=(token or "").strip() or get_token(), library_name="refiner_hf", library_version=__version__)
 
 
 def prepare_repository(
@@ -50,7 +56,7 @@ def prepare_repository(
         private (`bool`, *optional*): whether the repository shall be private; by default, as it is, and a new one as
             its namespace has it (usually public).
         branch (`str`, *optional*): that will be written to, instead of `main`.
-        tag (`str`, *optional*): that will be made; it must be new.
+        tag (`str`, *optional*): that will be made; it must be new, or be at the branch's last commit.
         token (`str`, *optional*): by default the one of `hf auth login` or `HF_TOKEN`.
 
     Returns:
@@ -62,6 +68,9 @@ def prepare_repository(
         [`PublishError`]: no token, an invalid, expired or read-only one, or one without rights here; no connection.
     """
     validate_repo_id(repo_id)
+    for kind, ref in (("branch", branch), ("tag", tag)):
+        if ref is not None and (not _REF.fullmatch(ref) or ".." in ref or ref.endswith((".", "/", ".lock"))):
+            raise ValueError(f"{ref!r} can't be the name of a {kind}. Use letters, digits and - _ . / between them.")
     api = hub(token)
     user = patiently(lambda: _who(api), "Asking the Hub about the token")
     name = repo_id.split("/")[-1]
@@ -84,10 +93,16 @@ def prepare_repository(
                     f"{'private' if private else 'public'} was asked for. Change it in the repository's settings on "
                     "the Hub, or choose another name."
                 )
-        if tag is not None and tag in {ref.name for ref in api.list_repo_refs(repo_id).tags}:
-            raise ValueError(f"{repo_id} has a tag {tag!r} already. Choose another, or delete that one on the Hub.")
         if branch not in (None, "main"):
             api.create_branch(repo_id, branch=branch, exist_ok=True)
+        if tag is not None:
+            refs = api.list_repo_refs(repo_id)
+            heads = {ref.name: ref.target_commit for ref in refs.branches}
+            taken = {ref.name: ref.target_commit for ref in refs.tags}
+            if taken.get(tag) not in (None, heads.get(branch or "main")):  # else it is this very push, repeated
+                raise ValueError(
+                    f"{repo_id} has a tag {tag!r} already. Choose another, or delete that one on the Hub."
+                )
 
     patiently(make, f"Preparing the repository {repo_id}")
     return repo_id
@@ -114,7 +129,10 @@ def patiently(action: Callable[[], Result], what: str) -> Result:
             if not passing or attempt == TRIES:
                 tried = f" after {attempt} tries" if passing else ""
                 raise PublishError(f"{what} failed{tried}: {_explain(cause, response)}") from error
-            time.sleep(_seconds_to_wait(response, attempt))
+            seconds = _seconds_to_wait(response, attempt)
+            busy = f"status {response.status_code}" if response is not None else "no connection"
+            logger.warning(f"{what}: {busy}. Trying again in {seconds:g} s ({attempt} of {TRIES - 1}).")
+            time.sleep(seconds)
     raise AssertionError("unreachable")
 
 

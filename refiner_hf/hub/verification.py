@@ -8,27 +8,23 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import get_token
-from transformers import AutoImageProcessor
 
-from .answers import answers_of
 from .code import PACKAGE
-from .publish import AUTO_CLASSES, Published, check_model
-from .repository import PublishError
+from .publish import AUTO_CLASSES, Published
+from .repository import PublishError, hub
 
 
 TOLERANCE = 1e-5
 
 
-def verify(folder: str | Path, published: Published, *, remote_code: bool, token: str | None = None) -> float:
+def verify(published: Published, *, token: str | None = None) -> float:
     """
     Loads a published model from the Hub in a fresh process with an empty cache, by its commit, and compares what it
-    answers with the local folder's model: one fixed picture, through the image processor and the network.
+    answers with what the local folder's model answered: one fixed picture, through the image processor and the
+    network. A model that carries its code is loaded with that code alone; the process can't import this package.
 
     Args:
-        folder: what was published.
         published: as [`publish_folder`] gave it.
-        remote_code: whether the code on the Hub is used; the process then can't import this package.
         token (`str`, *optional*): by default the one of `hf auth login` or `HF_TOKEN`.
 
     Returns:
@@ -37,22 +33,18 @@ def verify(folder: str | Path, published: Published, *, remote_code: bool, token
     Raises:
         [`PublishError`]: it can't be loaded (the message ends as the process did), or it answers differently.
     """
-    folder = Path(folder)
-    processed = (folder / "preprocessor_config.json").exists()
-    model = check_model(folder)
-    expected = answers_of(model, AutoImageProcessor.from_pretrained(folder) if processed else None)
     question = {
         "model": published.repo_id,
         "revision": published.commit,
-        "auto_class": AUTO_CLASSES[type(model).__name__],
-        "remote_code": remote_code,
-        "processed": processed,
+        "auto_class": AUTO_CLASSES[published.model_class],
+        "remote_code": published.remote_code,
+        "processed": published.processed,
     }
-    actual = _ask(question, token)
+    expected, actual = published.answers, _ask(question, token)
     difference = float(np.abs(actual - expected).max()) if actual.shape == expected.shape else float("inf")
     if not difference <= TOLERANCE * np.abs(expected).max():
         raise PublishError(
-            f"{published.repo_id} at {published.commit} answers differently from {folder}: by {difference:g}, where "
+            f"{published.repo_id} at {published.commit} answers differently from the folder: by {difference:g}, where "
             f"the largest number is {np.abs(expected).max():g}."
         )
     return difference
@@ -67,7 +59,8 @@ def _ask(question: dict, token: str | None) -> np.ndarray:
         environment = os.environ | {
             "HF_HOME": cache,
             "HF_HUB_CACHE": str(Path(cache) / "hub"),
-            "HF_TOKEN": token or get_token() or "",
+            "HF_MODULES_CACHE": str(Path(cache) / "modules"),
+            "HF_TOKEN": hub(token).token or "",
             "HF_HUB_OFFLINE": "0",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
         }

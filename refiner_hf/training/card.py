@@ -18,6 +18,7 @@ from ..hub.card import (
     usage_example,
     versions,
 )
+from ..modeling_refiner import RefinerForMaskedImageModeling
 
 
 RUN_FILE = "training_arguments.json"
@@ -73,14 +74,18 @@ def training_facts(
     task, remote_code = task_of(model), getattr(args, "with_code", False)
     base = (arguments or {}).get("model", {}).get("model_name_or_path")
     source = f"by fine-tuning `{Path(base).name}`" if base else "from scratch" if arguments else "with the HF Trainer"
-    kind = f"image classifier with {model.config.num_labels} labels" if task == CLASSIFICATION else "image model"
+    kind = f"image classifier with {model.config.num_labels} labels"
+    if isinstance(model, RefinerForMaskedImageModeling):
+        kind = "masked image model, which paints hidden patches from the others,"
+    elif task != CLASSIFICATION:
+        kind = "image model"
     on = f" on {data.name}" if data else ""
     metrics = {kind: (text, round(measured[key], 6)) for key, (kind, text) in _METRICS.items() if key in measured}
     emissions = _emissions(Path(args.output_dir)) if "train_runtime" in measured else None
     return CardFacts(
         title=(args.hub_model_id or f"refiner-{name}").split("/")[-1],
         summary=f"A Refiner {kind}, trained {source}{on}.{_unfinished(trainer)}",
-        usage=usage_example(args.hub_model_id or name, remote_code, task),
+        usage=usage_example(args.hub_model_id or name, remote_code, task, args.hub_revision),
         limits=_limits(data, model.config.num_labels) if task == CLASSIFICATION else _UNMEASURED,
         results=_results(trainer, measured, metrics, data),
         pictures=pictures or [],
@@ -125,7 +130,9 @@ def _results(trainer: Trainer, measured: dict[str, float], metrics: dict, data: 
     if "eval_loss" not in measured:
         return ""
     rows = [(text, f"{value:.2%}") for text, value in metrics.values()]
-    rows.append(("Loss", f"{measured['eval_loss']:.4f}"))
+    masked = isinstance(trainer.model, RefinerForMaskedImageModeling)
+    name = "Mean absolute difference of the hidden pixels, in the scale of the processor" if masked else "Loss"
+    rows.append((name, f"{measured['eval_loss']:.4f}"))
     if speed := measured.get("eval_samples_per_second"):
         rows.append(("Evaluation speed, reading images included", f"{speed:.1f} images/s on {device_name()}"))
     count = _length(data.evaluation if data else trainer.eval_dataset)
@@ -164,10 +171,11 @@ def _training(
     duration = f" in {measured['train_runtime']:.0f} s" if "train_runtime" in measured else ""
     if speed := measured.get("train_samples_per_second"):
         duration += f" ({speed:.1f} images/s, evaluations and saving included)"
+    processes = f"{args.world_size} processes, each on " if args.world_size > 1 else ""
     return (
         f"With `refiner_hf` and the Hugging Face Trainer: {trainer.state.global_step} steps{duration} on "
-        f"{device_name()}; {versions()}.{_footprint(emissions)} Every option that isn't in this table has its default"
-        f"{where}.\n\n" + markdown_table(["option", "value"], rows)
+        f"{processes}{device_name()}; {versions()}.{_footprint(emissions)} Every option that isn't in this table has "
+        f"its default{where}.\n\n" + markdown_table(["option", "value"], rows)
     )
 
 
@@ -188,7 +196,10 @@ def _emissions(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     with open(path, newline="", encoding="utf-8") as file:
-        *_, last = csv.DictReader(file)
+        rows = list(csv.DictReader(file))
+    if not rows:
+        return None
+    last = rows[-1]
     return {
         "grams": float(f"{1000 * float(last['emissions']):.3g}"),
         "kilowatt_hours": float(f"{float(last['energy_consumed']):.3g}"),

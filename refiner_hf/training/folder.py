@@ -11,11 +11,11 @@ from transformers import Trainer, pipeline
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN, ImageData
 from ..data.transforms import decode_image
 from ..hub.card import make_card
-from ..hub.code import add_code
+from ..hub.code import add_code, without_code
+from ..hub.files import without_paths, write_json
 from ..hub.plots import plot_confusion_matrix, plot_learning_curve, plot_predictions
 from .arguments import RefinerTrainingArguments
 from .card import RUN_FILE, training_facts
-from .files import without_paths, write_json
 
 
 CONFUSION_MATRIX = "confusion_matrix.csv"
@@ -58,7 +58,7 @@ def finish_folder(
     for name in (RUN_FILE, "trainer_state.json"):
         write_json(folder / name, without_paths(json.loads((folder / name).read_text(encoding="utf-8"))))
 
-    caption = "Loss and accuracy during training; only the training loss has the regularisation in it"
+    caption = "Loss and accuracy during training; the training loss has regularisation and a dense head's loss in it"
     pictures = [("learning_curve.png", caption)]
     plot_learning_curve(trainer.state.log_history, folder / pictures[0][0])
     if confusion_matrix is not None:
@@ -73,6 +73,8 @@ def finish_folder(
 
     if args.with_code:
         add_code(folder)
+    for name, content in ({} if args.with_code else without_code(folder)).items():
+        (folder / name).write_bytes(content)
     facts = training_facts(trainer, measured, data=data, arguments=arguments, pictures=pictures)
     make_card(facts).save(folder / "README.md")
     return examples

@@ -1,9 +1,7 @@
 """A Trainer that pushes to the Hub what should be there."""
 
-import json
 import os
 import shutil
-import tempfile
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +14,19 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from ..hub.card import make_card
-from ..hub.code import code_for
+from ..hub.code import code_for, without_code
 from ..hub.publish import CARD, Files, Published, commit_files, public_files, publish_folder
 from ..hub.repository import hub, prepare_repository
 from ..modeling_refiner import RefinerPreTrainedModel
 from .card import last_measured, training_facts
-from .files import without_paths
 
 
 logger = logging.get_logger(__name__)
 
 # Beginnings of the names that a model, its processor or an adapter is saved under; the rest is the Trainer's.
 _MODEL_FILES = ("adapter", "config", "model", "preprocessor", CARD)
+# And of what is needed to go on from a checkpoint, beside these and `trainer_state.json`.
+_STATE_FILES = ("optimizer", "scheduler", "scaler", "rng_state")
 # Folders of links to a checkpoint that is being pushed. Names with _ in front are never published.
 _LINKS = "_push-"
 
@@ -80,12 +79,13 @@ class PushingTrainer(Trainer):
         revision: str | None = None,
         private: bool | None = None,
         **kwargs,
-    ) -> Published | Future | None:
+    ) -> Published | CommitInfo | Future | None:
         """
         Saves the model, writes its card and publishes the output folder, see [`~transformers.Trainer.push_to_hub`].
 
         Returns:
-            [`~refiner_hf.hub.publish.Published`], or a `Future` of it unless `blocking`; `None` in other processes.
+            [`~refiner_hf.hub.publish.Published`] (for an adapter, the `CommitInfo`), or a `Future` of it unless
+            `blocking`; `None` in other processes.
         """
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
@@ -95,7 +95,7 @@ class PushingTrainer(Trainer):
 
     def publish(
         self, message: str, *, blocking: bool = True, token: str | None = None, branch: str | None = None
-    ) -> Published | Future | None:
+    ) -> Published | CommitInfo | Future | None:
         """Publishes the output folder as it is, once pushes that are under way have ended."""
         if not self.is_world_process_zero():
             return None
@@ -105,13 +105,13 @@ class PushingTrainer(Trainer):
         folder, branch = Path(self.args.output_dir), branch or self.args.hub_revision
         token = token or self.args.hub_token
 
-        def push() -> Published:
-            if not self._trains_a_refiner():
-                commit = commit_files(hub(token), self.hub_model_id, public_files(folder), message, branch)
-                return Published(self.hub_model_id, commit.oid, commit.commit_url)
-            return publish_folder(
-                folder, self.hub_model_id, branch=branch, token=token, message=message, with_code=self._with_code
-            )
+        def push() -> Published | CommitInfo:
+            if self._trains_a_refiner():
+                return publish_folder(
+                    folder, self.hub_model_id, branch=branch, token=token, message=message, with_code=self._with_code
+                )
+            prepare_repository(self.hub_model_id, branch=branch, token=token)
+            return commit_files(hub(token), self.hub_model_id, public_files(folder), message, branch)
 
         return push() if blocking else self._hub.run_as_future(push)
 
@@ -128,19 +128,22 @@ class PushingTrainer(Trainer):
         if busy and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        # The upload reads the files later, when the Trainer may have deleted this checkpoint: keep links to them.
-        links = Path(tempfile.mkdtemp(prefix=_LINKS, dir=args.output_dir))
-        checkpoint = links / Path(checkpoint_folder).name
-        shutil.copytree(checkpoint_folder, checkpoint, copy_function=_link)
-        files, message = self._files_of(checkpoint), f"Training in progress, step {self.state.global_step}"
+        links = Path(args.output_dir) / f"{_LINKS}{self.state.global_step}"
+        try:
+            # The upload reads the files later, when the Trainer may have deleted this checkpoint: keep links to them.
+            checkpoint = links / Path(checkpoint_folder).name
+            shutil.copytree(checkpoint_folder, checkpoint, copy_function=_link)
+            files, message = self._files_of(checkpoint), f"Training in progress, step {self.state.global_step}"
+        except Exception as error:
+            _push_failed(error, links)
+            return
 
-        def push() -> CommitInfo | None:
+        def push() -> None:
             try:
-                return commit_files(self._hub, self.hub_model_id, files, message, args.hub_revision)
-            except Exception as error:
-                logger.warning(f"A push on the way failed, training goes on: {error}")
-            finally:
+                commit_files(self._hub, self.hub_model_id, files, message, args.hub_revision)
                 shutil.rmtree(links, ignore_errors=True)
+            except Exception as error:
+                _push_failed(error, links)
 
         job = self._hub.run_as_future(push)
         if busy:
@@ -153,15 +156,13 @@ class PushingTrainer(Trainer):
         saved = public_files(checkpoint)
         files = {name: path for name, path in saved.items() if name.startswith(_MODEL_FILES)}
         if self._trains_a_refiner():
-            files |= code_for(checkpoint) if self._with_code else {}
+            files |= code_for(checkpoint) if self._with_code else without_code(checkpoint)
             files[CARD] = str(self._card()).encode("utf-8")
         if self.args.hub_strategy == HubStrategy.EVERY_SAVE:
             return files
         folder = "last-checkpoint" if self.args.hub_strategy == HubStrategy.CHECKPOINT else checkpoint.name
-        files |= {f"{folder}/{name}": path for name, path in saved.items()}
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        files[f"{folder}/trainer_state.json"] = json.dumps(without_paths(state), indent=2).encode("utf-8")
-        return files
+        state = {path.name: path for path in checkpoint.iterdir() if path.name.startswith(_STATE_FILES)}
+        return files | {f"{folder}/{name}": content for name, content in (saved | state).items()}
 
     def _card(
         self,
@@ -199,6 +200,11 @@ class PushingTrainer(Trainer):
 
 def _first(values: str | list[str] | None) -> str | None:
     return values if isinstance(values, str) or not values else values[0]
+
+
+def _push_failed(error: Exception, links: Path) -> None:
+    shutil.rmtree(links, ignore_errors=True)
+    logger.warning(f"A push on the way failed, training goes on: {error}")
 
 
 def _link(source: str, target: str) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +16,15 @@ from ..configuration_refiner import RefinerConfig
 from ..data.arguments import AugmentationArguments, DataArguments
 from ..data.sources import ImageData, at_most, load_image_data
 from ..data.transforms import PrepareImages, evaluation_pixels, match_labels, training_pixels, with_transform
+from ..hub.card import CardFacts, make_card
+from ..hub.files import without_paths, write_json
 from ..hub.publish import Published
-from ..hub.repository import PublishError, prepare_repository
+from ..hub.repository import PublishError, patiently, prepare_repository
 from ..hub.verification import verify
 from ..image_processing_refiner import RefinerImageProcessor
 from ..modeling_refiner import RefinerForImageClassification
 from .arguments import ModelArguments, RefinerTrainingArguments
 from .card import RUN_FILE
-from .files import without_paths, write_json
 from .folder import CONFUSION_MATRIX, Example, finish_folder
 from .metrics import ClassificationMetrics, rank_labels
 from .statistics import NormStatisticsCallback
@@ -85,6 +87,7 @@ def run(
             branch=training_args.hub_revision,
             token=training_args.hub_token,
         )
+        _check_license(training_args)
     set_seed(training_args.seed)
     data = load_image_data(
         data_args, need_train=training_args.do_train, need_evaluation=training_args.do_eval, seed=training_args.seed
@@ -146,18 +149,30 @@ def run(
     return RunResult(Path(training_args.output_dir), measured, data, training_args.do_train, examples, published)
 
 
+def _check_license(args: RefinerTrainingArguments) -> None:
+    """Has the Hub's validator look at the one part of the card that a user writes, before the training."""
+    card = make_card(CardFacts(title="", summary="", usage="", limits="", license=args.weights_license))
+    patiently(lambda: card.validate(repo_type="model"), "Validating --weights_license")
+
+
 def _publish(trainer: RefinerTrainer) -> Published | None:
     args = trainer.args
     try:
         published = trainer.publish("End of training")
         if published and args.verify_push:
-            verify(args.output_dir, published, remote_code=args.with_code, token=args.hub_token)
-    except (PublishError, ValueError) as error:
-        again = f"refiner-push --folder {args.output_dir} --repo_id {trainer.hub_model_id}"
+            verify(published, token=args.hub_token)
+    except (PublishError, ValueError, KeyboardInterrupt) as error:
         raise PublishError(
-            f"Training is finished and its folder is whole, but: {error}\nTo push again: {again}"
+            f"Training is finished and its folder is whole, but: {str(error) or 'interrupted.'}\n"
+            f"To push it again: {_push_command(args)}"
         ) from error
     return published
+
+
+def _push_command(args: RefinerTrainingArguments) -> str:
+    words = ["refiner-push", "--folder", args.output_dir, "--repo_id", args.hub_model_id]
+    words += ["--branch", args.hub_revision] if args.hub_revision else []
+    return shlex.join(words + ["--verify"] * args.verify_push)
 
 
 def load_model(
@@ -237,7 +252,8 @@ def _prepare_output_folder(args: RefinerTrainingArguments, arguments: dict[str, 
     except OSError as error:
         raise OSError(f"The output folder {folder} can't be written: {error}. Give another --output_dir.") from error
     if (folder / FINISHED_FILE).exists():
-        raise ValueError(f"{folder} holds a finished training run. Give another --output_dir, or remove that one.")
+        push = f" To publish it: {_push_command(args)}" if args.push_to_hub else ""
+        raise ValueError(f"{folder} holds a finished training run. Give another --output_dir.{push}")
     if not args.do_train:
         return None
     if args.resume_from_checkpoint and args.resume_from_checkpoint not in ("True", "true"):

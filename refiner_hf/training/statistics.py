@@ -6,7 +6,7 @@ their running statistics lag behind it: accuracy in evaluation can fall for an e
 `docs/norm_statistics.md` has the measurements.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -16,15 +16,16 @@ from transformers import TrainerCallback, default_data_collator
 
 
 @torch.no_grad()
-def reestimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor]) -> int:
+def reestimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor | dict[str, torch.Tensor]]) -> int:
     """
     Replaces the running statistics of every batch norm by their average over `batches`, with everything else in
     evaluation mode: no drop path, no dropout, no token mixing, no random numbers drawn. Weights don't change.
 
     Args:
         model (`nn.Module`): takes `pixel_values`; its training modes are restored.
-        batches (iterable of `torch.Tensor` of shape (batch, channels, height, width)): images prepared as for
-            evaluation. A few hundred are enough.
+        batches (iterable of `torch.Tensor` of shape (batch, channels, height, width), or of `dict`): images prepared
+            as for evaluation, alone or as `pixel_values` with what else the model takes beside them, such as
+            `bool_masked_pos`. A few hundred are enough.
 
     Returns:
         `int`: the number of images used; 0 where the model has no batch norm or there are no batches, and then
@@ -43,14 +44,15 @@ def reestimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor]
     images = 0
     try:
         model.eval()
-        for pixel_values in batches if norms else ():
+        for batch in batches if norms else ():
+            inputs = batch if isinstance(batch, dict) else {"pixel_values": batch}
             if images == 0:
                 for norm in norms:
                     norm.reset_running_stats()
                     norm.momentum = None  # a plain average over what follows
                     norm.train()
-            model(pixel_values)
-            images += len(pixel_values)
+            model(**inputs)
+            images += len(inputs["pixel_values"])
     except BaseException:
         for norm, (mean, variance, _) in zip(norms, before):
             norm.running_mean.copy_(mean)
@@ -75,14 +77,14 @@ class NormStatisticsCallback(TrainerCallback):
     Args:
         dataset: training images prepared as for evaluation, rows with `pixel_values`.
         batch_size (`int`): images per forward pass.
+        data_collator (*optional*): makes a batch of rows, by default transformers' own. For masked image modelling,
+            the one of the training: under masks the norms see other maps than without.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int):
+    def __init__(self, dataset: Dataset, batch_size: int, data_collator: Callable = default_data_collator):
         # A loader draws a number each time it is gone through; from a generator of its own, so that training goes on
         # with the very random numbers it would have had.
-        self.loader = DataLoader(
-            dataset, batch_size=batch_size, collate_fn=default_data_collator, generator=torch.Generator()
-        )
+        self.loader = DataLoader(dataset, batch_size=batch_size, collate_fn=data_collator, generator=torch.Generator())
 
     def on_step_end(self, args, state, control, model, **kwargs):
         if control.should_evaluate or control.should_save:
@@ -95,4 +97,6 @@ class NormStatisticsCallback(TrainerCallback):
 
     def _refresh(self, model: nn.Module) -> None:
         device = next(model.parameters()).device
-        reestimate_norm_statistics(model, (batch["pixel_values"].to(device) for batch in self.loader))
+        with torch.random.fork_rng(devices=[]):  # a collator may draw masks
+            batches = ({k: v.to(device) for k, v in batch.items() if k != "labels"} for batch in self.loader)
+            reestimate_norm_statistics(model, batches)

@@ -3,19 +3,21 @@
 import torch
 from torch import nn
 
+from ..modeling_refiner import RefinerForMaskedImageModeling
 from .pushing import PushingTrainer
 
 
 # Kept free of weight decay beside everything with fewer than two dimensions (norms, biases, layer scale).
-_UNDECAYED = ("cls_token", "position_embeddings")
+_UNDECAYED = ("cls_token", "mask_token", "position_embeddings")
 
 
 class RefinerTrainer(PushingTrainer):
     """
     [`~transformers.Trainer`] with these differences:
 
-    - no weight decay on norms, biases, layer scale, class token and positions, as in the reference. The stock Trainer
-      decays the last two;
+    - no weight decay on norms, biases, layer scale, class and mask token and positions, as in the reference. The stock
+      Trainer decays the last three;
+    - an evaluation of masked image modelling has a loss. The stock Trainer looks for labels and finds none;
     - `label_smoothing_factor` becomes soft labels, so that it reaches the dense head and token mixing. The stock
       Trainer would take the model's own loss away and put one on the class logits in its place. Evaluation losses
       are not smoothed;
@@ -31,6 +33,8 @@ class RefinerTrainer(PushingTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        if isinstance(self.model, RefinerForMaskedImageModeling) and self.args.label_names is None:
+            self.label_names = ["bool_masked_pos"]  # without a label, an evaluation would have no loss
         self.label_smoother = None  # `compute_loss` smooths the labels themselves
 
     def compute_loss(self, model, inputs, *args, **kwargs):

@@ -19,7 +19,7 @@ from refiner_hf import (
     RefinerModel,
 )
 from refiner_hf.commands.push_to_hub import main
-from refiner_hf.hub.code import CODE_FILES
+from refiner_hf.hub.code import CODE_FILES, add_code
 from refiner_hf.hub.publish import publish_folder
 from refiner_hf.hub.repository import TRIES, PublishError, prepare_repository
 from refiner_hf.hub.verification import verify
@@ -110,6 +110,39 @@ class TestWhatArrives:
         assert "trust_remote_code=True" in files["README.md"].decode()
         assert "custom_code" in ModelCard(files["README.md"].decode()).data.tags
         assert contents(folder) == before
+
+    def test_code_that_is_named_and_not_there(self, hub, token, folder):
+        """A model fine-tuned from one with code: its configuration still names the code."""
+        add_code(folder)
+        for name in CODE_FILES:
+            (folder / name).unlink()
+        published = publish_folder(folder, "alice/model", token=token)
+        files = hub.repositories["alice/model"].files()
+        assert not published.remote_code and "auto_map" not in json.loads(files["config.json"])
+        assert "auto_map" not in json.loads(files["preprocessor_config.json"])
+        assert "trust_remote_code" not in files["README.md"].decode()
+
+    def test_state_and_paths_stay_here(self, hub, token, folder, tmp_path):
+        """A Trainer's checkpoint as the folder."""
+        state = {"best_model_checkpoint": str(tmp_path / "gone" / "checkpoint-3"), "b": "C:\\me\\best", "c": "d/e"}
+        (folder / "trainer_state.json").write_text(json.dumps(state))
+        for name in ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth", "rng_state_1.pth"):
+            (folder / name).write_bytes(b"x")
+        publish_folder(folder, "alice/model", token=token)
+        files = hub.repositories["alice/model"].files()
+        assert set(files) == MODEL_FILES | {"examples/0.png", "trainer_state.json"}
+        published = json.loads(files["trainer_state.json"])
+        assert published == {"best_model_checkpoint": "checkpoint-3", "b": "best", "c": "d/e"}
+
+    def test_examples_of_ones_own_stay(self, hub, token, folder):
+        text = (
+            "---\nlicense: mit\n---\n```python\nfrom transformers import pipeline\n\n"
+            'teacher = pipeline("image-classification", model="google/vit-base-patch16-224", device=0)\n'
+            'print(teacher("photo.jpg", top_k=5))\n```\n'
+        )
+        (folder / "README.md").write_text(text)
+        publish_folder(folder, "alice/model", token=token)
+        assert hub.repositories["alice/model"].files()["README.md"].decode() == text
 
     def test_the_card_of_the_folder_with_the_repositorys_name_in_its_example(self, hub, token, folder):
         text = (
@@ -221,7 +254,15 @@ class TestRefusedBeforehand:
         api = HfApi(token=token)
         api.create_repo("alice/model")
         api.create_tag("alice/model", tag="v1")
+        api.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id="alice/model")
+        hub.requests.clear()
         self.refused(folder, "has a tag 'v1' already", error=ValueError, token=token, tag="v1")
+
+    @pytest.mark.parametrize("ref", ["a b", "-v1", "a..b", "a/", "x.lock", ""])
+    def test_refs_that_can_not_be(self, hub, token, folder, ref):
+        self.refused(folder, "can't be the name of a tag", error=ValueError, token=token, tag=ref)
+        self.refused(folder, "can't be the name of a branch", error=ValueError, token=token, branch=ref)
+        assert not hub.requests
 
     def test_offline(self, hub, token, folder, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -235,6 +276,26 @@ class TestRefusedBeforehand:
     def test_metadata_that_the_hub_refuses(self, hub, token, folder):
         (folder / "README.md").write_text("---\nlicense: [1, 2]\n---\n# Mine\n")
         self.refused(folder, "(?i)license", error=ValueError, token=token)
+
+    @pytest.mark.parametrize("text", [b"---\na: [\n---\n", b"---\n- a\n---\n", b"# \xe9t\xe9"])
+    def test_cards_that_can_not_be_read(self, hub, token, folder, text):
+        (folder / "README.md").write_bytes(text)
+        self.refused(folder, "README.md can't be read", error=ValueError, token=token)
+        assert not hub.requests
+
+    def test_models_that_do_not_work(self, hub, token, folder, tiny_model, tmp_path):
+        """A processor for other images, and a network that broke."""
+        tiny_model(num_channels=1).save_pretrained(folder)
+        self.refused(folder, "doesn't work with its image processor", error=ValueError, token=token)
+        (folder / "preprocessor_config.json").write_text("{")
+        self.refused(folder, "doesn't work with its image processor", error=ValueError, token=token)
+        broken = tiny_model()
+        torch.nn.init.constant_(broken.classifier.bias, float("nan"))
+        broken.save_pretrained(tmp_path / "nan")
+        self.refused(tmp_path / "nan", "aren't finite", error=ValueError, token=token)
+        (folder / "config.json").write_text("[]")
+        self.refused(folder, "config.json is damaged", error=ValueError, token=token)
+        assert not hub.requests
 
     def test_folders_that_hold_no_whole_refiner(self, hub, token, folder, tmp_path, tiny_model):
         self.refused(tmp_path / "nowhere", "There is no folder", error=ValueError)
@@ -257,6 +318,18 @@ class TestRefusedBeforehand:
         (tmp_path / "other" / "config.json").write_text(json.dumps(config))
         self.refused(tmp_path / "other", "holds a ViTModel", error=ValueError)
         assert not hub.requests
+
+
+def test_a_token_with_a_line_break(hub, token, folder, capsys, caplog):
+    """As a file of secrets has it. The client would print it in an error about its header."""
+    publish_folder(folder, "alice/model", token=f"{token}\r\n")
+    assert "alice/model" in hub.repositories
+    assert token not in capsys.readouterr().err + caplog.text
+
+
+def test_a_push_with_a_tag_can_be_repeated(hub, token, folder):
+    first = publish_folder(folder, "alice/model", token=token, tag="v1", branch="trial")
+    assert publish_folder(folder, "alice/model", token=token, tag="v1", branch="trial").commit == first.commit
 
 
 class TestTrouble:
@@ -345,19 +418,26 @@ class TestPreparing:
 class TestVerification:
     @pytest.mark.parametrize("with_code", [False, True])
     def test_loads_back_in_a_fresh_process(self, hub, token, folder, with_code):
+        """By its commit: what comes after it doesn't matter."""
         published = publish_folder(folder, "alice/model", token=token, private=True, with_code=with_code)
-        assert verify(folder, published, remote_code=with_code, token=token) < 1e-6
+        HfApi(token=token).upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id="alice/model")
+        assert verify(published, token=token) < 1e-6
 
-    def test_other_weights_are_found_out(self, hub, token, folder, tiny_model):
+    def test_other_weights_are_found_out(self, hub, token, folder):
         published = publish_folder(folder, "alice/model", token=token)
-        tiny_model(initializer_range=0.1).save_pretrained(folder)
+        published.answers = published.answers * 1.0001
         with pytest.raises(PublishError, match="answers differently"):
-            verify(folder, published, remote_code=False, token=token)
+            verify(published, token=token)
 
-    def test_code_that_is_missing_is_found_out(self, hub, token, folder):
+    def test_code_that_needs_this_package_is_found_out(self, hub, token, folder):
+        add_code(folder)
+        (folder / "modeling_refiner.py").write_text(
+            "import refiner_hf\n" + (folder / "modeling_refiner.py").read_text()
+        )
         published = publish_folder(folder, "alice/model", token=token)
-        with pytest.raises(PublishError, match="can't be loaded from the Hub"):
-            verify(folder, published, remote_code=True, token=token)
+        assert published.remote_code
+        with pytest.raises(PublishError, match="(?s)can't be loaded from the Hub.*refiner_hf"):
+            verify(published, token=token)
 
 
 class TestCommand:
@@ -367,6 +447,15 @@ class TestCommand:
         said = capsys.readouterr().out
         assert f"{hub.url}/alice/model/tree/v1" in said and "largest difference of an output 0" in said
         assert hub.repositories["alice/model"].private
+
+    def test_every_option(self, hub, token, folder, capsys):
+        HfApi(token=token).create_repo("alice/hidden", private=True)
+        options = ["--branch", "trial", "--message", "Hello", "--with_code", "--token", token]
+        main(["--folder", str(folder), "--repo_id", "model", "--public", *options])
+        repository = hub.repositories["alice/model"]
+        assert "modeling_refiner.py" in repository.files("trial") and repository.history("trial")[0].title == "Hello"
+        with pytest.raises(SystemExit, match="is private, but public"):
+            main(["--folder", str(folder), "--repo_id", "hidden", "--public", *options])
 
     def test_errors_are_one_line(self, hub, token, folder):
         with pytest.raises(SystemExit, match="^Error: alice can't write to bob/model"):
@@ -392,4 +481,4 @@ def test_a_model_of_more_than_100_megabytes(hub, token, tmp_path):
     )
     for name in ("whole", "sharded"):
         published = publish_folder(tmp_path / name, name, token=token, with_code=True)
-        assert verify(tmp_path / name, published, remote_code=True, token=token) < 1e-5
+        assert verify(published, token=token) < 1e-5

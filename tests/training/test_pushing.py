@@ -14,7 +14,8 @@ from refiner_hf import RefinerForImageClassification
 from refiner_hf.commands.push_to_hub import main as push
 from refiner_hf.commands.train import main
 from refiner_hf.hub.repository import PublishError
-from refiner_hf.training import pushing
+from refiner_hf.hub.verification import verify
+from refiner_hf.training import pushing, run
 from refiner_hf.training.trainer import RefinerTrainer
 
 from ..images import write_folder
@@ -70,7 +71,8 @@ class TestStrategies:
 
     @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
     def test_on_the_way(self, hub, options, tmp_path, token, strategy):
-        result = main([*options, "--hub_strategy", strategy, "--hub_always_push", "--save_total_limit", "1"])
+        options = [*options, "--hub_strategy", strategy, "--hub_always_push", "--save_total_limit", "1"]
+        result = main([*options, "--load_best_model_at_end"])
         (first, after_first), (second, after_second), (last, in_the_end) = self.history(hub)
         assert (first, second) == ("Training in progress, step 3", "Training in progress, step 6")
 
@@ -101,9 +103,15 @@ class TestStrategies:
         a, b = (load((folder / "model.safetensors").read_bytes()) for folder in (pushed.folder, alone.folder))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
-    def test_private_branch_with_code_and_verified(self, hub, options):
+    def test_private_branch_with_code_and_verified(self, hub, options, monkeypatch):
+        verified = []
+        monkeypatch.setattr(run, "verify", lambda published, token: verified.append(verify(published, token=token)))
         options = [*options, "--hub_private_repo", "True", "--hub_revision", "trial", "--with_code", "--verify_push"]
-        main(options)
+        main([*options, "--hub_strategy", "every_save", "--hub_always_push"])
+        assert len(verified) == 1 and verified[0] < 1e-5
+        on_the_way = hub.repositories["alice/model"].history("trial")[1].files
+        assert "modeling_refiner.py" in on_the_way and "auto_map" in json.loads(on_the_way["config.json"])
+        assert 'revision="trial", trust_remote_code=True' in on_the_way["README.md"].decode()
         repository = hub.repositories["alice/model"]
         assert repository.private and set(repository.files()) == {".gitattributes"}
         assert FINISHED < repository.files("trial").keys() and "modeling_refiner.py" in repository.files("trial")
@@ -123,6 +131,11 @@ class TestBeforeTraining:
             main([*options, "--hub_model_id", "bob/model"])
         assert not list((tmp_path / "out").iterdir())
 
+    def test_a_license_that_the_hub_does_not_know(self, options, tmp_path):
+        with pytest.raises(SystemExit, match="(?i)license"):
+            main([*options, "--weights_license", "My own!"])
+        assert not list((tmp_path / "out").iterdir())
+
     def test_an_evaluation_has_nothing_to_push(self, hub, options):
         with pytest.raises(SystemExit, match="nothing to push"):
             main([*options, "--model_name_or_path", "somewhere", "--do_eval"])
@@ -135,18 +148,33 @@ class TestBeforeTraining:
 
 
 class TestTrouble:
-    def test_the_last_push_fails(self, hub, options, tmp_path, token, monkeypatch):
-        """The folder is whole, and the message's own command publishes it."""
-        hub.fail("POST", "/commit/", status=500, times=1000)
+    @pytest.mark.parametrize("fault", ["server", "interrupt"])
+    def test_the_last_push_fails(self, hub, options, tmp_path, token, monkeypatch, fault):
+        """The folder is whole, and the message's own command publishes it; the same training again says it, too."""
+        options = [
+            *options,
+            "--hub_revision",
+            "trial",
+            "--hub_strategy",
+            "end",
+            "--output_dir",
+            str(tmp_path / "my out"),
+        ]
+        if fault == "server":
+            hub.fail("POST", "/commit/", status=500, times=1000)
+        else:
+            monkeypatch.setattr(RefinerTrainer, "publish", interrupt)
         with pytest.raises(SystemExit) as stopped:
             main(options)
-        message = str(stopped.value)
-        assert "Training is finished" in message and "Nothing is lost" in message
-        assert FINISHED - {".gitattributes"} <= {path.name for path in (tmp_path / "out").iterdir()}
+        assert "Training is finished" in str(stopped.value)
+        assert FINISHED - {".gitattributes"} <= {path.name for path in (tmp_path / "my out").iterdir()}
+        with pytest.raises(SystemExit) as again:
+            main(options)
         hub.faults.clear()
         monkeypatch.setenv("HF_TOKEN", token)
-        push(shlex.split(message.split("refiner-push ")[1]))
-        assert set(hub.repositories["alice/model"].files()) == FINISHED
+        for message in (str(stopped.value), str(again.value)):
+            push(shlex.split(message.split("refiner-push ")[1]))
+            assert set(hub.repositories["alice/model"].files("trial")) == FINISHED
 
     def test_a_push_on_the_way_fails(self, hub, options, monkeypatch):
         said = []
@@ -157,6 +185,35 @@ class TestTrouble:
         history = hub.repositories["alice/model"].history()
         assert [commit.title for commit in history[:2]] == ["End of training", "Training in progress, step 6"]
         assert set(history[0].files) == FINISHED
+
+    @pytest.mark.parametrize("broken", ["_link", "training_facts"])
+    def test_a_push_on_the_way_can_not_be_prepared(self, hub, options, monkeypatch, broken):
+        """A full disk, or a card that can't be made."""
+        said = []
+        monkeypatch.setattr(pushing.logger, "warning", said.append)
+        monkeypatch.setattr(pushing, broken, lambda *args: 1 / 0)
+        result = main([*options, "--hub_strategy", "every_save", "--hub_always_push"])
+        assert len([line for line in said if "training goes on" in line]) == 2
+        assert [commit.title for commit in hub.repositories["alice/model"].history()][0] == "End of training"
+        assert not list(result.folder.glob("_push*"))
+
+    def test_a_file_system_without_links(self, hub, options, monkeypatch):
+        def refuse(*args):
+            raise OSError
+
+        monkeypatch.setattr(pushing.os, "link", refuse)
+        main([*options, "--hub_strategy", "checkpoint", "--hub_always_push"])
+        assert "last-checkpoint/optimizer.pt" in hub.repositories["alice/model"].files()
+
+    def test_saves_while_a_push_is_under_way_are_not_pushed(self, hub, options, monkeypatch):
+        """Unless `hub_always_push`. The last push waits for the one that is under way."""
+        finish, commit_files = RefinerTrainer._finish_current_push, pushing.commit_files
+        ending = threading.Event()
+        monkeypatch.setattr(pushing, "commit_files", lambda *args: (ending.wait(60), commit_files(*args)))
+        monkeypatch.setattr(RefinerTrainer, "_finish_current_push", lambda self: (ending.set(), finish(self)))
+        main([*options, "--hub_strategy", "every_save"])
+        titles = [commit.title for commit in hub.repositories["alice/model"].history()]
+        assert titles == ["End of training", "Training in progress, step 3", "initial commit"]
 
     def test_a_checkpoint_that_is_deleted_while_it_is_pushed(self, hub, options, monkeypatch):
         deleted, commit_files = threading.Event(), pushing.commit_files
@@ -172,6 +229,10 @@ class TestTrouble:
         assert not (result.folder / "checkpoint-3").exists()
         titles = [commit.title for commit in hub.repositories["alice/model"].history()]
         assert titles[1:3] == ["Training in progress, step 6", "Training in progress, step 3"]
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
 
 
 class StopAt(TrainerCallback):
@@ -235,6 +296,17 @@ class TestOwnTrainer:
             assert fact in card.text, fact
         assert "training_args.bin" not in files
         assert hub.repositories["alice/model"].branches["main"] == published.commit
+
+    def test_only_the_first_process_pushes(self, hub, token, tiny_model, tmp_path, monkeypatch):
+        monkeypatch.setattr(RefinerTrainer, "is_world_process_zero", lambda self: False)
+        fields = dict(push_to_hub=True, hub_strategy="every_save", save_strategy="epoch")
+        trainer = self.trainer(tiny_model(), tmp_path / "out", token, **fields)
+        trainer.train()
+        assert trainer.push_to_hub() is None and not hub.requests
+
+    def test_private(self, hub, token, tiny_model, tmp_path):
+        self.trainer(tiny_model(), tmp_path / "out", token, push_to_hub=True, hub_private_repo=True)
+        assert hub.repositories["alice/model"].private
 
     def test_the_numbers_are_those_of_the_best_model(self, hub, token, tiny_model, tmp_path):
         best = dict(load_best_model_at_end=True, metric_for_best_model="accuracy", num_train_epochs=12)

@@ -7,7 +7,8 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
 
-from refiner_hf import RefinerForImageClassification
+from refiner_hf import RefinerForImageClassification, RefinerForMaskedImageModeling
+from refiner_hf.data.masking import MaskPatches
 from refiner_hf.normalization_refiner import RefinerBatchNorm2d
 from refiner_hf.training.arguments import RefinerTrainingArguments
 from refiner_hf.training.statistics import NormStatisticsCallback, reestimate_norm_statistics
@@ -171,6 +172,60 @@ def test_resuming_continues_the_same_curve(tiny_model, tmp_path, strategy):
     assert losses(resumed) == pytest.approx(losses(unbroken), rel=1e-5)
     for name, tensor in unbroken.model.state_dict().items():
         assert_close(resumed.model.state_dict()[name].float(), tensor.float(), 1e-4, name)
+
+
+class TestMaskedImageModeling:
+    """Pretraining without labels, with the same Trainer."""
+
+    @pytest.fixture
+    def trainer(self, tiny_config, tmp_path):
+        torch.manual_seed(0)
+        model = RefinerForMaskedImageModeling(tiny_config())
+        collate = MaskPatches(model.config)
+        return RefinerTrainer(
+            model,
+            arguments(tmp_path, num_train_epochs=6, learning_rate=3e-3, save_strategy="epoch"),
+            train_dataset=Images(),
+            eval_dataset=Images(),
+            data_collator=collate,
+            callbacks=[NormStatisticsCallback(Images(), 8, collate)],
+        )
+
+    def test_it_learns_and_is_measured(self, trainer, tmp_path):
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] < 0.9 * before
+        trainer.create_model_card()
+        card = (tmp_path / "README.md").read_text()
+        assert "masked image model" in card and "| Mean absolute difference of the hidden pixels" in card
+        assert 'pipeline("image-feature-extraction"' in card
+
+    def test_statistics_are_those_under_masks(self, trainer):
+        """Without masks the maps are others, and an evaluation under masks gets worse by it."""
+        trainer.train()
+        model, collate = trainer.model, trainer.data_collator
+        torch.manual_seed(1)
+        batch = collate([Images()[i] for i in range(24)])
+        with torch.no_grad():
+            evaluated = model.eval()(**batch).loss
+            trained = model.train()(**batch).loss
+        assert evaluated.item() == pytest.approx(trained.item(), rel=0.1)
+        reestimate_norm_statistics(model, [batch["pixel_values"]])
+        with torch.no_grad():
+            unmasked = model.eval()(**batch).loss
+        assert abs(unmasked - trained) > 2 * abs(evaluated - trained)
+
+    def test_the_mask_token_does_not_decay(self, trainer):
+        names = trainer.get_decay_parameter_names(trainer.model)
+        assert "decoder.weight" in names and not [name for name in names if "token" in name]
+
+    def test_collator(self, tiny_config):
+        rows = [Images()[i] for i in range(8)]
+        batch = MaskPatches(tiny_config(image_size=[16, 24]), 0.5)(rows)
+        assert batch["bool_masked_pos"].shape == (8, 24) and (batch["bool_masked_pos"].sum(1) == 12).all()
+        assert batch.keys() == {"pixel_values", "bool_masked_pos"} and len(batch["bool_masked_pos"].unique(dim=0)) > 1
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            MaskPatches(tiny_config(), 1.0)
 
 
 class TestNormStatistics:

@@ -1,0 +1,36 @@
+"""JSON files that will be published: readable, and without the paths of this machine."""
+
+import json
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes `content` to `path`, readably."""
+    path.write_text(to_json(content), encoding="utf-8")
+
+
+def to_json(content: dict[str, Any]) -> str:
+    """`content` as readable JSON."""
+    return json.dumps(content, indent=2) + "\n"
+
+
+def without_paths(content: Any) -> Any:
+    """The same with every absolute path, and every path of a file that is here, cut down to its last name."""
+    if isinstance(content, dict):
+        return {key: without_paths(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [without_paths(value) for value in content]
+    if isinstance(content, str) and _is_path(content):
+        return PureWindowsPath(content).name or Path(content).resolve().name
+    return content
+
+
+def _is_path(text: str) -> bool:
+    # Windows' rules hold for a Posix path's separators too, the other way round they don't.
+    if PurePosixPath(text).is_absolute() or PureWindowsPath(text).drive:
+        return True
+    try:
+        return PureWindowsPath(text).name != text and Path(text).exists()
+    except OSError:  # too long for a path
+        return False

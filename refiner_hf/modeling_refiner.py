@@ -504,9 +504,7 @@ class RefinerModel(RefinerPreTrainedModel):
             raise ValueError("You have to specify pixel_values")
         if not isinstance(pixel_values, torch.Tensor) or not pixel_values.is_floating_point():
             kind = getattr(pixel_values, "dtype", type(pixel_values).__name__)
-            raise ValueError(
-                f"pixel_values must be a floating point tensor, got {kind}: use the image processor."
-            )
+            raise ValueError(f"pixel_values must be a floating point tensor, got {kind}: use the image processor.")
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, mixing_mask, bool_masked_pos)
 

@@ -82,12 +82,13 @@ def run(
     checkpoint = _prepare_output_folder(training_args, arguments)
     if training_args.push_to_hub and training_args.should_save:
         training_args.hub_model_id = prepare_repository(
-            training_args.hub_model_id or Path(training_args.output_dir).resolve().name,
+            _repository(training_args),
             private=training_args.hub_private_repo,
             branch=training_args.hub_revision,
             token=training_args.hub_token,
         )
-        _check_license(training_args)
+        if training_args.weights_license:
+            _check_license(training_args)
     set_seed(training_args.seed)
     data = load_image_data(
         data_args, need_train=training_args.do_train, need_evaluation=training_args.do_eval, seed=training_args.seed
@@ -169,8 +170,12 @@ def _publish(trainer: RefinerTrainer) -> Published | None:
     return published
 
 
+def _repository(args: RefinerTrainingArguments) -> str:
+    return args.hub_model_id or Path(args.output_dir).resolve().name
+
+
 def _push_command(args: RefinerTrainingArguments) -> str:
-    words = ["refiner-push", "--folder", args.output_dir, "--repo_id", args.hub_model_id]
+    words = ["refiner-push", "--folder", args.output_dir, "--repo_id", _repository(args)]
     words += ["--branch", args.hub_revision] if args.hub_revision else []
     return shlex.join(words + ["--verify"] * args.verify_push)
 

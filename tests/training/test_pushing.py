@@ -103,6 +103,12 @@ class TestStrategies:
         a, b = (load((folder / "model.safetensors").read_bytes()) for folder in (pushed.folder, alone.folder))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
+    def test_named_after_its_folder_by_default(self, hub, options):
+        options = options[: options.index("--hub_model_id")]
+        assert main([*options, "--hub_strategy", "end"]).published.repo_id == "alice/out"
+        with pytest.raises(SystemExit, match="finished training run.* --repo_id out"):
+            main(options)
+
     def test_private_branch_with_code_and_verified(self, hub, options, monkeypatch):
         verified = []
         monkeypatch.setattr(run, "verify", lambda published, token: verified.append(verify(published, token=token)))

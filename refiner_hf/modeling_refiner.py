@@ -448,6 +448,11 @@ class RefinerPreTrainedModel(PreTrainedModel):
                 module.frozen = frozen
                 module.train(self.training)
 
+    def _grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        """Number of patches of these images, down and across."""
+        patch_height, patch_width = self.config.patch_height_width
+        return pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width
+
 
 class RefinerModel(RefinerPreTrainedModel):
     """
@@ -597,9 +602,7 @@ class RefinerForImageClassification(RefinerPreTrainedModel):
         """
         mixing_mask = None
         if self.training and self.config.token_mixing and pixel_values is not None:
-            patch_height, patch_width = self.config.patch_height_width
-            grid = (pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width)
-            mixing_mask = sample_mixing_mask(grid, pixel_values.device)
+            mixing_mask = sample_mixing_mask(self._grid_of(pixel_values), pixel_values.device)
 
         outputs: RefinerModelOutput = self.refiner(
             pixel_values,
@@ -684,7 +687,7 @@ class RefinerForMaskedImageModeling(RefinerPreTrainedModel):
         )
         height, width = pixel_values.shape[-2:]
         patch_height, patch_width = self.config.patch_height_width
-        rows, columns = height // patch_height, width // patch_width
+        rows, columns = self._grid_of(pixel_values)
         reconstruction = (
             self.decoder(outputs.last_hidden_state[:, 1:])
             .view(-1, rows, columns, self.config.num_channels, patch_height, patch_width)
@@ -761,8 +764,7 @@ class RefinerBackbone(BackboneMixin, RefinerModel):
         outputs: RefinerModelOutput = RefinerModel.forward(
             self, pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
         )
-        patch_height, patch_width = self.config.patch_height_width
-        grid = (pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width)
+        grid = self._grid_of(pixel_values)
         feature_maps = []
         for stage, features in zip(self.stage_names, outputs.hidden_states):
             if stage not in self.out_features:

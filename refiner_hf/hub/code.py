@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 
 PACKAGE = Path(__file__).parent.parent
@@ -16,6 +17,8 @@ AUTO_MAP = {
     "AutoBackbone": "modeling_refiner.RefinerBackbone",
 }
 PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_refiner.RefinerImageProcessor"}
+# The files that name the code.
+_NAMING = {"config.json": AUTO_MAP, "preprocessor_config.json": PROCESSOR_AUTO_MAP}
 
 
 def code_for(folder: str | Path) -> dict[str, bytes]:
@@ -27,28 +30,19 @@ def code_for(folder: str | Path) -> dict[str, bytes]:
         folder: holds `config.json` and, if images are prepared by this package, `preprocessor_config.json`.
     """
     files = {name: (PACKAGE / name).read_bytes() for name in CODE_FILES}
-    for file, auto_map in (("config.json", AUTO_MAP), ("preprocessor_config.json", PROCESSOR_AUTO_MAP)):
-        path = Path(folder) / file
-        if path.exists():
-            content = json.loads(path.read_text(encoding="utf-8")) | {"auto_map": auto_map}
-            files[file] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("utf-8")
-    return files
+    named = {file: content | {"auto_map": _NAMING[file]} for file, content in _configurations(folder).items()}
+    return files | {file: _to_bytes(content) for file, content in named.items()}
 
 
 def without_code(folder: str | Path) -> dict[str, bytes]:
     """The folder's configurations that name code, without the names: fine-tuning a model with code keeps those."""
-    files = {}
-    for file in ("config.json", "preprocessor_config.json"):
-        path = Path(folder) / file
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if content.pop("auto_map", None):
-            files[file] = (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("utf-8")
-    return files
+    naming = {file: content for file, content in _configurations(folder).items() if content.pop("auto_map", None)}
+    return {file: _to_bytes(content) for file, content in naming.items()}
 
 
 def has_code(folder: str | Path) -> bool:
     """Whether a folder loads with its own code: it names code, and all of it is there."""
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    config = _configurations(folder)["config.json"]
     return "auto_map" in config and all((Path(folder) / name).exists() for name in CODE_FILES)
 
 
@@ -56,3 +50,12 @@ def add_code(folder: str | Path) -> None:
     """Puts the files of [`code_for`] into the folder."""
     for name, content in code_for(folder).items():
         (Path(folder) / name).write_bytes(content)
+
+
+def _configurations(folder: str | Path) -> dict[str, dict[str, Any]]:
+    paths = [Path(folder) / file for file in _NAMING]
+    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()}
+
+
+def _to_bytes(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, sort_keys=True) + "\n").encode("utf-8")

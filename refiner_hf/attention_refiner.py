@@ -6,12 +6,22 @@ Shapes: B batch, H heads, E = H * expansion ratio, N tokens. Maps are (B, H, N, 
 """
 
 from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
+from .blocked_refiner import blocked_refine
 from .configuration_refiner import RefinerConfig
+from .exact_refiner import why_not_exact
+from .folding_refiner import needs_exact
 from .normalization_refiner import RefinerBatchNorm2d
+from .triton_refiner import triton_refine, why_not_triton
+
+
+logger = logging.get_logger(__name__)
 
 
 class RefinerMapRefinement(nn.Module):
@@ -52,9 +62,10 @@ class RefinerMapRefinement(nn.Module):
         self.output_norm = norm(heads)
         self.refine_implementation = check_refine_implementation(refine_implementation)
 
-    def forward(self, attention_map: torch.Tensor) -> torch.Tensor:
-        """(B, H, N, N) -> (B, H, N, N)."""
-        return _resolve(self.refine_implementation)(self, attention_map)
+    def forward(self, attention_map: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        """(B, H, N, N) -> (B, H, N, N), times `scale`."""
+        name = pick_implementation(self, attention_map)
+        return REFINE_IMPLEMENTATIONS[name].refine(self, attention_map, scale)
 
 
 def distributed_local_attention(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> torch.Tensor:
@@ -78,13 +89,36 @@ def distributed_local_attention(refinement: RefinerMapRefinement, attention_map:
     return refinement.reduction_norm(refinement.reduction(hidden)) + attention_map
 
 
-def eager_refine(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> torch.Tensor:
+def eager_refine(refinement: RefinerMapRefinement, attention_map: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """The refinement, module by module. Runs everywhere and keeps every intermediate for backward."""
-    return refinement.output_norm(distributed_local_attention(refinement, attention_map))
+    refined = refinement.output_norm(distributed_local_attention(refinement, attention_map))
+    return refined if scale == 1 else refined * scale
 
 
-REFINE_IMPLEMENTATIONS: dict[str, Callable[[RefinerMapRefinement, torch.Tensor], torch.Tensor]] = {
-    "eager": eager_refine,
+def _why_not_blocked(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> str | None:
+    if refinement.convolution is not None:
+        return "one full convolution has nothing to fold or to expand"
+    return why_not_exact(refinement) if needs_exact(refinement, attention_map) else None
+
+
+def _why_not_kernels(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> str | None:
+    return why_not_triton(refinement, attention_map) or _why_not_blocked(refinement, attention_map)
+
+
+class RefineImplementation(NamedTuple):
+    """
+    A way to compute the refinement: `refine(refinement, map, scale)`, and what stands against it for a refinement and
+    its map, in words (`None`: nothing).
+    """
+
+    refine: Callable[[RefinerMapRefinement, torch.Tensor, float], torch.Tensor]
+    why_not: Callable[[RefinerMapRefinement, torch.Tensor], str | None]
+
+
+REFINE_IMPLEMENTATIONS: dict[str, RefineImplementation] = {
+    "eager": RefineImplementation(eager_refine, lambda refinement, attention_map: None),
+    "blocked": RefineImplementation(blocked_refine, _why_not_blocked),
+    "triton": RefineImplementation(triton_refine, _why_not_kernels),
 }
 
 
@@ -96,5 +130,44 @@ def check_refine_implementation(name: str) -> str:
     return name
 
 
-def _resolve(name: str) -> Callable[[RefinerMapRefinement, torch.Tensor], torch.Tensor]:
-    return REFINE_IMPLEMENTATIONS["eager" if name == "auto" else name]
+def pick_implementation(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> str:
+    """
+    The implementation that refines this map: the chosen one, or `"eager"` where something stands against it, which a
+    warning says once. `"auto"` takes the fastest for the device, and a line in the log (at level info) says once
+    which, and why.
+
+    Args:
+        refinement: the module; its `refine_implementation` is what was asked for.
+        attention_map (`torch.Tensor` of shape (B, H, N, N)).
+    """
+    if refinement.refine_implementation != "auto":
+        name = refinement.refine_implementation
+        if obstacle := REFINE_IMPLEMENTATIONS[name].why_not(refinement, attention_map):
+            _say_once(logger.warning, f"Attention maps are refined by 'eager' and not by {name!r}: {obstacle}.")
+            name = "eager"
+        return name
+    name, reason = _fastest(refinement, attention_map)
+    _say_once(logger.info, f"Attention maps are refined by {name!r}: {reason}.")
+    return name
+
+
+def _fastest(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> tuple[str, str]:
+    device = attention_map.device.type
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or device == "meta":
+        return "eager", "the model is being traced, and a compiler does best with plain operations"
+    if device not in ("cuda", "cpu"):
+        return "eager", f"there is nothing faster for {device}"
+    name = "triton" if device == "cuda" else "blocked"
+    if obstacle := REFINE_IMPLEMENTATIONS[name].why_not(refinement, attention_map):
+        return "eager", f"{name!r} doesn't fit, {obstacle}"
+    return name, f"the fastest on {device}"
+
+
+def _say_once(log: Callable[[str], None], message: str) -> None:
+    if not torch.compiler.is_compiling():
+        _say(log, message)
+
+
+@cache
+def _say(log: Callable[[str], None], message: str) -> None:
+    log(message)

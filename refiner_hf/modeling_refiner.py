@@ -251,7 +251,7 @@ class RefinerAttention(nn.Module):
         """
         if self.attention_type == "shared_refined":
             passed_on = previous_map
-            attention_map = self.refinement(previous_map) * self.scaling
+            attention_map = self.refinement(previous_map, self.scaling)
         else:
             query, key = self._heads(self.q_proj(hidden_states)), self._heads(self.k_proj(hidden_states))
             scores = (query @ key.transpose(-2, -1)) * self.scaling  # (B, H, N, N)

@@ -1,8 +1,10 @@
 # Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
-"""The batch norm of the refinement and of the convolutional stem."""
+"""The batch norm of the refinement and of the convolutional stem, and its statistics over several processes."""
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 class RefinerBatchNorm2d(nn.BatchNorm2d):
@@ -14,14 +16,25 @@ class RefinerBatchNorm2d(nn.BatchNorm2d):
 
     With `frozen` it stays in evaluation mode, whatever `train()` says: fine-tuning with small batches, or with
     gradient accumulation that equals one large batch.
+
+    With `synchronized` it normalises, in training, with the statistics of all processes' batches together, as
+    `nn.SyncBatchNorm` does, but on any device: under data parallelism the processes then compute what one would
+    compute on the joined batch.
     """
 
     frozen = False
+    synchronized = False
 
     def train(self, mode: bool = True) -> "RefinerBatchNorm2d":
         return super().train(mode and not self.frozen)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.synchronizing:
+            output, count, mean, variance = _SynchronizedBatchNorm.apply(
+                hidden_states, self.weight, self.bias, self.eps
+            )
+            self.track(mean, variance, count)
+            return output
         if self.training and self.track_running_stats and _inside_backward():
             # Copies, and not None: a recomputation must save as many tensors as the forward that it repeats.
             mean, variance = self.running_mean.clone(), self.running_var.clone()
@@ -29,6 +42,121 @@ class RefinerBatchNorm2d(nn.BatchNorm2d):
                 hidden_states, mean, variance, self.weight, self.bias, training=True, eps=self.eps
             )
         return super().forward(hidden_states)
+
+    @property
+    def synchronizing(self) -> bool:
+        """Whether the next forward exchanges statistics: `synchronized`, in training, and not alone."""
+        return (
+            self.synchronized
+            and self.training
+            and dist.is_available()
+            and dist.is_initialized()
+            and dist.get_world_size() > 1
+        )
+
+    @torch.no_grad()
+    def track(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor) -> None:
+        """
+        Moves the running statistics as a forward in training does, for who has computed a batch's own already.
+
+        Args:
+            mean, variance (`torch.Tensor` of shape (C,)): of the batch; the variance is the biased one.
+            count (`torch.Tensor` of shape ()): how many values of each channel they are of.
+        """
+        if not self.track_running_stats or _inside_backward():
+            return
+        self.num_batches_tracked.add_(1)
+        momentum = self.momentum
+        if momentum is None:  # a plain average over all batches
+            momentum = 1 / self.num_batches_tracked.to(mean.dtype)
+        variance = variance * (count / (count - 1))
+        for running, new in ((self.running_mean, mean), (self.running_var, variance)):
+            running.copy_(running + momentum * (new - running))
+
+
+def total(sums: torch.Tensor, synchronizing: bool) -> torch.Tensor:
+    """`sums` added up over all processes."""
+    if synchronizing:
+        sums = sums.clone()
+        dist.all_reduce(sums)
+    return sums
+
+
+def merge_moments(moments: tuple[torch.Tensor, ...], synchronizing: bool) -> tuple[torch.Tensor, ...]:
+    """
+    The moments of all processes' values together: count, means of x and of y, sum of (x - mean)(y - mean).
+
+    Args:
+        moments: the same four of this process's own values, as in [`join_moments`].
+    """
+    if not synchronizing:
+        return moments
+    packed = torch.cat([moment.flatten() for moment in moments])
+    gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, packed)
+    parts = torch.stack(gathered).split([moment.numel() for moment in moments], dim=1)
+    return join_moments(*(part.unflatten(1, moment.shape or (1,)) for part, moment in zip(parts, moments)))
+
+
+def join_moments(
+    counts: torch.Tensor, x: torch.Tensor, y: torch.Tensor, scatter: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """
+    The moments of several pieces' values together, without the cancellation of a plain sum of squares.
+
+    Args:
+        counts: how many values, one for each of T pieces.
+        x, y (`torch.Tensor` of shape (T, ...)): the pieces' means; they broadcast with each other to the scatter.
+        scatter (`torch.Tensor` of shape (T, ...)): the pieces' sums of (x - mean)(y - mean).
+
+    Returns:
+        count (), means of x and of y, and the scatter, without the first dimension.
+    """
+    count = counts.sum()
+
+    def weights(like: torch.Tensor) -> torch.Tensor:
+        return counts.view(-1, *[1] * (like.ndim - 1))
+
+    mean_x, mean_y = ((weights(m) * m).sum(0) / count for m in (x, y))
+    between = (weights(scatter) * ((x - mean_x) * (y - mean_y))).sum(0)
+    return count, mean_x, mean_y, scatter.sum(0) + between
+
+
+class _SynchronizedBatchNorm(torch.autograd.Function):
+    """(x (B, C, H, W), weight, bias, eps) -> (normalised, count, mean, biased variance), over all processes."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, bias, eps):
+        dims, working = (0, 2, 3), torch.promote_types(hidden_states.dtype, torch.float32)
+        variance, mean = torch.var_mean(hidden_states.to(working), dims, correction=0)
+        mean, variance = mean.double(), variance.double()
+        count = mean.new_tensor(hidden_states.numel() / hidden_states.shape[1])
+        count, mean, _, scatter = merge_moments((count, mean, mean, variance * count), True)
+        variance = scatter / count
+        output = nn.functional.batch_norm(
+            hidden_states.to(working), mean.to(working), variance.to(working), weight.to(working), bias.to(working),
+            training=False, eps=eps,
+        )  # fmt: skip
+        ctx.save_for_backward(hidden_states, weight, mean, (variance + eps).rsqrt(), count)
+        ctx.mark_non_differentiable(count, mean, variance)
+        return output.to(hidden_states.dtype), count, mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient, *_):
+        hidden_states, weight, mean, inverse, count = ctx.saved_tensors
+        working = torch.promote_types(hidden_states.dtype, torch.float32)
+
+        def channels(vector: torch.Tensor) -> torch.Tensor:
+            return vector.to(working)[:, None, None]
+
+        normalised = (hidden_states - channels(mean)) * channels(inverse)
+        gradient = gradient.to(working)
+        # This process's share; what corrects the input's gradient is the mean over all.
+        d_bias, d_weight = gradient.sum((0, 2, 3)).double(), (gradient * normalised).sum((0, 2, 3)).double()
+        mean_d, mean_dx = total(torch.stack((d_bias, d_weight)), True) / count
+        d_input = (gradient - channels(mean_d) - normalised * channels(mean_dx)) * channels(weight * inverse)
+        return d_input.to(hidden_states.dtype), d_weight.to(weight.dtype), d_bias.to(weight.dtype), None
 
 
 def _inside_backward() -> bool:

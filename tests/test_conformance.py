@@ -460,9 +460,10 @@ class TestTraining:
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         assert not [name for name, gradient in gradients.items() if gradient is None]
         assert all(gradient.isfinite().all() for gradient in gradients.values())
-        # A key's bias moves all of a query's scores alike, which the softmax takes out. Nothing else is idle.
+        # A key's bias moves all of a query's scores alike, which the softmax takes out, and the reduction norm's all
+        # of a channel, which the output norm takes out. Nothing else is idle.
         idle = [name for name, gradient in gradients.items() if gradient.abs().max() < 1e-12]
-        assert all(name.endswith("k_proj.bias") for name in idle), idle
+        assert all(name.endswith(("k_proj.bias", "reduction_norm.bias")) for name in idle), idle
 
     @every_class
     def test_checkpointing_changes_nothing(self, cls):

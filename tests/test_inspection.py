@@ -19,7 +19,7 @@ def test_maps_are_those_before_and_after(tiny_model):
     assert sorted(maps) == [1, 3]
     for layer, (before, after) in maps.items():
         assert_close(before, attentions[layer - 1])
-        assert_close(after * 6**-0.5, attentions[layer])  # a shared layer scales by 1/sqrt(head width)
+        assert_close(after, attentions[layer])
     assert not any(m._forward_hooks for m in model.modules() if type(m).__name__ == "RefinerMapRefinement")
 
 

@@ -17,7 +17,7 @@ def refined_maps(
     model: RefinerPreTrainedModel, pixel_values: torch.Tensor
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """
-    The maps that go into and come out of each layer's refinement.
+    The maps that go into and come out of each layer's refinement, the latter as they weight the values.
 
     Args:
         model: any Refiner, in evaluation.

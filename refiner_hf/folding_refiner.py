@@ -1,0 +1,84 @@
+# Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
+"""The refinement in evaluation with every batch norm folded into the weights before it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class Expansion(NamedTuple):
+    """h1 = relu6(weight A + bias): the first norm folded into the attention expansion."""
+
+    weight: torch.Tensor  # (E, H)
+    bias: torch.Tensor  # (E,)
+
+
+class Local(NamedTuple):
+    """weight * h1 + bias: the distributed local attention with all or a part of the second norm folded into it."""
+
+    weight: torch.Tensor  # (E, 1, k, k)
+    bias: torch.Tensor  # (E,)
+
+
+class Folded(NamedTuple):
+    """
+    reduction relu6(local(h1)) + identity A + constant: what is left of a refinement in evaluation. Without expansion
+    h1 is the map, without local attention relu6(local(h1)) is h1.
+    """
+
+    expansion: Expansion | None
+    local: Local | None
+    reduction: torch.Tensor  # (H, E)
+    identity: torch.Tensor  # (H,)
+    constant: torch.Tensor  # (H,)
+
+
+def fold(refinement: nn.Module, dtype: torch.dtype, scale: float = 1.0) -> Folded:
+    """
+    Folds a refinement's norms. This takes the weights and statistics as they are now, a few dozen operations on short
+    vectors; it is cheap enough to be done at each call, and then no change of a weight can be missed, whoever makes
+    it and however: no version counter sees an edit of `weight.data`.
+
+    Args:
+        refinement: the module that holds weights and norms, any but a `"convolution"`.
+        dtype: the type to compute in.
+        scale: a factor on the result.
+    """
+    expansion = local = None
+    if refinement.expansion is not None:
+        gain, bias = _as_affine(refinement.expansion_norm, dtype)
+        expansion = Expansion(gain[:, None] * refinement.expansion.weight.flatten(1).to(dtype), bias)
+    if refinement.local_attention is not None:
+        gain, bias = _as_affine(refinement.local_attention_norm, dtype)
+        local = Local(gain[:, None, None, None] * refinement.local_attention.weight.to(dtype), bias)
+    gain, bias = _as_affine(refinement.reduction_norm, dtype)
+    output_gain, output_bias = _as_affine(refinement.output_norm, dtype)
+    output_gain, output_bias = output_gain * scale, output_bias * scale
+    reduction = (output_gain * gain)[:, None] * refinement.reduction.weight.flatten(1).to(dtype)
+    return Folded(expansion, local, reduction, output_gain, output_gain * bias + output_bias)
+
+
+def arithmetic_type(tensor: torch.Tensor) -> torch.dtype:
+    """The type that maps are refined in: float32, and float64 where they are that already."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def norms_of(refinement: nn.Module) -> list[nn.Module]:
+    """The norms of a refinement in order, those that it has."""
+    names = ("expansion_norm", "local_attention_norm", "reduction_norm", "output_norm")
+    return [getattr(refinement, name) for name in names if hasattr(refinement, name)]
+
+
+def needs_exact(refinement: nn.Module, attention_map: torch.Tensor) -> bool:
+    """Whether a call needs batch statistics or gradients, so that folding isn't enough."""
+    return any(norm.training for norm in norms_of(refinement)) or (
+        torch.is_grad_enabled()
+        and (attention_map.requires_grad or any(p.requires_grad for p in refinement.parameters()))
+    )
+
+
+def _as_affine(norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A norm in evaluation as gain x + bias."""
+    gain = norm.weight.to(dtype) * (norm.running_var.to(dtype) + norm.eps).rsqrt()
+    return gain, norm.bias.to(dtype) - gain * norm.running_mean.to(dtype)

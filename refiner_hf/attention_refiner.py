@@ -16,7 +16,7 @@ from transformers.utils import logging
 from .blocked_refiner import blocked_refine
 from .configuration_refiner import RefinerConfig
 from .exact_refiner import why_not_exact
-from .folding_refiner import needs_exact
+from .folding_refiner import can_bypass, is_tracing, needs_exact
 from .normalization_refiner import RefinerBatchNorm2d
 from .triton_refiner import triton_refine, why_not_triton
 
@@ -98,6 +98,8 @@ def eager_refine(refinement: RefinerMapRefinement, attention_map: torch.Tensor, 
 def _why_not_blocked(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> str | None:
     if refinement.convolution is not None:
         return "one full convolution has nothing to fold or to expand"
+    if not can_bypass(*refinement.children()):
+        return "its modules have hooks or adapters, which only calling them runs"
     return why_not_exact(refinement) if needs_exact(refinement, attention_map) else None
 
 
@@ -153,7 +155,7 @@ def pick_implementation(refinement: RefinerMapRefinement, attention_map: torch.T
 
 def _fastest(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> tuple[str, str]:
     device = attention_map.device.type
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or device == "meta":
+    if is_tracing(attention_map):
         return "eager", "the model is being traced, and a compiler does best with plain operations"
     if device not in ("cuda", "cpu"):
         return "eager", f"there is nothing faster for {device}"

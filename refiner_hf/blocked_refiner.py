@@ -44,15 +44,20 @@ def blocked_refine(refinement: nn.Module, attention_map: torch.Tensor, scale: fl
 
 def _folded_refine(folded: Folded, attention_map: torch.Tensor) -> torch.Tensor:
     output = torch.empty_like(attention_map, memory_format=torch.contiguous_format)
-    identity, constant = folded.identity[:, None, None], folded.constant[:, None, None]
+    identity, constant = folded.identity[:, None], folded.constant[:, None]
     kernel = 1 if folded.local is None else folded.local.weight.shape[-1]
     for piece in _pieces(attention_map, folded.reduction.shape[1], kernel):
         hidden = piece.expand(attention_map, folded.expansion)
         if folded.local is not None:
             hidden = piece.known_rows(_convolve(hidden, folded.local)).clamp_(0, 6)
-        refined = torch.addcmul(constant, identity, piece.of(attention_map))  # (H, R, N)
-        refined.flatten(1).addmm_(folded.reduction, _flat(hidden).t())
-        piece.of(output).copy_(refined)
+        target = piece.of(output)
+        in_place = target.is_contiguous() and target.dtype == constant.dtype
+        refined = torch.addcmul(
+            constant, identity, piece.of(attention_map).flatten(1), out=target.flatten(1) if in_place else None
+        )
+        refined.addmm_(folded.reduction, _flat(hidden).t())  # (H, R N)
+        if not in_place:
+            target.copy_(refined.view_as(target))
     return output
 
 

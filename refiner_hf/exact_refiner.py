@@ -31,7 +31,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from .folding_refiner import Expansion, Local, arithmetic_type, norms_of
-from .normalization_refiner import RefinerBatchNorm2d, merge_moments, total
+from .normalization_refiner import merge_moments, total
 
 
 class Moments(NamedTuple):
@@ -100,8 +100,6 @@ def why_not_exact(refinement: nn.Module) -> str | None:
     if refinement.local_attention is None:
         return "only the refinement with both expansion and convolution has a training form of its own"
     norms = norms_of(refinement)
-    if not all(isinstance(norm, RefinerBatchNorm2d) and norm.track_running_stats for norm in norms):
-        return "a norm was replaced by another module"
     if len({(norm.training, norm.synchronized, norm.eps) for norm in norms}) > 1:
         return "some norms are frozen, synchronized or changed, and others not"
     return None

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from .normalization_refiner import RefinerBatchNorm2d
+
 
 class Expansion(NamedTuple):
     """h1 = relu6(weight A + bias): the first norm folded into the attention expansion."""
@@ -47,13 +49,13 @@ def fold(refinement: nn.Module, dtype: torch.dtype, scale: float = 1.0) -> Folde
     """
     expansion = local = None
     if refinement.expansion is not None:
-        gain, bias = _as_affine(refinement.expansion_norm, dtype)
+        gain, bias = as_affine(refinement.expansion_norm, dtype)
         expansion = Expansion(gain[:, None] * refinement.expansion.weight.flatten(1).to(dtype), bias)
     if refinement.local_attention is not None:
-        gain, bias = _as_affine(refinement.local_attention_norm, dtype)
+        gain, bias = as_affine(refinement.local_attention_norm, dtype)
         local = Local(gain[:, None, None, None] * refinement.local_attention.weight.to(dtype), bias)
-    gain, bias = _as_affine(refinement.reduction_norm, dtype)
-    output_gain, output_bias = _as_affine(refinement.output_norm, dtype)
+    gain, bias = as_affine(refinement.reduction_norm, dtype)
+    output_gain, output_bias = as_affine(refinement.output_norm, dtype)
     output_gain, output_bias = output_gain * scale, output_bias * scale
     reduction = (output_gain * gain)[:, None] * refinement.reduction.weight.flatten(1).to(dtype)
     return Folded(expansion, local, reduction, output_gain, output_gain * bias + output_bias)
@@ -78,7 +80,37 @@ def needs_exact(refinement: nn.Module, attention_map: torch.Tensor) -> bool:
     )
 
 
-def _as_affine(norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def folded_convolution(convolution: nn.Conv2d, norm: nn.BatchNorm2d, hidden_states: torch.Tensor) -> torch.Tensor:
+    """norm(convolution(hidden_states)) in evaluation, in one go; a convolution without bias."""
+    weight = convolution.weight
+    gain, bias = as_affine(norm, arithmetic_type(weight))
+    weight = (gain[:, None, None, None] * weight).to(weight.dtype)
+    return nn.functional.conv2d(
+        hidden_states, weight, bias.to(weight.dtype), stride=convolution.stride, padding=convolution.padding
+    )
+
+
+def can_bypass(*modules: nn.Module | None) -> bool:
+    """
+    Whether convolutions and norms may be replaced by arithmetic on their weights: they are what this package made
+    them, and nobody waits for their call: no adapter, no hook of a user, and no hook of accelerate, which brings an
+    offloaded weight only then.
+    """
+    return all(
+        type(module) in (nn.Conv2d, RefinerBatchNorm2d)
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        and "forward" not in vars(module)
+        for module in modules
+        if module is not None
+    )
+
+
+def is_tracing(tensor: torch.Tensor) -> bool:
+    """Whether what happens to `tensor` is being recorded for a compiler or for its shapes, and not computed."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.device.type == "meta"
+
+
+def as_affine(norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """A norm in evaluation as gain x + bias."""
     gain = norm.weight.to(dtype) * (norm.running_var.to(dtype) + norm.eps).rsqrt()
     return gain, norm.bias.to(dtype) - gain * norm.running_mean.to(dtype)

@@ -46,6 +46,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_refiner import RefinerMapRefinement, check_refine_implementation
 from .configuration_refiner import RefinerConfig
+from .folding_refiner import can_bypass, folded_convolution, is_tracing
 from .loss_refiner import image_classification_loss
 from .normalization_refiner import RefinerBatchNorm2d
 from .token_mixing_refiner import mix_tokens, sample_mixing_mask
@@ -98,9 +99,20 @@ class RefinerConvStem(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, C, height, width) -> (B, 128, height / 2, width / 2)."""
-        hidden_states = nn.functional.relu(self.convolution1_norm(self.convolution1(pixel_values)))
-        hidden_states = nn.functional.relu(self.convolution2_norm(self.convolution2(hidden_states)))
-        return nn.functional.relu(self.convolution3_norm(self.convolution3(hidden_states)))
+        hidden_states = pixel_values
+        if pixel_values.device.type == "cpu":  # a quarter faster there
+            hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
+        for convolution, norm in (
+            (self.convolution1, self.convolution1_norm),
+            (self.convolution2, self.convolution2_norm),
+            (self.convolution3, self.convolution3_norm),
+        ):
+            inference = not (norm.training or torch.is_grad_enabled() or is_tracing(pixel_values))
+            if inference and can_bypass(convolution, norm):
+                hidden_states = folded_convolution(convolution, norm, hidden_states).relu_()
+            else:
+                hidden_states = nn.functional.relu(norm(convolution(hidden_states)))
+        return hidden_states
 
 
 class RefinerPatchEmbeddings(nn.Module):
@@ -239,32 +251,48 @@ class RefinerAttention(nn.Module):
             self.refinement = RefinerMapRefinement(config, refine_implementation)
 
     def forward(
-        self, hidden_states: torch.Tensor, previous_map: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, hidden_states: torch.Tensor, previous_map: torch.Tensor | None, map_needed: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """
         Args:
             hidden_states: (B, N, D).
             previous_map: the map that the layer before passed on, (B, H, N, N).
+            map_needed: whether anybody looks at this layer's map.
 
         Returns:
-            the output (B, N, D), the map that weighted the values, and the map passed on to the next layer.
+            the output (B, N, D), the map that weighted the values, and the map passed on to the next layer; no maps
+            where they aren't needed and the values could be weighted without ever making one.
         """
+        value = self._heads(self.v_proj(hidden_states))
         if self.attention_type == "shared_refined":
-            passed_on = previous_map
-            attention_map = self.refinement(previous_map, self.scaling)
+            attention_map, passed_on = self.refinement(previous_map, self.scaling), previous_map
         else:
             query, key = self._heads(self.q_proj(hidden_states)), self._heads(self.k_proj(hidden_states))
-            scores = (query @ key.transpose(-2, -1)) * self.scaling  # (B, H, N, N)
-            attention_map = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-            if self.accumulate_attention and previous_map is not None:
-                attention_map = attention_map + previous_map * self.scaling
-            attention_map = self.dropout(attention_map)
-            if self.attention_type == "refined":
-                attention_map = self.refinement(attention_map)
-            passed_on = attention_map
-        value = self._heads(self.v_proj(hidden_states))
+            if not map_needed and self._is_plain(previous_map):
+                output = nn.functional.scaled_dot_product_attention(query, key, value, scale=self.scaling)
+                return self.o_proj(output.transpose(1, 2).flatten(2)), None, None
+            attention_map = passed_on = self._own_map(query, key, previous_map)
         attention_output = (attention_map @ value).transpose(1, 2).flatten(2)
         return self.o_proj(attention_output), attention_map, passed_on
+
+    def _own_map(self, query: torch.Tensor, key: torch.Tensor, previous_map: torch.Tensor | None) -> torch.Tensor:
+        """(B, H, N, D / H), the same, (B, H, N, N) -> (B, H, N, N)."""
+        scores = (query * self.scaling) @ key.transpose(-2, -1)
+        attention_map = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+        if self._accumulates(previous_map):
+            # Nobody else has this map yet; but softmax's backward pass needs its own result.
+            add = torch.add if attention_map.requires_grad else torch.Tensor.add_
+            attention_map = add(attention_map, previous_map, alpha=self.scaling)
+        attention_map = self.dropout(attention_map)
+        return self.refinement(attention_map) if self.attention_type == "refined" else attention_map
+
+    def _accumulates(self, previous_map: torch.Tensor | None) -> bool:
+        return self.accumulate_attention and previous_map is not None
+
+    def _is_plain(self, previous_map: torch.Tensor | None) -> bool:
+        """Whether nothing is done with the map but to weight the values."""
+        drops = self.training and self.dropout.p > 0
+        return self.attention_type == "plain" and not self._accumulates(previous_map) and not drops
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         """(B, N, D) -> (B, H, N, D / H)."""
@@ -307,11 +335,11 @@ class RefinerLayer(GradientCheckpointingLayer):
 
     # The map comes and goes positionally: activation checkpointing follows gradients through nothing else.
     def forward(
-        self, hidden_states: torch.Tensor, previous_map: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """((B, N, D), the map passed on by the layer before) -> ((B, N, D), the map passed on)."""
+        self, hidden_states: torch.Tensor, previous_map: torch.Tensor | None, map_needed: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """((B, N, D), the map passed on by the layer before, whether this one's is needed) -> ((B, N, D), the map)."""
         scale = self.residual_scale
-        branch, _, passed_on = self.attention(self.layernorm_before(hidden_states * scale), previous_map)
+        branch, _, passed_on = self.attention(self.layernorm_before(hidden_states * scale), previous_map, map_needed)
         hidden_states = hidden_states + self.drop_path(self.dropout(branch)) / scale
         branch = self.layer_scale(self.mlp(self.layernorm_after(hidden_states * scale)))
         hidden_states = hidden_states + self.drop_path(self.dropout(branch)) / scale
@@ -448,6 +476,16 @@ class RefinerPreTrainedModel(PreTrainedModel):
                 module.frozen = frozen
                 module.train(self.training)
 
+    def synchronize_norms(self, synchronized: bool = True) -> None:
+        """
+        Makes every batch norm, from now on, normalise a training batch with the statistics of all processes' batches
+        together (`torch.distributed`, any device). Processes under data parallelism then compute what one process
+        would compute on the joined batch. `synchronize_norms(False)` undoes it. It isn't saved.
+        """
+        for module in self.modules():
+            if isinstance(module, RefinerBatchNorm2d):
+                module.synchronized = synchronized
+
     def _grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         """Number of patches of these images, down and across."""
         patch_height, patch_width = self.config.patch_height_width
@@ -513,10 +551,11 @@ class RefinerModel(RefinerPreTrainedModel):
         pixel_values = pixel_values.to(self.embeddings.patch_embeddings.projection.weight.dtype)
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding, mixing_mask, bool_masked_pos)
 
+        maps_asked_for = kwargs.get("output_attentions", self.config.output_attentions)
         attention_map, similarities = None, []
         for i, layer in enumerate(self.layers):
             previous_map = attention_map
-            hidden_states, attention_map = layer(hidden_states, previous_map)
+            hidden_states, attention_map = layer(hidden_states, previous_map, maps_asked_for or self._map_is_needed(i))
             if i > 0 and self._regularizes_pair(i):
                 similarities.append(nn.functional.cosine_similarity(previous_map, attention_map, dim=1).mean())
 
@@ -525,6 +564,19 @@ class RefinerModel(RefinerPreTrainedModel):
             last_hidden_state=hidden_states,
             pooler_output=hidden_states[:, 0],
             map_similarity=torch.stack(similarities).mean() if similarities else None,
+        )
+
+    def _map_is_needed(self, layer: int) -> bool:
+        """Whether the next layer takes the map of `layer`, or the cosine regulariser."""
+        types = self.config.attention_types
+        if self._regularizes_pair(layer):
+            return True
+        if layer + 1 == len(types):
+            return False
+        return (
+            types[layer + 1] == "shared_refined"
+            or self.config.accumulate_attention
+            or self._regularizes_pair(layer + 1)
         )
 
     def _regularizes_pair(self, layer: int) -> bool:

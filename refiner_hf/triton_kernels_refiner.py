@@ -1,14 +1,15 @@
 # Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The passes of the refinement as Triton kernels; `exact_refiner.py` says what each is for, `triton_refiner.py` calls them.
+The passes of the refinement as Triton kernels: `exact_refiner.py` says what each is for, `triton_refiner.py` calls
+them.
 
 A program takes a block of PIXELS neighbouring positions of one image's maps, a position being a pair (query, key), and
 the expanded heads CHANNELS at a time: an expanded tile is (CHANNELS, PIXELS) and lives in registers. Where the
 convolution looks at a neighbour, that neighbour is expanded again: the map's own few channels come from the cache, and
 the product is what tensor cores do best. Products and sums are in float32, whatever the maps are.
 
-Names: H heads, E expanded heads, N tokens, K side of the kernel; HP is H padded to what a product needs. Indices: h over
-heads, e over expanded heads, p over positions.
+Names: H heads, E expanded heads, N tokens, K side of the kernel; HP is H padded to what a product needs. Indices: h
+over heads, e over expanded heads, p over positions.
 """
 
 # Annotations as text, so that a machine without triton can import this file.

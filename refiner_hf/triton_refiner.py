@@ -31,8 +31,8 @@ from .triton_kernels_refiner import (
 )
 
 
-# Positions and expanded heads of a tile; blocks of positions that one program adds up; positions of a program that only
-# goes over channels; bytes of the exchanged gradient.
+# Positions and expanded heads of a tile; blocks of positions that one program adds up; positions of a program that
+# expands nothing; bytes of the exchanged gradient.
 _PIXELS, _CHANNELS, _STEPS, _PLAIN, _EXCHANGE = 128, 16, 8, 1024, 32 * 2**20
 _MAX_HEADS = 16
 

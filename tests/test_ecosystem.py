@@ -59,11 +59,11 @@ class TestOffloading:
         assert any(parameter.is_meta for parameter in offloaded.parameters()) == (place != "auto")
         with torch.no_grad():
             for ours, theirs in zip(results(offloaded(**inputs_of(cls))), results(model(**inputs_of(cls)))):
-                assert torch.equal(ours, theirs)
+                assert_close(ours, theirs)  # the refinement of offloaded weights goes module by module
             # Parameters that forward looks at itself must come in as well.
             wide = inputs_of(cls, grid=(4, 6)) | dict(interpolate_pos_encoding=True)
             for ours, theirs in zip(results(offloaded(**wide)), results(model(**wide))):
-                assert torch.equal(ours, theirs)
+                assert_close(ours, theirs)
         offloaded.save_pretrained(tmp_path / "again")
         again = cls.from_pretrained(tmp_path / "again").state_dict()
         assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
@@ -106,7 +106,7 @@ class TestOffloading:
         )
         with torch.no_grad():
             expected = cls.from_pretrained(tmp_path, image_size=24)(images).logits
-            assert torch.equal(offloaded(images).logits, expected)
+            assert_close(offloaded(images).logits, expected)
 
 
 class TestPeft:

@@ -57,5 +57,5 @@ def test_the_wheel_works_installed_and_imports_what_it_needs_only(wheel, tmp_pat
         [sys.executable, "-c", RUN, str(site), *for_training], cwd=tmp_path, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    commands = {"refiner-train", "refiner-convert", "refiner-show", "refiner-push"}
+    commands = {"refiner-benchmark", "refiner-train", "refiner-convert", "refiner-show", "refiner-push"}
     assert {path.name for path in (site / "bin").iterdir()} == commands

@@ -34,3 +34,8 @@ def show() -> None:
 def push() -> None:
     """`refiner-push`"""
     _run("push_to_hub")
+
+
+def benchmark() -> None:
+    """`refiner-benchmark`"""
+    _run("benchmark")

@@ -1,0 +1,192 @@
+"""A benchmark from its options to its record."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .contenders import NETWORKS, Case, contender_names, make_step
+from .costs import costs
+from .machine import describe_machine, measure_roofline
+from .measure import time_in_turns
+from .memory import peak_memory_in_child
+from .record import open_record, save_record
+
+
+KINDS = {"model": ("inference", "training"), "op": ("inference", "forward", "training")}
+CURVE_KINDS = ("inference", "training")
+# Against tokens (50, 101, 197, 325, 577 and 785 of them) in batches of one size, and against batch at one image size.
+CURVE_IMAGE_SIZES, CURVE_BATCH_SIZE = (112, 160, 224, 288, 384, 448), 4
+CURVE_BATCH_SIZES, CURVE_IMAGE_SIZE = (1, 2, 4, 8, 16), 224
+
+
+@dataclass
+class BenchmarkOptions:
+    part: Literal["all", "model", "op", "curves"] = field(
+        default="all",
+        metadata={"help": "Networks, one refinement on its own, or its cost against tokens and batch; or all."},
+    )
+    models: list[str] = field(
+        default_factory=lambda: ["S", "M", "L"], metadata={"help": "Among S, M, L, and tiny to try this out."}
+    )
+    image_sizes: list[int] = field(default_factory=lambda: [224, 384, 448], metadata={"help": "In pixels."})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Images in inference. Default: 8 on a CPU, 64 on CUDA."}
+    )
+    train_batch_size: int | None = field(
+        default=None, metadata={"help": "Images in training. Default: 6 on a CPU, 64 on CUDA."}
+    )
+    rounds: int = field(default=10, metadata={"help": "How many times each contender is timed."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Of weights and images in inference; of autocast in training."}
+    )
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda. Default: cuda where there is one."})
+    threads: int | None = field(default=None, metadata={"help": "Threads on a CPU. Default: torch's own choice."})
+    roofline: bool = field(
+        default=False,
+        metadata={
+            "help": "First measure the machine's own rates (a product of 2048 x 2048, a copy), and relate to them."
+        },
+    )
+    output_dir: str = field(
+        default="benchmarks", metadata={"help": "Folder for the record, the tables and the plots."}
+    )
+    name: str | None = field(default=None, metadata={"help": "Stem of the files in it. Default: the device."})
+    fresh: bool = field(default=False, metadata={"help": "Start over instead of going on where the record stops."})
+    report: bool = field(
+        default=False, metadata={"help": "Measure nothing; make tables and plots of the record anew."}
+    )
+
+    def __post_init__(self):
+        if unknown := [name for name in self.models if name not in NETWORKS]:
+            raise ValueError(f"There is no model {unknown[0]!r}; choose among {', '.join(NETWORKS)}.")
+        if self.device is None:
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"The device must be cpu or cuda, got {self.device!r}.")
+        if self.device == "cuda" and not torch.cuda.is_available() and not self.report:
+            raise ValueError("There is no CUDA device here.")
+        on_cuda = self.device == "cuda"
+        self.batch_size = (64 if on_cuda else 8) if self.batch_size is None else self.batch_size
+        self.train_batch_size = (64 if on_cuda else 6) if self.train_batch_size is None else self.train_batch_size
+        for name in ("batch_size", "train_batch_size", "rounds", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+    @property
+    def stem(self) -> Path:
+        return Path(self.output_dir, self.name or self.device)
+
+
+def plan(options: BenchmarkOptions) -> list[Case]:
+    """Everything that the options ask for, in order. Raises where an image size doesn't fit a network."""
+    case = partial(Case, dtype=options.dtype, device=options.device)
+    batch = {
+        "inference": options.batch_size,
+        "forward": options.train_batch_size,
+        "training": options.train_batch_size,
+    }
+    parts = ("op", "curves", "model") if options.part == "all" else (options.part,)
+    networks = {"model": options.models, "op": _different_refinements(options.models)}
+    cases = []
+    for part in parts:
+        if part == "curves":
+            network = options.models[0]
+            points = [(size, CURVE_BATCH_SIZE) for size in CURVE_IMAGE_SIZES]
+            points += [(CURVE_IMAGE_SIZE, batch_size) for batch_size in CURVE_BATCH_SIZES]
+            # Where the curves meet there is one case.
+            cases += [
+                case(part, network, image_size, kind, batch_size)
+                for image_size, batch_size in dict.fromkeys(points)
+                for kind in CURVE_KINDS
+            ]
+        else:
+            cases += [
+                case(part, network, size, kind, batch[kind])
+                for network in networks[part]
+                for size in options.image_sizes
+                for kind in KINDS[part]
+            ]
+    for each in cases:
+        each.config()
+    return cases
+
+
+def _different_refinements(networks: list[str]) -> list[str]:
+    """One network for each number of heads: the refinements of the others cost the same."""
+    return list({NETWORKS[name]().num_attention_heads: name for name in reversed(networks)}.values())[::-1]
+
+
+def run_benchmark(options: BenchmarkOptions, command: str, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """
+    Measures what the record doesn't hold yet, saving it after each measurement.
+
+    Args:
+        options: what to measure.
+        command: the command line to note down.
+        say: gets a line for each measurement.
+
+    Returns:
+        the record.
+
+    Raises:
+        `ValueError`, `OSError`: options that don't fit each other or the record, or a folder that can't be written;
+        before anything is measured.
+    """
+    cases = plan(options)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    path = Path(f"{options.stem}.json")
+    same = ("dtype", "rounds", "batch_size", "train_batch_size")
+    facts = describe_machine() | {"threads": torch.get_num_threads()}
+    facts |= {name: getattr(options, name) for name in same}
+    record = open_record(path, facts, options.fresh)
+    if command not in record["commands"]:
+        record["commands"].append(command)
+    if options.roofline and not record["roofline"]:
+        say("the machine's own rates ...")
+        record["roofline"] = measure_roofline(options.device, options.dtype)
+    save_record(path, record)
+
+    # Compiled code of earlier runs would hide what compiling takes.
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        for index, case in enumerate(cases, 1):
+            for what in measure(case, options.rounds, record["results"]):
+                save_record(path, record)
+                say(f"[{index}/{len(cases)}] {case.name}: {what}")
+    return record
+
+
+def measure(case: Case, rounds: int, results: dict[str, Any]) -> Iterator[str]:
+    """Adds to `results` what is missing of a case; yields after each measurement, in words, to have it saved."""
+    names = contender_names(case.part, case.device)
+    result = results.setdefault(case.name, {**vars(case), "tokens": case.tokens, "rows": {}})
+    rows = result["rows"]
+    for name in names:
+        rows.setdefault(name, costs(case, name))
+    # On CUDA it comes with the times.
+    if case.device == "cpu" and case.part != "curves" and sys.platform == "linux":
+        for name in names:
+            if not {"memory", "error"} & rows[name].keys():
+                rows[name] |= peak_memory_in_child(case, name)
+                yield f"{name}, memory: {_in_words(rows[name], 'memory')}"
+    # Whoever fails alone, or is killed there, isn't let into this process.
+    able = [name for name in names if "error" not in rows[name]]
+    if any("seconds" not in rows[name] for name in able):
+        timed = time_in_turns({name: partial(make_step, case, name) for name in able}, rounds, case.device)
+        for name in able:
+            rows[name] = timed[name] | rows[name]
+        yield "times: " + ", ".join(f"{name} {_in_words(rows[name], 'seconds')}" for name in names)
+
+
+def _in_words(row: dict[str, Any], key: str) -> str:
+    if "error" in row:
+        return row["error"]
+    return f"{row[key] / 1e6:.0f} MB" if key == "memory" else f"{1e3 * sorted(row[key])[len(row[key]) // 2]:.3g} ms"

@@ -1,0 +1,58 @@
+"""
+Measure what a Refiner costs: inference throughput, training-step time and peak memory of every implementation of the
+refinement, beside the same network with plain attention, transformers' ViT of the same size and torch.compile of ours,
+all in the same run. Prints a table; writes the record (JSON), the table and plots. Given again, it goes on.
+
+    refiner-benchmark --models tiny --image_sizes 64 --rounds 3 --output_dir trial     # to try it out
+    refiner-benchmark --models S --image_sizes 224 --roofline
+    refiner-benchmark --device cuda --dtype bfloat16 --name h100 --roofline
+    refiner-benchmark --part op --models S L --image_sizes 224 448
+    refiner-benchmark --name h100 --report                                             # tables and plots anew
+"""
+
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import HfArgumentParser
+
+from ..benchmarking.record import read_record
+from ..benchmarking.report import write_report
+from ..benchmarking.run import BenchmarkOptions, run_benchmark
+from ..hub.files import without_paths
+from .parsing import HelpFormatter
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `refiner-benchmark` and scripts/benchmark.py."""
+    parser = HfArgumentParser(BenchmarkOptions, description=__doc__, formatter_class=HelpFormatter)
+    try:
+        (options,) = parser.parse_args_into_dataclasses(argv)
+        path = Path(f"{options.stem}.json")
+        record = read_record(path) if options.report else run_benchmark(options, command_of(options))
+        print(write_report(record, options.stem))
+    except (ValueError, OSError, StrictDataclassError) as error:
+        sys.exit(f"Error: {error}")
+    print(f"Wrote {options.stem}.json, .md and plots.")
+
+
+def command_of(options: BenchmarkOptions) -> str:
+    """The command line that says the same, without this machine's paths."""
+    words = ["refiner-benchmark"]
+    default = BenchmarkOptions()
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if value == getattr(default, option.name) or option.name == "fresh":
+            continue
+        words.append(f"--{option.name}")
+        if isinstance(value, list):
+            words += map(str, value)
+        elif value is not True:
+            words.append(str(value))
+    return shlex.join(without_paths(words))
+
+
+if __name__ == "__main__":
+    main()

@@ -124,6 +124,11 @@ REFINE_IMPLEMENTATIONS: dict[str, RefineImplementation] = {
 }
 
 
+# Bytes of a layer's expanded maps from which training on a CPU is faster without keeping them. Measured, see
+# benchmarks/: below, a dozen times as many small operations cost more than they save.
+_CACHED = 16 * 2**20
+
+
 def check_refine_implementation(name: str) -> str:
     """Returns `name`; raises a `ValueError` that lists the choices where it is none of them."""
     if name != "auto" and name not in REFINE_IMPLEMENTATIONS:
@@ -162,6 +167,14 @@ def _fastest(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> t
     name = "triton" if device == "cuda" else "blocked"
     if obstacle := REFINE_IMPLEMENTATIONS[name].why_not(refinement, attention_map):
         return "eager", f"{name!r} doesn't fit, {obstacle}"
+    if device == "cpu" and needs_exact(refinement, attention_map):
+        expanded = attention_map[:, 0].numel() * refinement.reduction.in_channels * attention_map.itemsize
+        if expanded < _CACHED:
+            return "eager", f"training on a CPU, with expanded maps below {_CACHED >> 20} MB, which are quick to keep"
+        return (
+            name,
+            f"training on a CPU, with expanded maps from {_CACHED >> 20} MB up, which would cost memory and time",
+        )
     return name, f"the fastest on {device}"
 
 

@@ -1,11 +1,14 @@
 # Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The refinement in plain torch, a piece of a map at a time, so that the expanded piece stays in the processor's cache.
+The refinement in plain torch, a piece of the maps at a time, so that the expanded piece stays in the processor's
+cache.
 
-A piece is some rows of one image's maps, with the neighbours that the convolution looks at. Expanded pieces lie with
-the channels last: the matrix product then writes the very layout in which depthwise convolutions are fastest.
+A piece is some images' maps, or where one image's are too many some of its rows, with the neighbours that the
+convolution looks at. Expanded pieces lie with the channels last: the matrix product then writes the very layout in
+which depthwise convolutions are fastest.
 
-Shapes: R rows of a piece, E expanded heads; a piece of the map is (H, R, N), an expanded one (1, E, R, N).
+Shapes: I images and R rows of a piece, M = R N positions, E expanded heads. A piece of the maps is (I, H, R, N), an
+expanded one (I, E, R, N) with the channels last, or flat (I, M, E).
 """
 
 from collections.abc import Iterator
@@ -53,9 +56,9 @@ def _folded_refine(folded: Folded, attention_map: torch.Tensor) -> torch.Tensor:
         target = piece.of(output)
         in_place = target.is_contiguous() and target.dtype == constant.dtype
         refined = torch.addcmul(
-            constant, identity, piece.of(attention_map).flatten(1), out=target.flatten(1) if in_place else None
+            constant, identity, piece.of(attention_map).flatten(2), out=target.flatten(2) if in_place else None
         )
-        refined.addmm_(folded.reduction, _flat(hidden).t())  # (H, R N)
+        refined.baddbmm_(folded.reduction.expand(len(refined), -1, -1), _flat(hidden).transpose(1, 2))  # (I, H, M)
         if not in_place:
             target.copy_(refined.view_as(target))
     return output
@@ -67,28 +70,28 @@ class BlockedPasses:
     @staticmethod
     def map_moments(attention_map: torch.Tensor) -> Moments:
         counts, means, scatters = [], [], []
-        for image in attention_map:
-            values = image.flatten(1).to(arithmetic_type(image))  # (H, M)
-            mean = values.mean(1)
+        for images in _images(attention_map):
+            values = attention_map[images].flatten(2).to(arithmetic_type(attention_map))  # (I, H, N N)
+            mean = values.mean((0, 2))
             centred = values - mean[:, None]
-            counts.append(values.shape[1])
+            counts.append(values.shape[0] * values.shape[2])
             means.append(mean)
-            scatters.append(centred @ centred.t())
+            scatters.append((centred @ centred.transpose(1, 2)).sum(0))
         means = torch.stack(means)
-        return _join(counts, means[:, :, None], means[:, None, :], torch.stack(scatters))
+        return _join(counts, means[:, :, None], means[:, None, :], scatters)
 
     @staticmethod
     def local_moments(attention_map: torch.Tensor, expansion: Expansion | None, weight: torch.Tensor) -> Moments:
         counts, means, scatters = [], [], []
         for piece in _pieces(attention_map, *weight.shape[::3]):
             h1 = piece.expand(attention_map, expansion)
-            values = _flat(piece.known_rows(_convolve(h1, Local(weight, None))))  # (M, E)
+            values = _flat(piece.known_rows(_convolve(h1, Local(weight, None)))).flatten(0, 1)  # (I M, E)
             mean = values.sum(0) / len(values)
             counts.append(len(values))
             means.append(mean)
             scatters.append(values.sub_(mean).square_().sum(0))
         means = torch.stack(means)
-        return _join(counts, means, means, torch.stack(scatters))
+        return _join(counts, means, means, scatters)
 
     @staticmethod
     def project(
@@ -98,25 +101,27 @@ class BlockedPasses:
         counts, means_z, means_a, scatters = [], [], [], []
         for piece in _pieces(attention_map, *local.weight.shape[::3]):
             h1 = piece.expand(attention_map, expansion)
-            z3 = reduction @ _flat(piece.known_rows(_convolve(h1, local)).clamp_(0, 6)).t()  # (H, M)
-            piece.of(reduced).copy_(z3.unflatten(1, (-1, reduced.shape[-1])))
-            own = piece.of(attention_map).flatten(1).to(z3.dtype)
-            mean_z, mean_a = z3.mean(1), own.mean(1)
+            h2 = _flat(piece.known_rows(_convolve(h1, local)).clamp_(0, 6))
+            z3 = reduction @ h2.transpose(1, 2)  # (I, H, M)
+            target = piece.of(reduced)
+            target.copy_(z3.view_as(target))
+            own = piece.of(attention_map).flatten(2).to(z3.dtype)
+            mean_z, mean_a = z3.mean((0, 2)), own.mean((0, 2))
             z3 -= mean_z[:, None]
-            counts.append(z3.shape[1])
+            counts.append(z3.shape[0] * z3.shape[2])
             means_z.append(mean_z)
             means_a.append(mean_a)
-            scatters.append(torch.stack((z3.square().sum(1), (z3 * own).sum(1))))
+            scatters.append(torch.stack((z3.square().sum((0, 2)), (z3 * own).sum((0, 2)))))
         means_z, means_a = torch.stack(means_z), torch.stack(means_a)
         x, y = torch.stack((means_z, means_z), 1), torch.stack((means_z, means_a), 1)  # (T, 2, H)
-        return reduced, _join(counts, x, y, torch.stack(scatters))
+        return reduced, _join(counts, x, y, scatters)
 
     @staticmethod
     def combine(coefficients: torch.Tensor, attention_map: torch.Tensor, reduced: torch.Tensor) -> torch.Tensor:
         alpha, gamma, beta = coefficients[:, :, None, None]
         output = torch.empty_like(attention_map)
-        for image, z3, out in zip(attention_map, reduced, output):
-            out.copy_(torch.addcmul(beta, gamma, image).addcmul_(alpha, z3))
+        for images in _images(attention_map):
+            output[images] = torch.addcmul(beta, gamma, attention_map[images]).addcmul_(alpha, reduced[images])
         return output
 
     @staticmethod
@@ -125,10 +130,10 @@ class BlockedPasses:
     ) -> torch.Tensor:
         mean_a, mean_z = means[:, :, None, None]
         sums = 0
-        for d, image, z3 in zip(gradient, attention_map, reduced):
-            d = d.to(means.dtype)
-            values = torch.stack([v.sum((1, 2)) for v in (d, (image - mean_a) * d, (z3 - mean_z) * d)])
-            sums = sums + values.to(sums_type(values))
+        for images in _images(attention_map):
+            d = gradient[images].to(means.dtype)
+            products = (d, (attention_map[images] - mean_a) * d, (reduced[images] - mean_z) * d)
+            sums = sums + _exact(torch.stack([product.sum((0, 2, 3)) for product in products]))
         return sums
 
     @staticmethod
@@ -136,10 +141,10 @@ class BlockedPasses:
         sums = sums_of_products = weight_gradient = 0
         for piece in _pieces(inputs.attention_map, *inputs.local.weight.shape[::3]):
             h1 = piece.expand(inputs.attention_map, inputs.expansion)
-            dn2, normalised, hidden, dz3 = _second_norm_gradient(piece, h1, inputs)
-            sums = sums + dn2.sum(0).to(sums_type(dn2))
-            sums_of_products = sums_of_products + normalised.mul_(dn2).sum(0).to(sums_type(dn2))
-            weight_gradient = weight_gradient + (dz3 @ hidden).to(sums_type(dn2))
+            dn2, normalised, h2, dz3 = _second_norm_gradient(piece, h1, inputs)
+            sums = sums + _exact(dn2.sum((0, 1)))
+            sums_of_products = sums_of_products + _exact(normalised.mul_(dn2).sum((0, 1)))
+            weight_gradient = weight_gradient + _exact((dz3 @ h2).sum(0))
         return sums, sums_of_products, weight_gradient
 
     @staticmethod
@@ -154,54 +159,56 @@ class BlockedPasses:
             dn2, normalised, _, _ = _second_norm_gradient(piece, h1, inputs)
             h1 = piece.known_rows(h1)
             dz2 = dn2.mul_(second_norm[0]).addcmul_(normalised, second_norm[1]).add_(second_norm[2])
-            dz2 = dz2.view(1, *h1.shape[-2:], expanded).permute(0, 3, 1, 2)
+            dz2 = _unflat(dz2, h1)
             dh1 = nn.functional.conv_transpose2d(dz2, weight, padding=kernel // 2, groups=expanded)
             piece.blank_halo(dz2)  # those rows' share of the weight's gradient belongs to other pieces
-            weight_gradient = weight_gradient + nn.grad.conv2d_weight(
-                h1, weight.shape, dz2, padding=kernel // 2, groups=expanded
-            ).to(sums_type(h1))
+            weight_gradient = weight_gradient + _exact(
+                nn.grad.conv2d_weight(h1, weight.shape, dz2, padding=kernel // 2, groups=expanded)
+            )
             dh1 = piece.own_rows(dh1)
             target = piece.of(part)
             if expansion is None:
-                target.copy_(dh1[0])
+                target.copy_(dh1)
                 continue
-            g = _flat(_relu6_backward(dh1, piece.own_rows(h1)))  # (M, E)
-            own = piece.of(inputs.attention_map).flatten(1) - centre[:, None]  # (H, M)
-            sum_g = sum_g + g.sum(0).to(sums_type(g))
-            sum_ga = sum_ga + (own @ g).t().to(sums_type(g))
-            target.copy_((expansion.weight.t() @ g.t()).view_as(target))
+            g = _flat(_relu6_backward(dh1, piece.own_rows(h1)))  # (I, M, E)
+            own = piece.of(inputs.attention_map).flatten(2) - centre[:, None]  # (I, H, M)
+            sum_g = sum_g + _exact(g.sum((0, 1)))
+            sum_ga = sum_ga + _exact((own @ g).sum(0).t())
+            target.copy_((expansion.weight.t() @ g.transpose(1, 2)).view_as(target))
         return weight_gradient, sum_g, sum_ga, part
 
     @staticmethod
     def finish(
         part: torch.Tensor, inputs: BackwardInputs, coefficients: torch.Tensor, mixing: torch.Tensor | None
     ) -> torch.Tensor:
-        for image in range(len(part)):
-            part[image] += _combination(inputs, coefficients, image, slice(None))
+        for images in _images(part):
+            part[images] += _combination(inputs, coefficients, images, slice(None))
             if mixing is not None:
-                part[image].flatten(1).addmm_(mixing, inputs.attention_map[image].flatten(1).to(mixing.dtype))
+                maps = inputs.attention_map[images].flatten(2).to(mixing.dtype)
+                part[images].flatten(2).baddbmm_(mixing.expand(len(maps), -1, -1), maps)
         return part.to(inputs.attention_map.dtype)
 
 
 class _Piece(NamedTuple):
-    """Rows of an image: those that are its `own`, those where a convolution is `known`, and `all` it looks at."""
+    """Images, and rows of them: those that are its `own`, those where a convolution is `known`, `all` it looks at."""
 
-    image: int
+    images: slice
     own: slice
     known: slice
     all: slice
 
     def of(self, maps: torch.Tensor) -> torch.Tensor:
-        """Its own rows of maps (B, H, N, N), a view (H, R, N)."""
-        return maps[self.image, :, self.own]
+        """Its own rows of maps (B, H, N, N), a view (I, H, R, N)."""
+        return maps[self.images, :, self.own]
 
     def expand(self, attention_map: torch.Tensor, expansion: Expansion | None) -> torch.Tensor:
-        """h1 of all its rows, (1, E, R, N) with the channels last."""
-        rows = attention_map[self.image, :, self.all].to(arithmetic_type(attention_map))  # (H, R, N)
+        """h1 of all its rows, (I, E, R, N) with the channels last."""
+        maps = attention_map[self.images, :, self.all].to(arithmetic_type(attention_map))
         if expansion is None:
-            return rows.unsqueeze(0).contiguous(memory_format=torch.channels_last)
-        hidden = torch.addmm(expansion.bias, rows.flatten(1).t(), expansion.weight.t()).clamp_(0, 6)
-        return hidden.view(1, *rows.shape[1:], -1).permute(0, 3, 1, 2)
+            return maps.contiguous(memory_format=torch.channels_last)
+        weight = expansion.weight.t().expand(len(maps), -1, -1)
+        hidden = torch.baddbmm(expansion.bias, maps.flatten(2).transpose(1, 2), weight).clamp_(0, 6)  # (I, M, E)
+        return _unflat(hidden, maps)
 
     def known_rows(self, hidden: torch.Tensor) -> torch.Tensor:
         """From all its rows to those where a convolution is known."""
@@ -219,16 +226,26 @@ class _Piece(NamedTuple):
 
 def _pieces(attention_map: torch.Tensor, expanded: int, kernel: int, halos: int = 1) -> Iterator[_Piece]:
     """All rows of all images; each piece looks at `halos` times the kernel's reach beyond its own rows."""
-    images, _, size, _ = attention_map.shape
-    count = max(8, _PIECE // (expanded * size * arithmetic_type(attention_map).itemsize))
+    size = attention_map.shape[-1]
+    fitting = _PIECE // (expanded * size * arithmetic_type(attention_map).itemsize)  # rows of all images
+    count = max(8, fitting)
 
     def widened(rows: slice, by: int) -> slice:
         return slice(max(rows.start - by, 0), min(rows.stop + by, size))
 
-    for image in range(images):
-        for start in range(0, size, count):
-            own = slice(start, min(start + count, size))
-            yield _Piece(image, own, widened(own, (halos - 1) * (kernel // 2)), widened(own, halos * (kernel // 2)))
+    for images in _slices(len(attention_map), max(1, fitting // size)):
+        for own in _slices(size, count):
+            reach = kernel // 2
+            yield _Piece(images, own, widened(own, (halos - 1) * reach), widened(own, halos * reach))
+
+
+def _images(maps: torch.Tensor) -> Iterator[slice]:
+    """Images whose maps make a piece together without being expanded."""
+    return _slices(len(maps), max(1, _PIECE // (maps[0].numel() * arithmetic_type(maps).itemsize)))
+
+
+def _slices(size: int, count: int) -> Iterator[slice]:
+    return (slice(start, min(start + count, size)) for start in range(0, size, count))
 
 
 def _convolve(hidden: torch.Tensor, local: Local) -> torch.Tensor:
@@ -240,17 +257,17 @@ def _convolve(hidden: torch.Tensor, local: Local) -> torch.Tensor:
 def _second_norm_gradient(
     piece: _Piece, h1: torch.Tensor, inputs: BackwardInputs
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dn2, z2^ and h2, all (M, E), and dz3 (H, M), where the piece's convolution is known."""
+    """dn2, z2^ and h2, all (I, M, E), and dz3 (I, H, M), where the piece's convolution is known."""
     normalised = _flat(piece.known_rows(_convolve(h1, inputs.local)))
-    hidden = torch.addcmul(inputs.offset, inputs.gain, normalised).clamp_(0, 6)
-    dz3 = _combination(inputs, inputs.coefficients, piece.image, piece.known).flatten(1)
-    return _relu6_backward(dz3.t() @ inputs.reduction, hidden), normalised, hidden, dz3
+    h2 = torch.addcmul(inputs.offset, inputs.gain, normalised).clamp_(0, 6)
+    dz3 = _combination(inputs, inputs.coefficients, piece.images, piece.known).flatten(2)
+    return _relu6_backward(dz3.transpose(1, 2) @ inputs.reduction, h2), normalised, h2, dz3
 
 
-def _combination(inputs: BackwardInputs, coefficients: torch.Tensor, image: int, rows: slice) -> torch.Tensor:
-    """c0 d + c1 A + c2 z3 + c3 for some rows of an image, (H, R, N)."""
+def _combination(inputs: BackwardInputs, coefficients: torch.Tensor, images: slice, rows: slice) -> torch.Tensor:
+    """c0 d + c1 A + c2 z3 + c3 for some images and rows, (I, H, R, N)."""
     c0, c1, c2, c3 = coefficients[:, :, None, None]
-    d, a, z3 = (maps[image, :, rows] for maps in (inputs.gradient, inputs.attention_map, inputs.reduced))
+    d, a, z3 = (maps[images, :, rows] for maps in (inputs.gradient, inputs.attention_map, inputs.reduced))
     return torch.addcmul(c3, c0, d.to(c0.dtype)).addcmul_(c1, a.to(c0.dtype)).addcmul_(c2, z3.to(c0.dtype))
 
 
@@ -260,11 +277,19 @@ def _relu6_backward(gradient: torch.Tensor, activated: torch.Tensor) -> torch.Te
 
 
 def _flat(hidden: torch.Tensor) -> torch.Tensor:
-    """(1, E, R, N) with the channels last -> (R N, E), without a copy."""
-    return hidden.permute(0, 2, 3, 1).reshape(-1, hidden.shape[1])
+    """(I, E, R, N) with the channels last -> (I, M, E); a view where the rows are whole."""
+    return hidden.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def _join(counts: list[int], x: torch.Tensor, y: torch.Tensor, scatter: torch.Tensor) -> Moments:
-    exact = sums_type(x)
-    counts = torch.tensor(counts, dtype=exact, device=x.device)
-    return Moments(*join_moments(counts, x.to(exact), y.to(exact), scatter.to(exact)))
+def _unflat(hidden: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(I, M, E) -> (I, E, R, N) with the channels last and the rows of `like`, a view."""
+    return hidden.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+def _exact(sums: torch.Tensor) -> torch.Tensor:
+    return sums.to(sums_type(sums))
+
+
+def _join(counts: list[int], x: torch.Tensor, y: torch.Tensor, scatters: list[torch.Tensor]) -> Moments:
+    counts = torch.tensor(counts, dtype=sums_type(x), device=x.device)
+    return Moments(*join_moments(counts, _exact(x), _exact(y), _exact(torch.stack(scatters))))

@@ -100,7 +100,7 @@ class RefinerConvStem(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, C, height, width) -> (B, 128, height / 2, width / 2)."""
         hidden_states = pixel_values
-        if pixel_values.device.type == "cpu":  # a quarter faster there
+        if pixel_values.device.type == "cpu" and not torch.is_grad_enabled():  # a quarter faster; slower with backward
             hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
         for convolution, norm in (
             (self.convolution1, self.convolution1_norm),
@@ -134,7 +134,18 @@ class RefinerPatchEmbeddings(nn.Module):
         """(B, C, height, width) -> (B, P, D)."""
         if self.stem is not None:
             pixel_values = self.stem(pixel_values)
+        if pixel_values.device.type == "cpu" and torch.is_grad_enabled() and can_bypass(self.projection):
+            return self._project_patches(pixel_values)
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
+
+    def _project_patches(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The projection as one matrix product: on CPUs a convolution's backward pass takes four times as long."""
+        height, width = self.projection.kernel_size
+        patches = hidden_states.unflatten(3, (-1, width)).unflatten(
+            2, (-1, height)
+        )  # (B, C, rows, height, columns, width)
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        return nn.functional.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
 
 
 class RefinerEmbeddings(nn.Module):

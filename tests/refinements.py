@@ -73,3 +73,18 @@ def assert_exact(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) 
     """Outputs and buffers within 1e-5 of the tensor's largest value, gradients within 1e-4."""
     for name, difference in differences(ours, exact).items():
         assert difference <= (1e-4 if "gradient" in name else 1e-5), f"{name}: off by {difference}"
+
+
+def assert_no_further(
+    ours: dict[str, torch.Tensor], eager: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]
+) -> None:
+    """No tensor is further from the exact one than eager's, all its values taken together."""
+
+    def distance(result: dict[str, torch.Tensor], name: str) -> float:
+        return ((result[name].double() - exact[name]).norm() / exact[name].double().norm()).item()
+
+    # The last rounding, which both do, is the same for neither: a tenth of a unit is for luck.
+    slack = 0.1 * torch.finfo(ours["output"].dtype).eps
+    distances = {name: (distance(ours, name), distance(eager, name)) for name in differences(ours, exact)}
+    further = {name: pair for name, pair in distances.items() if pair[0] > 1.05 * pair[1] + slack}
+    assert not further, further

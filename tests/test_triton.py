@@ -1,0 +1,217 @@
+"""
+The kernels equal the refinement module by module. On the CPU they run in triton's interpreter, which must be switched
+on before triton is imported, so those tests run in a process of their own.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from refiner_hf import triton_refiner
+from refiner_hf.attention_refiner import REFINE_IMPLEMENTATIONS, eager_refine
+from refiner_hf.triton_refiner import triton_refine
+
+from .conftest import assert_close
+from .refinements import assert_exact, assert_no_further, differences, exact_step, make_maps, make_refinement, step
+
+
+pytest.importorskip("triton")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+# (heads, ratio, kernel, tokens): with and without expansion, more expanded heads than a tile holds, sizes that no tile
+# divides. The interpreter takes seconds for each.
+FEW = [(4, 3, 3, 9), (3, 1, 5, 7), (12, 2, 3, 5)]
+GRID = [(h, r, k, n) for h in (1, 5, 12, 16) for r in (1, 2, 3, 6) for k in (3, 5) for n in (1, 7, 26)]
+ON_GPU = [(12, 3, 3, 197), (12, 3, 3, 577), (16, 3, 3, 785), (12, 6, 5, 197), (12, 1, 3, 197), (5, 2, 5, 63)]
+
+kernels_run = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="runs in the process of test_in_the_interpreter"
+)
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Memory that a kernel forgets to write is NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def check(heads: int, ratio: int, kernel: int, tokens: int, training: bool = True, images: int = 1) -> None:
+    refinement = make_refinement(heads, ratio, kernel).train(training).to(DEVICE)
+    maps = make_maps(images, heads, tokens).to(DEVICE)
+    assert REFINE_IMPLEMENTATIONS["triton"].why_not(refinement, maps) is None
+    if tokens > 1:
+        assert_exact(step(triton_refine, refinement, maps), exact_step(refinement, maps))
+    with torch.no_grad():
+        refinement.eval()
+        assert_close(triton_refine(refinement, maps, 0.7), eager_refine(refinement, maps, 0.7))
+
+
+def check_half(dtype: torch.dtype, training: bool, tokens: int = 10) -> None:
+    """No further from float64 than module by module in the same type."""
+    refinement = make_refinement(8).train(training).to(DEVICE, dtype)
+    maps = make_maps(2, 8, tokens, dtype).to(DEVICE)
+    exact = exact_step(refinement, maps)
+    assert_no_further(step(triton_refine, refinement, maps), step(eager_refine, refinement, maps), exact)
+
+
+@kernels_run
+class TestKernels:
+    @pytest.mark.parametrize("heads, ratio, kernel, tokens", FEW)
+    def test_equal_eager(self, heads, ratio, kernel, tokens):
+        check(heads, ratio, kernel, tokens)
+
+    def test_in_evaluation_with_gradients(self):
+        check(4, 3, 3, 7, training=False)
+
+    def test_half_precision(self):
+        check_half(torch.bfloat16, training=True)
+
+    def test_an_exchange_for_each_image(self, monkeypatch):
+        monkeypatch.setattr(triton_refiner, "_EXCHANGE", 1)
+        check(4, 2, 3, 5, images=3)
+
+    @pytest.mark.parametrize("pixels, channels, steps", [(16, 16, 2), (32, 64, 1), (256, 32, 3)])
+    def test_other_tiles(self, monkeypatch, pixels, channels, steps):
+        for name, value in (("_PIXELS", pixels), ("_CHANNELS", channels), ("_STEPS", steps)):
+            monkeypatch.setattr(triton_refiner, name, value)
+        check(2, 2, 3, 9)
+
+    def test_autocast(self):
+        refinement, maps = make_refinement().to(DEVICE), make_maps(1, tokens=7, dtype=torch.bfloat16).to(DEVICE)
+
+        def autocast(refinement, maps, scale):
+            with torch.autocast(DEVICE, torch.bfloat16):
+                return triton_refine(refinement, maps, scale)
+
+        ours, exact = step(autocast, refinement, maps), exact_step(refinement, maps)
+        assert ours["output"].dtype == torch.bfloat16 and ours["gradient of reduction.weight"].dtype == torch.float32
+        assert max(differences(ours, exact).values()) < 0.02
+
+    def test_maps_that_are_not_contiguous(self):
+        refinement, maps = make_refinement().to(DEVICE), make_maps(2, tokens=7).transpose(2, 3).to(DEVICE)
+        with torch.no_grad():
+            assert_close(triton_refine(refinement.eval(), maps), eager_refine(refinement, maps))
+
+
+@kernels_run
+@pytest.mark.slow
+class TestWholeGrid:
+    @pytest.mark.parametrize("heads, ratio, kernel, tokens", GRID)
+    def test_equal_eager(self, heads, ratio, kernel, tokens):
+        check(heads, ratio, kernel, tokens)
+
+    @pytest.mark.parametrize("ratio", [1, 3])
+    @pytest.mark.parametrize("kernel", [3, 5])
+    def test_in_evaluation_with_gradients(self, ratio, kernel):
+        check(5, ratio, kernel, 26, training=False)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_half_precision(self, dtype, training):
+        check_half(dtype, training, tokens=26)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+class TestOnGpu:
+    @pytest.mark.parametrize("heads, ratio, kernel, tokens", ON_GPU)
+    def test_equal_eager(self, heads, ratio, kernel, tokens):
+        check(heads, ratio, kernel, tokens)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_half_precision(self, dtype, training):
+        check_half(dtype, training, tokens=197)
+
+    def test_many_positions(self):
+        """More than 2^31 elements of maps, where 32-bit offsets would wrap around."""
+        refinement = make_refinement(12).eval().cuda().requires_grad_(False)
+        maps = make_maps(1, 12, 577, torch.bfloat16).cuda().expand(560, -1, -1, -1).contiguous()
+        output = triton_refine(refinement, maps)
+        assert torch.equal(output[-1], output[0])
+
+
+@pytest.mark.parametrize("part", ["TestKernels", pytest.param("TestWholeGrid", marks=pytest.mark.slow)])
+@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernels run here")
+def test_in_the_interpreter(part):
+    """All of the above, interpreted."""
+    child = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{part}"],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stdout[-3000:]
+    assert "passed" in child.stdout and "skipped" not in child.stdout and "failed" not in child.stdout
+
+
+def _compile(kernel, capability: int, maps: str, **constants) -> None:
+    """Compiles a kernel for a GPU that needn't be there, down to machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    def kind(parameter) -> str:
+        if parameter.is_constexpr:
+            return "constexpr"
+        if parameter.name in ("N", "steps", "area"):
+            return "i32"
+        in_maps_type = parameter.name in ("maps", "gradient", "reduced", "exchange", "output")
+        return f"*{maps}" if in_maps_type else "*fp32"
+
+    source = triton.compiler.ASTSource(
+        fn=kernel,
+        signature={parameter.name: kind(parameter) for parameter in kernel.params},
+        constexprs={
+            parameter.name: constants[parameter.name] for parameter in kernel.params if parameter.is_constexpr
+        },
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    assert compiled.asm["cubin"]
+    assert compiled.metadata.shared <= 99 * 1024  # what any GPU from Ampere on grants a program
+
+
+@pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel can't be compiled")
+@pytest.mark.parametrize(
+    "capability, maps, heads, ratio, kernel",
+    [
+        (90, "bf16", 12, 3, 3),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(80, "fp32", 12, 3, 3), (90, "fp16", 16, 6, 5), (80, "bf16", 1, 1, 3), (90, "fp32", 16, 6, 5)]
+        ),
+    ],
+)
+def test_compiles_for_gpus(capability, maps, heads, ratio, kernel):
+    from refiner_hf import triton_kernels_refiner
+
+    kernels = [value for name, value in vars(triton_kernels_refiner).items() if name.endswith("_kernel")]
+    assert len(kernels) == 9
+    for each in kernels:
+        plain = each.__name__ in ("combine_kernel", "outer_sums_kernel")
+        for moments in (True, False) if each.__name__ == "project_kernel" else (True,):
+            _compile(
+                each, capability, maps,
+                H=heads, HP=16, E=heads * ratio, K=kernel, TAPS=16 if kernel == 3 else 32, EXPANDS=ratio > 1,
+                PIXELS=triton_refiner._PLAIN if plain else triton_refiner._PIXELS,
+                CHANNELS=triton_refiner._CHANNELS, PRECISION="tf32x3" if maps == "fp32" else "tf32",
+                MOMENTS=moments, MIXES=ratio > 1,
+            )  # fmt: skip
+
+
+def test_says_what_stands_against_it():
+    refinement, maps = make_refinement(), make_maps()
+    why_not = REFINE_IMPLEMENTATIONS["triton"].why_not
+    if DEVICE == "cpu" and not INTERPRETED:
+        assert "NVIDIA GPU" in why_not(refinement, maps)
+        return
+    maps = maps.to(DEVICE)
+    refinement = refinement.to(DEVICE)
+    assert "float64" in why_not(refinement.double(), maps.double())
+    assert "16 heads" in why_not(make_refinement(17).to(DEVICE), make_maps(heads=17).to(DEVICE))
+    assert "distributed local attention" in why_not(make_refinement(refinement="expansion").to(DEVICE), maps)

@@ -12,7 +12,7 @@ export TORCH_LOGS = -torch.utils._pytree
 LOWEST = $(shell sed -nE 's/^ +(torch|torchvision|transformers|huggingface_hub) >=([0-9.]+).*/\1==\2/p' setup.cfg)
 LOWEST_BIN = .venv-lowest/bin
 
-.PHONY: help install demo test test-all test-lowest test-gpu style check cards clean
+.PHONY: help install demo test test-all test-lowest test-gpu benchmark style check cards clean
 
 help:
 	@echo "make demo         train a small Refiner on scikit-learn's digits into outputs/demo"
@@ -20,6 +20,7 @@ help:
 	@echo "make test-all     all tests, the slow ones too"
 	@echo "make test-lowest  the fast tests with the lowest declared versions, in a .venv-lowest of their own"
 	@echo "make test-gpu     the tests that need a CUDA device"
+	@echo "make benchmark    speed and memory against eager, plain attention and ViT, into benchmarks/"
 	@echo "make style        format the code        make check   check style without changing anything"
 	@echo "make cards        write model_cards/ anew"
 
@@ -49,6 +50,10 @@ test-all: install
 
 test-lowest: .venv-lowest/installed
 	$(LOWEST_BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+# Hours on a CPU; it goes on where it was cut off. The tables in benchmarks/ say what each was made with.
+benchmark: install
+	$(BIN)/python scripts/benchmark.py --roofline
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu

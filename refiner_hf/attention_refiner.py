@@ -16,7 +16,7 @@ from transformers.utils import logging
 from .blocked_refiner import blocked_refine
 from .configuration_refiner import RefinerConfig
 from .exact_refiner import why_not_exact
-from .folding_refiner import can_bypass, is_tracing, needs_exact
+from .folding_refiner import can_bypass, is_transformed, needs_exact
 from .normalization_refiner import RefinerBatchNorm2d
 from .triton_refiner import triton_refine, why_not_triton
 
@@ -100,11 +100,15 @@ def _why_not_blocked(refinement: RefinerMapRefinement, attention_map: torch.Tens
         return "one full convolution has nothing to fold or to expand"
     if not can_bypass(*refinement.children()):
         return "its modules have hooks or adapters, which only calling them runs"
+    if is_transformed(attention_map):
+        return "what happens to the maps is recorded or transformed, which takes plain operations"
+    if attention_map[:, 0].numel() < 2:
+        return "there is nothing, or a single value, to refine"
     return why_not_exact(refinement) if needs_exact(refinement, attention_map) else None
 
 
 def _why_not_kernels(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> str | None:
-    return why_not_triton(refinement, attention_map) or _why_not_blocked(refinement, attention_map)
+    return _why_not_blocked(refinement, attention_map) or why_not_triton(refinement, attention_map)
 
 
 class RefineImplementation(NamedTuple):
@@ -160,8 +164,8 @@ def pick_implementation(refinement: RefinerMapRefinement, attention_map: torch.T
 
 def _fastest(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> tuple[str, str]:
     device = attention_map.device.type
-    if is_tracing(attention_map):
-        return "eager", "the model is being traced, and a compiler does best with plain operations"
+    if torch.compiler.is_compiling() or is_transformed(attention_map):
+        return "eager", "the model is being compiled, traced or transformed, which does best with plain operations"
     if device not in ("cuda", "cpu"):
         return "eager", f"there is nothing faster for {device}"
     name = "triton" if device == "cuda" else "blocked"

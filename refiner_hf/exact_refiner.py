@@ -28,10 +28,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from .folding_refiner import Expansion, Local, arithmetic_type, norms_of
-from .normalization_refiner import merge_moments, total
+from .normalization_refiner import differentiable_once, merge_moments, total
 
 
 class Moments(NamedTuple):
@@ -98,7 +97,7 @@ class BackwardInputs(NamedTuple):
 def why_not_exact(refinement: nn.Module) -> str | None:
     """Why [`exact_refine`] can't do a refinement in training, or `None` where it can."""
     if refinement.local_attention is None:
-        return "only the refinement with both expansion and convolution has a training form of its own"
+        return "without distributed local attention there is no training form but the modules"
     norms = norms_of(refinement)
     if len({(norm.training, norm.synchronized, norm.eps) for norm in norms}) > 1:
         return "some norms are frozen, synchronized or changed, and others not"
@@ -213,7 +212,7 @@ class _Refine(torch.autograd.Function):
         return output, *statistics
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, gradient, *_):
         with torch.autocast(gradient.device.type, enabled=False):
             return _Refine._backward(ctx, gradient)

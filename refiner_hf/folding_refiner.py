@@ -1,10 +1,12 @@
 # Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
 """The refinement in evaluation with every batch norm folded into the weights before it."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from .normalization_refiner import RefinerBatchNorm2d
 
@@ -76,8 +78,14 @@ def needs_exact(refinement: nn.Module, attention_map: torch.Tensor) -> bool:
     """Whether a call needs batch statistics or gradients, so that folding isn't enough."""
     return any(norm.training for norm in norms_of(refinement)) or (
         torch.is_grad_enabled()
-        and (attention_map.requires_grad or any(p.requires_grad for p in refinement.parameters()))
+        and (attention_map.requires_grad or any(weight.requires_grad for weight in _weights_of(refinement)))
     )
+
+
+def _weights_of(refinement: nn.Module) -> Iterator[torch.Tensor]:
+    # Not parameters(): the replicas that nn.DataParallel makes have none, only tensors in their place.
+    for module in refinement.children():
+        yield from (weight for weight in (module.weight, module.bias) if weight is not None)
 
 
 def folded_convolution(convolution: nn.Conv2d, norm: nn.BatchNorm2d, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -92,22 +100,39 @@ def folded_convolution(convolution: nn.Conv2d, norm: nn.BatchNorm2d, hidden_stat
 
 def can_bypass(*modules: nn.Module | None) -> bool:
     """
-    Whether convolutions and norms may be replaced by arithmetic on their weights: they are what this package made
-    them, and nobody waits for their call: no adapter, no hook of a user, and no hook of accelerate, which brings an
-    offloaded weight only then.
+    Whether convolutions and the norms behind them may be replaced by arithmetic on their weights: they are as this
+    package made them, the convolution without a bias, and [`is_untouched`].
     """
     return all(
-        type(module) in (nn.Conv2d, RefinerBatchNorm2d)
-        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-        and "forward" not in vars(module)
+        is_untouched(module)
+        and (module.bias is None if isinstance(module, nn.Conv2d) else module.affine and module.track_running_stats)
         for module in modules
         if module is not None
     )
 
 
-def is_tracing(tensor: torch.Tensor) -> bool:
-    """Whether what happens to `tensor` is being recorded for a compiler or for its shapes, and not computed."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.device.type == "meta"
+def is_untouched(module: nn.Module) -> bool:
+    """
+    Whether nobody waits for a convolution or norm to be called: it is no adapter around one, and has no hook of a
+    user's, nor of accelerate's, which brings an offloaded weight only then.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) in (nn.Conv2d, RefinerBatchNorm2d) and not any(hooks) and "forward" not in vars(module)
+
+
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """
+    Whether what happens to `tensor` is recorded or transformed, and not only computed: by `torch.jit.trace`,
+    `torch.export`, `torch.func`, forward-mode differentiation, or for its shape. There only plain operations do.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    return (
+        torch.jit.is_tracing()
+        or tensor.device.type == "meta"
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def as_affine(norm: nn.BatchNorm2d, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,10 +1,12 @@
 # Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
 """The batch norm of the refinement and of the convolutional stem, and its statistics over several processes."""
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 
 class RefinerBatchNorm2d(nn.BatchNorm2d):
@@ -122,6 +124,36 @@ def join_moments(
     return count, mean_x, mean_y, scatter.sum(0) + between
 
 
+def differentiable_once(backward: Callable) -> Callable:
+    """
+    For an autograd function's `backward` that records nothing of what it does: a second derivative through it raises a
+    `RuntimeError`. (torch's own `once_differentiable` lets those pass, as zeros, whose gradient needs none itself.)
+    """
+
+    @wraps(backward)
+    def once(ctx, *gradients):
+        with torch.no_grad():
+            results = backward(ctx, *gradients)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return results
+        return tuple(None if r is None else _RefuseSecondDerivative.apply(r.requires_grad_()) for r in results)
+
+    return once
+
+
+class _RefuseSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "The fast implementations of the refinement, and synchronized norms, are differentiable once. For second "
+            'derivatives use refine_implementation="eager" and norms that aren\'t synchronized.'
+        )
+
+
 class _SynchronizedBatchNorm(torch.autograd.Function):
     """(x (B, C, H, W), weight, bias, eps) -> (normalised, count, mean, biased variance), over all processes."""
 
@@ -142,7 +174,7 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
         return output.to(hidden_states.dtype), count, mean, variance
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, gradient, *_):
         hidden_states, weight, mean, inverse, count = ctx.saved_tensors
         working = torch.promote_types(hidden_states.dtype, torch.float32)

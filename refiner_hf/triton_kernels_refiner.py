@@ -55,7 +55,14 @@ def _matrix(matrix, i, j, rows: tl.constexpr, columns: tl.constexpr):
 
 @_jit
 def _relu6(values):
-    return tl.minimum(tl.maximum(values, 0.0), 6.0)
+    # As torch's, it hands on what isn't a number.
+    values = tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(values, 6.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@_jit
+def _relu6_backward(gradient, activated):
+    return tl.where((activated <= 0.0) | (activated >= 6.0), 0.0, gradient)
 
 
 @_jit
@@ -194,8 +201,8 @@ def project_kernel(
 @_jit
 def combine_kernel(coefficients, maps, reduced, output, area, H: tl.constexpr, PIXELS: tl.constexpr):
     """c0 z3 + c1 A + c2 for coefficients (3, H), a channel at a time."""
-    channel = tl.program_id(1)  # of all images
-    h, p = channel % H, tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    channel = tl.program_id(0)  # of all images
+    h, p = channel % H, tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
     offset = channel.to(tl.int64) * area
     a = tl.load(maps + offset + p, mask=p < area, other=0.0).to(tl.float32)
     z3 = tl.load(reduced + offset + p, mask=p < area, other=0.0).to(tl.float32)
@@ -206,7 +213,7 @@ def combine_kernel(coefficients, maps, reduced, output, area, H: tl.constexpr, P
 @_jit
 def outer_sums_kernel(gradient, maps, reduced, mean, sums, area, H: tl.constexpr, PIXELS: tl.constexpr):
     """Sums of d, d (A - mean) and d (z3 - mean) over a block of a channel, (programs, 3, H); `mean` is (2, H)."""
-    block, channel, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
+    channel, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     image, h = channel // H, channel % H
     p = block * PIXELS + tl.arange(0, PIXELS)
     offset = channel.to(tl.int64) * area
@@ -239,7 +246,7 @@ def _second_norm_gradient(
     h2 = _relu6(_vector(gain, e, E) * normalised + _vector(offset, e, E))
     dz3 = _combination(gradient, maps, reduced, coefficients, h, p, inside, N * N, H)
     dn2 = tl.dot(tl.trans(_matrix(reduction, h, e, H, E)), dz3, input_precision=PRECISION)
-    return tl.where((h2 > 0.0) & (h2 < 6.0), dn2, 0.0), normalised, h2, dz3
+    return _relu6_backward(dn2, h2), normalised, h2, dz3
 
 
 @_jit
@@ -329,7 +336,7 @@ def expansion_backward_kernel(
                 dh1 += tl.load(local + e * (K * K) + tap, mask=e < E, other=0.0)[:, None] * dz2
                 sum_taps += tl.where(taps[None, :] == tap, tl.sum(dz2 * h1, 1)[:, None], 0.0)
             if EXPANDS:
-                g = tl.where((h1 > 0.0) & (h1 < 6.0), dh1, 0.0)
+                g = _relu6_backward(dh1, h1)
                 own = _load_maps(maps, h, p, inside, area, H)
                 sum_g += tl.sum(g, 1)
                 # Where g is 0 it doesn't matter what it is multiplied with, so nothing need be cut off outside.

@@ -38,7 +38,7 @@ _MAX_HEADS = 16
 
 
 def why_not_triton(refinement: nn.Module, attention_map: torch.Tensor) -> str | None:
-    """Why the kernels can't refine a map, or `None` where they can."""
+    """Why the kernels can't refine a map on this machine, or `None` where they can."""
     if triton is None:
         return "triton isn't installed"
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -52,6 +52,9 @@ def why_not_triton(refinement: nn.Module, attention_map: torch.Tensor) -> str | 
         return f"the kernels take up to {_MAX_HEADS} heads"
     if refinement.local_attention is None:
         return "the kernels are for the refinement with distributed local attention"
+    # The first is CUDA's limit, the second that of the kernels' 32-bit offsets within an image.
+    if len(attention_map) >= 2**16 or refinement.reduction.in_channels * attention_map[0, 0].numel() >= 2**31:
+        return "the kernels take fewer than 65536 images, and fewer than 2^31 values of an image's expanded maps"
     return None
 
 
@@ -60,8 +63,8 @@ def triton_refine(refinement: nn.Module, attention_map: torch.Tensor, scale: flo
     The refinement by kernels: with batch statistics or gradients as in [`exact_refine`], else with every norm folded
     into the weights before it.
 
-    Products of float32 maps are as exact as float32 (three TF32 products each) unless
-    `torch.backends.cuda.matmul.allow_tf32` is on.
+    Products of float32 maps are as exact as float32 (three TF32 products each), unless the user lets torch's own
+    products be in TF32 (`torch.backends.cuda.matmul.fp32_precision`).
 
     Args:
         refinement: the module that holds weights and norms.
@@ -125,7 +128,7 @@ class TritonPasses:
         images, heads, size, _ = attention_map.shape
         output = torch.empty_like(attention_map)
         with _on(attention_map):
-            combine_kernel[triton.cdiv(size * size, _PLAIN), images * heads](
+            combine_kernel[images * heads, triton.cdiv(size * size, _PLAIN)](
                 coefficients, attention_map, reduced, output, size * size, H=heads, PIXELS=_PLAIN
             )
         return output
@@ -138,7 +141,7 @@ class TritonPasses:
         blocks = triton.cdiv(size * size, _PLAIN)
         sums = _sums(attention_map, blocks * images, 3, heads)
         with _on(attention_map):
-            outer_sums_kernel[blocks, images * heads](
+            outer_sums_kernel[images * heads, blocks](
                 gradient, attention_map, reduced, means, sums, size * size, H=heads, PIXELS=_PLAIN
             )
         return _added(sums)
@@ -256,7 +259,8 @@ def _padded(heads: int) -> int:
 
 def _precision(maps: torch.Tensor) -> str:
     # TF32 holds every bit of a half-precision map.
-    return "tf32x3" if maps.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else "tf32"
+    exact = maps.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "tf32x3" if exact else "tf32"
 
 
 def _on(maps: torch.Tensor):

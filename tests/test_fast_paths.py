@@ -82,13 +82,21 @@ class TestChoice:
         assert self.picked(make_maps(), mixed, "blocked") == "eager"
         assert "some norms are frozen" in lines[-1][1]
 
-    @pytest.mark.parametrize("how", ["hook", "pre-hook", "wrapped", "parametrized", "replaced"])
+    @pytest.mark.parametrize(
+        "how", ["hook", "pre-hook", "backward hook", "wrapped", "parametrized", "replaced", "bias", "not affine"]
+    )
     def test_eager_where_calling_the_modules_matters(self, how):
         refinement = make_refinement().eval().requires_grad_(False)
         if how == "hook":
             refinement.reduction.register_forward_hook(lambda module, args, output: 2 * output)
         elif how == "pre-hook":
             refinement.output_norm.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+        elif how == "backward hook":
+            refinement.reduction.register_full_backward_pre_hook(lambda module, gradients: gradients)
+        elif how == "bias":
+            refinement.reduction.bias = nn.Parameter(torch.ones(4), requires_grad=False)
+        elif how == "not affine":
+            refinement.output_norm = RefinerBatchNorm2d(4, affine=False).eval()
         elif how == "wrapped":  # as accelerate does
             forward = refinement.expansion.forward
             refinement.expansion.forward = lambda hidden: 2 * forward(hidden)
@@ -97,6 +105,14 @@ class TestChoice:
         else:
             refinement.output_norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
         assert self.picked(make_maps(), refinement) == "eager"
+
+    @pytest.mark.parametrize("asked", ["auto", "blocked", "triton"])
+    def test_eager_where_there_is_next_to_nothing(self, asked):
+        refinement = make_refinement()
+        assert self.picked(make_maps(images=0), refinement, asked) == "eager"
+        refinement(make_maps(images=0))
+        with pytest.raises(ValueError, match="more than 1 value"):
+            refinement(make_maps(images=1, tokens=1))
 
     def test_triton_says_what_it_needs(self, lines):
         if torch.cuda.is_available():
@@ -169,6 +185,57 @@ def test_exported(tiny_model):
 def tiny_graph(tiny_model):
     with torch.no_grad():
         return torch.export.export(tiny_model().eval(), (IMAGES,)).graph
+
+
+@pytest.mark.parametrize("implementation", ["auto", "blocked"])
+class TestTransformed:
+    """Whatever records or transforms a model meets plain operations."""
+
+    @pytest.fixture
+    def model(self, tiny_model, implementation):
+        model = tiny_model().eval().requires_grad_(False)
+        model.set_refine_implementation(implementation)
+        return model
+
+    def test_traced_for_other_batches(self, model):
+        traced = torch.jit.trace(lambda images: model(images).logits, IMAGES, check_trace=False)
+        more = torch.randn(5, 3, 16, 16)
+        assert_close(traced(more), model(more).logits)
+
+    def test_an_ensemble(self, model):
+        members = [model, copy.deepcopy(model)]
+        nn.init.normal_(members[1].classifier.weight)
+        parameters, buffers = torch.func.stack_module_state(members)
+
+        def logits(parameters, buffers):
+            return torch.func.functional_call(model, (parameters, buffers), (IMAGES,)).logits
+
+        together = torch.vmap(logits)(parameters, buffers)
+        for member, ours in zip(members, together):
+            assert_close(ours, member(IMAGES).logits)
+
+    def test_forward_mode(self, model):
+        direction = torch.randn_like(IMAGES)
+        _, ours = torch.func.jvp(lambda images: model(images).logits, (IMAGES,), (direction,))
+        model.double()
+        step = 1e-4 * direction.double()
+        theirs = (model(IMAGES.double() + step).logits - model(IMAGES.double() - step).logits) / 2e-4
+        assert_close(ours, theirs, 0.02)
+
+    def test_replicas(self, implementation):
+        """Those of nn.DataParallel have tensors where modules have parameters."""
+        refinement, maps = make_refinement().eval(), make_maps()
+        refinement.refine_implementation = implementation
+        expected = torch.autograd.grad(refinement(maps).sum(), refinement.reduction.weight)
+        replica = refinement._replicate_for_data_parallel()
+        for name, child in refinement.named_children():
+            copied = child._replicate_for_data_parallel()
+            for kind, parameter in child._parameters.items():
+                setattr(copied, kind, None if parameter is None else parameter * 1)
+            for kind, buffer in child.named_buffers():
+                setattr(copied, kind, buffer)
+            setattr(replica, name, copied)
+        assert_close(torch.autograd.grad(replica(maps).sum(), refinement.reduction.weight)[0], expected[0])
 
 
 class TestMapsNobodyNeeds:

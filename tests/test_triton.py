@@ -3,6 +3,7 @@ The kernels equal the refinement module by module. On the CPU they run in triton
 on before triton is imported, so those tests run in a process of their own.
 """
 
+import copy
 import os
 import subprocess
 import sys
@@ -94,6 +95,15 @@ class TestKernels:
         ours, exact = step(autocast, refinement, maps), exact_step(refinement, maps)
         assert ours["output"].dtype == torch.bfloat16 and ours["gradient of reduction.weight"].dtype == torch.float32
         assert max(differences(ours, exact).values()) < 0.02
+
+    def test_what_is_not_a_number_comes_out(self):
+        refinement, maps = make_refinement().to(DEVICE), make_maps(2, tokens=7).to(DEVICE)
+        maps[1, 2, 3, 4] = float("nan")
+        with torch.no_grad():
+            ours, theirs = (refine(copy.deepcopy(refinement), maps) for refine in (triton_refine, eager_refine))
+            assert torch.equal(ours.isnan(), theirs.isnan())
+            refinement.eval()
+            assert torch.equal(triton_refine(refinement, maps).isnan(), eager_refine(refinement, maps).isnan())
 
     def test_maps_that_are_not_contiguous(self):
         refinement, maps = make_refinement().to(DEVICE), make_maps(2, tokens=7).transpose(2, 3).to(DEVICE)
@@ -214,4 +224,5 @@ def test_says_what_stands_against_it():
     refinement = refinement.to(DEVICE)
     assert "float64" in why_not(refinement.double(), maps.double())
     assert "16 heads" in why_not(make_refinement(17).to(DEVICE), make_maps(heads=17).to(DEVICE))
+    assert "65536" in why_not(make_refinement().to(DEVICE), maps[:1].expand(2**16, -1, -1, -1))
     assert "distributed local attention" in why_not(make_refinement(refinement="expansion").to(DEVICE), maps)

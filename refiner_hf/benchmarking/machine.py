@@ -16,9 +16,9 @@ COPY_BYTES = 2**28
 REPETITIONS = 10
 
 
-def describe_machine() -> dict[str, str | None]:
+def describe_machine(device: str) -> dict[str, str | None]:
     """Device, versions, and the commit of this package where it is a checkout."""
-    return {"device": device_name(), "versions": versions(), "commit": commit()}
+    return {"device": device_name(device), "versions": versions(), "commit": commit()}
 
 
 def commit() -> str | None:

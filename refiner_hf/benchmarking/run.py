@@ -144,7 +144,7 @@ def run_benchmark(options: BenchmarkOptions, command: str, say: Callable[[str], 
         torch.set_num_threads(options.threads)
     path = Path(f"{options.stem}.json")
     same = ("dtype", "rounds", "batch_size", "train_batch_size")
-    facts = describe_machine() | {"threads": torch.get_num_threads()}
+    facts = describe_machine(options.device) | {"threads": torch.get_num_threads()}
     facts |= {name: getattr(options, name) for name in same}
     record = open_record(path, facts, options.fresh)
     if command not in record["commands"]:

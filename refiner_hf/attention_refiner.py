@@ -171,7 +171,8 @@ def _fastest(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> t
     name = "triton" if device == "cuda" else "blocked"
     if obstacle := REFINE_IMPLEMENTATIONS[name].why_not(refinement, attention_map):
         return "eager", f"{name!r} doesn't fit, {obstacle}"
-    if device == "cpu" and needs_exact(refinement, attention_map):
+    # Processes that synchronize must pick alike, whatever the sizes of their batches.
+    if device == "cpu" and needs_exact(refinement, attention_map) and not refinement.output_norm.synchronizing:
         expanded = attention_map[:, 0].numel() * refinement.reduction.in_channels * attention_map.itemsize
         if expanded < _CACHED:
             return "eager", f"training on a CPU, with expanded maps below {_CACHED >> 20} MB, which are quick to keep"

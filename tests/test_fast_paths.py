@@ -66,6 +66,10 @@ class TestChoice:
         assert [level for level, _ in lines] == ["info"] * 2
         assert "below 16 MB" in lines[0][1] and "from 16 MB up" in lines[1][1]
 
+    def test_processes_that_synchronize_pick_alike(self, monkeypatch):
+        monkeypatch.setattr(RefinerBatchNorm2d, "synchronizing", True)
+        assert self.picked(torch.rand(2, 4, 9, 9)) == self.picked(torch.rand(1, 4, 197, 197)) == "blocked"
+
     def test_eager_for_shapes_alone(self, lines):
         assert self.picked(make_maps().to("meta")) == "eager"
         assert "traced" in lines[0][1]

@@ -128,8 +128,8 @@ REFINE_IMPLEMENTATIONS: dict[str, RefineImplementation] = {
 }
 
 
-# Bytes of a layer's expanded maps from which training on a CPU is faster without keeping them. Measured, see
-# benchmarks/: below, a dozen times as many small operations cost more than they save.
+# Bytes of a layer's expanded maps from which training on a CPU is faster without keeping them (the curves in
+# benchmarks/ show it): below, many small operations cost more than they save.
 _CACHED = 16 * 2**20
 
 

@@ -22,7 +22,7 @@ from .folding_refiner import Expansion, Folded, Local, arithmetic_type, fold, ne
 from .normalization_refiner import join_moments
 
 
-# Bytes of an expanded piece. Measured on a CPU with 32 MB of shared cache: flat from 4 to 8 MB, slower below.
+# Bytes of an expanded piece: few enough for a CPU's shared cache, enough to be worth the calls.
 _PIECE = 8 * 2**20
 
 

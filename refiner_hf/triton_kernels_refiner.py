@@ -111,19 +111,19 @@ def _expansion_weights(
 
 @_jit
 def map_moments_kernel(
-    maps, means, scatters, N, steps,
-    H: tl.constexpr, HP: tl.constexpr, PIXELS: tl.constexpr,
+    maps, means, scatters, N,
+    STEPS: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """Mean (programs, H) and scatter (programs, H, H) of `steps` blocks of positions."""
+    """Mean (programs, H) and scatter (programs, H, H) of STEPS blocks of positions."""
     image, group, groups = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
     area, h = N * N, tl.arange(0, HP)
     maps += image.to(tl.int64) * H * area
-    p = group * steps * PIXELS + tl.arange(0, PIXELS)
+    p = group * STEPS * PIXELS + tl.arange(0, PIXELS)
     first = _load_maps(maps, h, p, p < area, area, H)
     # Sums about some value near the mean don't cancel.
     about = (tl.sum(first, 1) / tl.sum((p < area).to(tl.float32), 0))[:, None]
     sums, scatter, count = tl.zeros((HP,), tl.float32), tl.zeros((HP, HP), tl.float32), 0.0
-    for _ in range(steps):
+    for _ in range(STEPS):
         inside = p < area
         values = tl.where(inside[None, :], _load_maps(maps, h, p, inside, area, H) - about, 0.0)
         sums += tl.sum(values, 1)
@@ -252,11 +252,11 @@ def _second_norm_gradient(
 @_jit
 def reduction_backward_kernel(
     gradient, maps, reduced, coefficients, weight, bias, local, local_bias, gain, offset, reduction,
-    sums, products, reduction_gradient, N, steps,
-    H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
+    sums, products, reduction_gradient, N,
+    STEPS: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums over `steps` blocks: of dn2 and of dn2 z2^, (programs, E), and of dz3 h2^T, (programs, H, E)."""
+    """Sums over STEPS blocks: of dn2 and of dn2 z2^, (programs, E), and of dz3 h2^T, (programs, H, E)."""
     group, image, groups = tl.program_id(0), tl.program_id(2), tl.num_programs(0)
     h, e = tl.arange(0, HP), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     area = N * N
@@ -265,8 +265,8 @@ def reduction_backward_kernel(
     w1, b1 = _expansion_weights(weight, bias, h, e, H, E, EXPANDS)
     sum_n, sum_nz = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
     outer = tl.zeros((HP, CHANNELS), tl.float32)
-    for step in range(steps):
-        p = (group * steps + step) * PIXELS + tl.arange(0, PIXELS)
+    for step in range(STEPS):
+        p = (group * STEPS + step) * PIXELS + tl.arange(0, PIXELS)
         dn2, normalised, h2, dz3 = _second_norm_gradient(
             gradient, maps, reduced, coefficients, w1, b1, local, local_bias, gain, offset, reduction,
             h, e, p, p < area, N, H, E, K, EXPANDS, PRECISION,
@@ -305,12 +305,13 @@ def local_gradient_kernel(
 
 @_jit
 def expansion_backward_kernel(
-    maps, weight, bias, local, exchange, centre, part, local_gradient, sums, products, N, steps,
-    H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, TAPS: tl.constexpr, EXPANDS: tl.constexpr,
+    maps, weight, bias, local, exchange, centre, part, local_gradient, sums, products, N,
+    STEPS: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
+    TAPS: tl.constexpr, EXPANDS: tl.constexpr,
     PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """
-    From dz2 in `exchange`: dh1 and g, their sums over `steps` blocks (dW2 (programs, E, K K), of g (programs, E), of
+    From dz2 in `exchange`: dh1 and g, their sums over STEPS blocks (dW2 (programs, E, K K), of g (programs, E), of
     g (A - centre)^T (programs, E, H)), and W1^T g into `part`, float32; without expansion dh1 itself.
     """
     group, image, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
@@ -324,8 +325,8 @@ def expansion_backward_kernel(
         w1, b1 = _expansion_weights(weight, bias, h, e, H, E, EXPANDS)
         sum_g, sum_ga = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS, HP), tl.float32)
         sum_taps = tl.zeros((CHANNELS, TAPS), tl.float32)
-        for step in range(steps):
-            p = (group * steps + step) * PIXELS + tl.arange(0, PIXELS)
+        for step in range(STEPS):
+            p = (group * STEPS + step) * PIXELS + tl.arange(0, PIXELS)
             inside, row, column = p < area, p // N, p % N
             h1 = _expand(maps, w1, b1, h, e, p, inside, area, H, E, EXPANDS, PRECISION)
             dh1 = tl.zeros((CHANNELS, PIXELS), tl.float32)

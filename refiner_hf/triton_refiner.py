@@ -95,8 +95,8 @@ class TritonPasses:
         scatters = _sums(attention_map, grid.groups * grid.images, heads, heads)
         with _on(attention_map):
             map_moments_kernel[grid.groups, grid.images](
-                attention_map, means, scatters, grid.size, _STEPS,
-                H=heads, HP=_padded(heads), PIXELS=_PIXELS,
+                attention_map, means, scatters, grid.size,
+                STEPS=_STEPS, H=heads, HP=_padded(heads), PIXELS=_PIXELS,
             )  # fmt: skip
         return _join(grid.counts(_STEPS * _PIXELS, means), means[:, :, None], means[:, None, :], scatters)
 
@@ -154,8 +154,8 @@ class TritonPasses:
         reduction_gradient = _sums(maps, grid.groups * grid.images, heads, expanded)
         with _on(maps):
             reduction_backward_kernel[grid.groups, triton.cdiv(expanded, _CHANNELS), grid.images](
-                *_backward_arguments(inputs, slice(None)), sums, products, reduction_gradient, grid.size, _STEPS,
-                **_constants(maps, inputs.expansion, inputs.local.weight),
+                *_backward_arguments(inputs, slice(None)), sums, products, reduction_gradient, grid.size,
+                STEPS=_STEPS, **_constants(maps, inputs.expansion, inputs.local.weight),
             )  # fmt: skip
         return _added(sums), _added(products), _added(reduction_gradient)
 
@@ -183,8 +183,8 @@ class TritonPasses:
                 of_these = slice(start * grid.groups, images.stop * grid.groups)
                 expansion_backward_kernel[grid.groups, count](
                     maps[images], *_of(expansion), weight, exchange, centre, part[images],
-                    weight_gradient[of_these], sums[of_these], products[of_these], grid.size, _STEPS,
-                    TAPS=triton.next_power_of_2(taps), **constants,
+                    weight_gradient[of_these], sums[of_these], products[of_these], grid.size,
+                    STEPS=_STEPS, TAPS=triton.next_power_of_2(taps), **constants,
                 )  # fmt: skip
         weight_gradient = _added(weight_gradient).view_as(weight)
         if expansion is None:

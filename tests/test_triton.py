@@ -169,7 +169,7 @@ def _compile(kernel, capability: int, maps: str, **constants) -> None:
     def kind(parameter) -> str:
         if parameter.is_constexpr:
             return "constexpr"
-        if parameter.name in ("N", "steps", "area"):
+        if parameter.name in ("N", "area"):
             return "i32"
         in_maps_type = parameter.name in ("maps", "gradient", "reduced", "exchange", "output")
         return f"*{maps}" if in_maps_type else "*fp32"
@@ -208,6 +208,7 @@ def test_compiles_for_gpus(capability, maps, heads, ratio, kernel):
             _compile(
                 each, capability, maps,
                 H=heads, HP=16, E=heads * ratio, K=kernel, TAPS=16 if kernel == 3 else 32, EXPANDS=ratio > 1,
+                STEPS=triton_refiner._STEPS,
                 PIXELS=triton_refiner._PLAIN if plain else triton_refiner._PIXELS,
                 CHANNELS=triton_refiner._CHANNELS, PRECISION="tf32x3" if maps == "fp32" else "tf32",
                 MOMENTS=moments, MIXES=ratio > 1,

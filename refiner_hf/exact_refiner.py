@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from .folding_refiner import Expansion, Local, arithmetic_type, norms_of
-from .normalization_refiner import differentiable_once, merge_moments, total
+from .normalization_refiner import differentiable_once, join_moments, merge_moments, total
 
 
 class Moments(NamedTuple):
@@ -173,7 +173,7 @@ class _Refine(torch.autograd.Function):
             if batch:
                 mean1, var1 = w1 @ centre, ((w1 @ covariance) * w1).sum(1)
             scale1 = gain1 * (var1 + eps).rsqrt()
-            expansion = Expansion((scale1[:, None] * w1).to(working), (bias1 - scale1 * mean1).to(working))
+            expansion = _folded_expansion(w1, scale1, bias1, mean1, working)
         if batch:
             _, mean2, _, scatter = merge_moments(
                 passes.local_moments(attention_map, expansion, w2.to(working)), synchronizing
@@ -262,7 +262,7 @@ class _Refine(torch.autograd.Function):
         if w1 is not None:
             inverse1 = (var1 + eps).rsqrt()
             scale1 = gain1 * inverse1
-            expansion = Expansion((scale1[:, None] * w1).to(working), (bias1 - scale1 * mean1).to(working))
+            expansion = _folded_expansion(w1, scale1, bias1, mean1, working)
         inputs = BackwardInputs(
             gradient, attention_map, reduced, dz3.to(working), expansion,
             Local((inverse2[:, None, None, None] * w2).to(working), (-inverse2 * mean2).to(working)),
@@ -299,6 +299,15 @@ class _Refine(torch.autograd.Function):
         vectors = [value for pair in pairs for value in (*pair, None, None)]
         vectors = [typed(value, dtype) for value, dtype in zip(vectors, ctx.vector_types)]
         return None, d_map, *weights, *vectors
+
+
+def _folded_expansion(weight, scale, bias, mean, dtype: torch.dtype) -> Expansion:
+    return Expansion((scale[:, None] * weight).to(dtype), (bias - scale * mean).to(dtype))
+
+
+def joined(counts: torch.Tensor, x: torch.Tensor, y: torch.Tensor, scatter: torch.Tensor) -> Moments:
+    """[`join_moments`] of pieces' moments in the maps' working type, for the implementations of [`Passes`]."""
+    return Moments(*join_moments(*(moment.to(sums_type(x)) for moment in (counts, x, y, scatter))))
 
 
 def sums_type(tensor: torch.Tensor) -> torch.dtype:

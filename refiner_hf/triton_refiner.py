@@ -14,9 +14,8 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
-from .exact_refiner import BackwardInputs, Moments, exact_refine, sums_type
+from .exact_refiner import BackwardInputs, Moments, exact_refine, joined, sums_type
 from .folding_refiner import Expansion, Local, fold, needs_exact
-from .normalization_refiner import join_moments
 from .triton_kernels_refiner import (
     combine_kernel,
     expansion_backward_kernel,
@@ -98,7 +97,7 @@ class TritonPasses:
                 attention_map, means, scatters, grid.size,
                 STEPS=_STEPS, H=heads, HP=_padded(heads), PIXELS=_PIXELS,
             )  # fmt: skip
-        return _join(grid.counts(_STEPS * _PIXELS, means), means[:, :, None], means[:, None, :], scatters)
+        return joined(grid.counts(_STEPS * _PIXELS, means), means[:, :, None], means[:, None, :], scatters)
 
     @staticmethod
     def local_moments(attention_map: torch.Tensor, expansion: Expansion | None, weight: torch.Tensor) -> Moments:
@@ -109,7 +108,7 @@ class TritonPasses:
                 attention_map, *_of(expansion), weight.contiguous(), means, scatters, grid.size,
                 **_constants(attention_map, expansion, weight),
             )  # fmt: skip
-        return _join(grid.counts(_PIXELS, means), means, means, scatters)
+        return joined(grid.counts(_PIXELS, means), means, means, scatters)
 
     @staticmethod
     def project(
@@ -121,7 +120,7 @@ class TritonPasses:
         arguments = (reduction, None, None, reduced, means, scatters)
         _project((grid.blocks, grid.images), attention_map, expansion, local, arguments, moments=True)
         x = means[:, :1].expand_as(means)  # z3 with itself and with the map
-        return reduced, _join(grid.counts(_PIXELS, means), x, means, scatters)
+        return reduced, joined(grid.counts(_PIXELS, means), x, means, scatters)
 
     @staticmethod
     def combine(coefficients: torch.Tensor, attention_map: torch.Tensor, reduced: torch.Tensor) -> torch.Tensor:
@@ -275,8 +274,3 @@ def _sums(like: torch.Tensor, *shape: int) -> torch.Tensor:
 def _added(sums: torch.Tensor) -> torch.Tensor:
     """All programs' sums together."""
     return sums.sum(0, dtype=sums_type(sums))
-
-
-def _join(counts: torch.Tensor, x: torch.Tensor, y: torch.Tensor, scatter: torch.Tensor) -> Moments:
-    exact = counts.dtype
-    return Moments(*join_moments(counts, x.to(exact), y.to(exact), scatter.to(exact)))

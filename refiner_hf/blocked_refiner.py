@@ -66,8 +66,11 @@ def _folded_refine(folded: Folded, attention_map: torch.Tensor) -> torch.Tensor:
 class BlockedPasses:
     """The passes of [`exact_refiner.Passes`] in plain torch."""
 
-    @staticmethod
-    def map_moments(attention_map: torch.Tensor) -> Moments:
+    def __init__(self, attention_map: torch.Tensor, kernel_size: int):
+        self.attention_map = attention_map
+
+    def map_moments(self) -> Moments:
+        attention_map = self.attention_map
         counts, means, scatters = [], [], []
         for images in _images(attention_map):
             values = attention_map[images].flatten(2).to(arithmetic_type(attention_map))  # (I, H, N N)
@@ -79,11 +82,10 @@ class BlockedPasses:
         means = torch.stack(means)
         return _join(counts, means[:, :, None], means[:, None, :], scatters)
 
-    @staticmethod
-    def local_moments(attention_map: torch.Tensor, expansion: Expansion | None, weight: torch.Tensor) -> Moments:
+    def local_moments(self, expansion: Expansion | None, weight: torch.Tensor) -> Moments:
         counts, means, scatters = [], [], []
-        for piece in _pieces(attention_map, *weight.shape[::3]):
-            h1 = piece.expand(attention_map, expansion)
+        for piece in _pieces(self.attention_map, *weight.shape[::3]):
+            h1 = piece.expand(self.attention_map, expansion)
             values = _flat(piece.known_rows(_convolve(h1, Local(weight, None)))).flatten(0, 1)  # (I M, E)
             mean = values.sum(0) / len(values)
             counts.append(len(values))
@@ -92,19 +94,18 @@ class BlockedPasses:
         means = torch.stack(means)
         return _join(counts, means, means, scatters)
 
-    @staticmethod
     def project(
-        attention_map: torch.Tensor, expansion: Expansion | None, local: Local, reduction: torch.Tensor
+        self, expansion: Expansion | None, local: Local, reduction: torch.Tensor
     ) -> tuple[torch.Tensor, Moments]:
-        reduced = torch.empty_like(attention_map)
+        reduced = torch.empty_like(self.attention_map)
         counts, means_z, means_a, scatters = [], [], [], []
-        for piece in _pieces(attention_map, *local.weight.shape[::3]):
-            h1 = piece.expand(attention_map, expansion)
+        for piece in _pieces(self.attention_map, *local.weight.shape[::3]):
+            h1 = piece.expand(self.attention_map, expansion)
             h2 = _flat(piece.known_rows(_convolve(h1, local)).clamp_(0, 6))
             z3 = reduction @ h2.transpose(1, 2)  # (I, H, M)
             target = piece.of(reduced)
             target.copy_(z3.view_as(target))
-            own = piece.of(attention_map).flatten(2).to(z3.dtype)
+            own = piece.of(self.attention_map).flatten(2).to(z3.dtype)
             mean_z, mean_a = z3.mean((0, 2)), own.mean((0, 2))
             z3 -= mean_z[:, None]
             counts.append(z3.shape[0] * z3.shape[2])
@@ -115,47 +116,41 @@ class BlockedPasses:
         x, y = torch.stack((means_z, means_z), 1), torch.stack((means_z, means_a), 1)  # (T, 2, H)
         return reduced, _join(counts, x, y, scatters)
 
-    @staticmethod
-    def combine(coefficients: torch.Tensor, attention_map: torch.Tensor, reduced: torch.Tensor) -> torch.Tensor:
+    def combine(self, coefficients: torch.Tensor, reduced: torch.Tensor) -> torch.Tensor:
         alpha, gamma, beta = coefficients[:, :, None, None]
-        output = torch.empty_like(attention_map)
-        for images in _images(attention_map):
-            output[images] = torch.addcmul(beta, gamma, attention_map[images]).addcmul_(alpha, reduced[images])
+        output = torch.empty_like(self.attention_map)
+        for images in _images(self.attention_map):
+            output[images] = torch.addcmul(beta, gamma, self.attention_map[images]).addcmul_(alpha, reduced[images])
         return output
 
-    @staticmethod
-    def outer_sums(
-        gradient: torch.Tensor, attention_map: torch.Tensor, reduced: torch.Tensor, means: torch.Tensor
-    ) -> torch.Tensor:
+    def outer_sums(self, gradient: torch.Tensor, reduced: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
         mean_a, mean_z = means[:, :, None, None]
         sums = 0
-        for images in _images(attention_map):
+        for images in _images(self.attention_map):
             d = gradient[images].to(means.dtype)
-            products = (d, (attention_map[images] - mean_a) * d, (reduced[images] - mean_z) * d)
+            products = (d, (self.attention_map[images] - mean_a) * d, (reduced[images] - mean_z) * d)
             sums = sums + _exact(torch.stack([product.sum((0, 2, 3)) for product in products]))
         return sums
 
-    @staticmethod
-    def reduction_backward(inputs: BackwardInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def reduction_backward(self, inputs: BackwardInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         sums = sums_of_products = weight_gradient = 0
-        for piece in _pieces(inputs.attention_map, *inputs.local.weight.shape[::3]):
-            h1 = piece.expand(inputs.attention_map, inputs.expansion)
-            dn2, normalised, h2, dz3 = _second_norm_gradient(piece, h1, inputs)
+        for piece in _pieces(self.attention_map, *inputs.local.weight.shape[::3]):
+            h1 = piece.expand(self.attention_map, inputs.expansion)
+            dn2, normalised, h2, dz3 = self._second_norm_gradient(piece, h1, inputs)
             sums = sums + _exact(dn2.sum((0, 1)))
             sums_of_products = sums_of_products + _exact(normalised.mul_(dn2).sum((0, 1)))
             weight_gradient = weight_gradient + _exact((dz3 @ h2).sum(0))
         return sums, sums_of_products, weight_gradient
 
-    @staticmethod
     def expansion_backward(
-        inputs: BackwardInputs, second_norm: torch.Tensor, weight: torch.Tensor, centre: torch.Tensor
+        self, inputs: BackwardInputs, second_norm: torch.Tensor, weight: torch.Tensor, centre: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
         (expanded, kernel), expansion = weight.shape[::3], inputs.expansion
-        part = torch.empty_like(inputs.attention_map, dtype=weight.dtype)
+        part = torch.empty_like(self.attention_map, dtype=weight.dtype)
         weight_gradient, sum_g, sum_ga = 0, None if expansion is None else 0, None if expansion is None else 0
-        for piece in _pieces(inputs.attention_map, expanded, kernel, halos=2):
-            h1 = piece.expand(inputs.attention_map, expansion)
-            dn2, normalised, _, _ = _second_norm_gradient(piece, h1, inputs)
+        for piece in _pieces(self.attention_map, expanded, kernel, halos=2):
+            h1 = piece.expand(self.attention_map, expansion)
+            dn2, normalised, _, _ = self._second_norm_gradient(piece, h1, inputs)
             h1 = piece.known_rows(h1)
             dz2 = dn2.mul_(second_norm[0]).addcmul_(normalised, second_norm[1]).add_(second_norm[2])
             dz2 = _unflat(dz2, h1)
@@ -170,22 +165,38 @@ class BlockedPasses:
                 target.copy_(dh1)
                 continue
             g = _flat(_relu6_backward(dh1, piece.own_rows(h1)))  # (I, M, E)
-            own = piece.of(inputs.attention_map).flatten(2) - centre[:, None]  # (I, H, M)
+            own = piece.of(self.attention_map).flatten(2) - centre[:, None]  # (I, H, M)
             sum_g = sum_g + _exact(g.sum((0, 1)))
             sum_ga = sum_ga + _exact((own @ g).sum(0).t())
             target.copy_((expansion.weight.t() @ g.transpose(1, 2)).view_as(target))
         return weight_gradient, sum_g, sum_ga, part
 
-    @staticmethod
     def finish(
-        part: torch.Tensor, inputs: BackwardInputs, coefficients: torch.Tensor, mixing: torch.Tensor | None
+        self, part: torch.Tensor, inputs: BackwardInputs, coefficients: torch.Tensor, mixing: torch.Tensor | None
     ) -> torch.Tensor:
         for images in _images(part):
-            part[images] += _combination(inputs, coefficients, images, slice(None))
+            part[images] += self._combination(inputs, coefficients, images, slice(None))
             if mixing is not None:
-                maps = inputs.attention_map[images].flatten(2).to(mixing.dtype)
+                maps = self.attention_map[images].flatten(2).to(mixing.dtype)
                 part[images].flatten(2).baddbmm_(mixing.expand(len(maps), -1, -1), maps)
-        return part.to(inputs.attention_map.dtype)
+        return part.to(self.attention_map.dtype)
+
+    def _second_norm_gradient(
+        self, piece: "_Piece", h1: torch.Tensor, inputs: BackwardInputs
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """dn2, z2^ and h2, all (I, M, E), and dz3 (I, H, M), where the piece's convolution is known."""
+        normalised = _flat(piece.known_rows(_convolve(h1, inputs.local)))
+        h2 = torch.addcmul(inputs.offset, inputs.gain, normalised).clamp_(0, 6)
+        dz3 = self._combination(inputs, inputs.coefficients, piece.images, piece.known).flatten(2)
+        return _relu6_backward(dz3.transpose(1, 2) @ inputs.reduction, h2), normalised, h2, dz3
+
+    def _combination(
+        self, inputs: BackwardInputs, coefficients: torch.Tensor, images: slice, rows: slice
+    ) -> torch.Tensor:
+        """c0 d + c1 A + c2 z3 + c3 for some images and rows, (I, H, R, N)."""
+        c0, c1, c2, c3 = coefficients[:, :, None, None]
+        d, a, z3 = (maps[images, :, rows] for maps in (inputs.gradient, self.attention_map, inputs.reduced))
+        return torch.addcmul(c3, c0, d.to(c0.dtype)).addcmul_(c1, a.to(c0.dtype)).addcmul_(c2, z3.to(c0.dtype))
 
 
 class _Piece(NamedTuple):
@@ -251,23 +262,6 @@ def _convolve(hidden: torch.Tensor, local: Local) -> torch.Tensor:
     # At the border of all rows, this pads where the map goes on; those rows are cut off, see `known_rows`.
     padding = local.weight.shape[-1] // 2
     return nn.functional.conv2d(hidden, local.weight, local.bias, padding=padding, groups=hidden.shape[1])
-
-
-def _second_norm_gradient(
-    piece: _Piece, h1: torch.Tensor, inputs: BackwardInputs
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dn2, z2^ and h2, all (I, M, E), and dz3 (I, H, M), where the piece's convolution is known."""
-    normalised = _flat(piece.known_rows(_convolve(h1, inputs.local)))
-    h2 = torch.addcmul(inputs.offset, inputs.gain, normalised).clamp_(0, 6)
-    dz3 = _combination(inputs, inputs.coefficients, piece.images, piece.known).flatten(2)
-    return _relu6_backward(dz3.transpose(1, 2) @ inputs.reduction, h2), normalised, h2, dz3
-
-
-def _combination(inputs: BackwardInputs, coefficients: torch.Tensor, images: slice, rows: slice) -> torch.Tensor:
-    """c0 d + c1 A + c2 z3 + c3 for some images and rows, (I, H, R, N)."""
-    c0, c1, c2, c3 = coefficients[:, :, None, None]
-    d, a, z3 = (maps[images, :, rows] for maps in (inputs.gradient, inputs.attention_map, inputs.reduced))
-    return torch.addcmul(c3, c0, d.to(c0.dtype)).addcmul_(c1, a.to(c0.dtype)).addcmul_(c2, z3.to(c0.dtype))
 
 
 def _relu6_backward(gradient: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:

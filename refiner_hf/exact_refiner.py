@@ -44,23 +44,26 @@ class Moments(NamedTuple):
 
 class Passes(Protocol):
     """
-    Passes over maps (B, H, N, N) in any floating type. Weights and vectors come in `arithmetic_type(map)`, sums go
-    out in float64. Where there is no expansion (ratio 1), it is `None` and h1 is the map.
+    Passes over maps (B, H, N, N) in any floating type; an object for each forward and each backward. Weights and
+    vectors come in `arithmetic_type(map)`, sums go out in float64. Where there is no expansion (ratio 1), it is `None`
+    and h1 is the map.
     """
 
-    def map_moments(self, attention_map) -> Moments:
+    def __init__(self, attention_map, kernel_size: int): ...
+
+    def map_moments(self) -> Moments:
         """x and y are (H, 1) and (1, H), the scatter (H, H)."""
 
-    def local_moments(self, attention_map, expansion: Expansion | None, weight) -> Moments:
+    def local_moments(self, expansion: Expansion | None, weight) -> Moments:
         """Of z2; all (E,), x and y the same."""
 
-    def project(self, attention_map, expansion: Expansion | None, local: Local, reduction) -> tuple:
+    def project(self, expansion: Expansion | None, local: Local, reduction) -> tuple:
         """z3 = reduction relu6(local(h1)) in the map's type; moments (2, H), of z3 with itself and with the map."""
 
-    def combine(self, coefficients, attention_map, reduced):
+    def combine(self, coefficients, reduced):
         """alpha z3 + gamma A + beta for `coefficients` (3, H)."""
 
-    def outer_sums(self, gradient, attention_map, reduced, means):
+    def outer_sums(self, gradient, reduced, means):
         """Sums of d, d (A - means[0]) and d (z3 - means[1]), (3, H)."""
 
     def reduction_backward(self, inputs: "BackwardInputs") -> tuple:
@@ -84,7 +87,6 @@ class BackwardInputs(NamedTuple):
     """
 
     gradient: torch.Tensor  # d, (B, H, N, N)
-    attention_map: torch.Tensor
     reduced: torch.Tensor
     coefficients: torch.Tensor
     expansion: Expansion | None
@@ -154,7 +156,8 @@ class _Refine(torch.autograd.Function):
 
     @staticmethod
     def _forward(ctx, setting, attention_map, expansion_weight, local_weight, reduction_weight, *vectors):
-        passes, scale, batch, synchronizing, eps = setting
+        scale, batch, synchronizing, eps = setting[1:]
+        passes = setting.passes(attention_map, local_weight.shape[-1])
         exact, working = sums_type(attention_map), arithmetic_type(attention_map)
         heads = attention_map.shape[1]
         gain1, bias1, mean1, var1, gain2, bias2, mean2, var2, gain3, bias3, mean3, var3, gain4, bias4, mean4, var4 = (
@@ -166,7 +169,7 @@ class _Refine(torch.autograd.Function):
         count = torch.ones((), dtype=exact, device=attention_map.device)
         centre, covariance = torch.zeros(heads, dtype=exact, device=attention_map.device), None
         if batch:
-            count, centre, _, scatter = merge_moments(passes.map_moments(attention_map), synchronizing)
+            count, centre, _, scatter = merge_moments(passes.map_moments(), synchronizing)
             centre, covariance = centre.flatten(), scatter / count
         expansion = scale1 = None
         if w1 is not None:
@@ -175,13 +178,11 @@ class _Refine(torch.autograd.Function):
             scale1 = gain1 * (var1 + eps).rsqrt()
             expansion = _folded_expansion(w1, scale1, bias1, mean1, working)
         if batch:
-            _, mean2, _, scatter = merge_moments(
-                passes.local_moments(attention_map, expansion, w2.to(working)), synchronizing
-            )
+            _, mean2, _, scatter = merge_moments(passes.local_moments(expansion, w2.to(working)), synchronizing)
             var2 = scatter / count
         scale2 = gain2 * (var2 + eps).rsqrt()
         local = Local((scale2[:, None, None, None] * w2).to(working), (bias2 - scale2 * mean2).to(working))
-        reduced, moments = passes.project(attention_map, expansion, local, w3.to(working))
+        reduced, moments = passes.project(expansion, local, w3.to(working))
         shared = None  # covariance of z3 and A
         if batch:
             _, (mean3, _), _, scatter = merge_moments(moments, synchronizing)
@@ -193,7 +194,7 @@ class _Refine(torch.autograd.Function):
         scale4 = gain4 * (var4 + eps).rsqrt()
         constant = scale4 * (bias3 - scale3 * mean3 - mean4) + bias4
         coefficients = scale * torch.stack((scale4 * scale3, scale4, constant))
-        output = passes.combine(coefficients.to(working), attention_map, reduced)
+        output = passes.combine(coefficients.to(working), reduced)
 
         ctx.setting = setting
         ctx.weight_types = [None if w is None else w.dtype for w in (expansion_weight, local_weight, reduction_weight)]
@@ -219,7 +220,7 @@ class _Refine(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx, gradient):
-        passes, scale, batch, synchronizing, eps = ctx.setting
+        scale, batch, synchronizing, eps = ctx.setting[1:]
         (
             attention_map, reduced, w1, w2, w3, gain1, bias1, mean1, var1, gain2, bias2, mean2, var2,
             gain3, bias3, mean3, var3, gain4, mean4, var4, count, centre, covariance, shared,
@@ -228,10 +229,11 @@ class _Refine(torch.autograd.Function):
         inverse2, inverse3, inverse4 = ((variance + eps).rsqrt() for variance in (var2, var3, var4))
         scale2, scale3, scale4 = gain2 * inverse2, gain3 * inverse3, gain4 * inverse4
         gradient = gradient.contiguous()
+        passes = ctx.setting.passes(attention_map, w2.shape[-1])
 
         # The two outer norms. y^ = inverse4 (scale3 (z3 - mean3) + (A - centre) + rest), z3^ = inverse3 (z3 - mean3).
         means = torch.stack((centre, mean3))
-        sums = scale * passes.outer_sums(gradient, attention_map, reduced, means.to(working))
+        sums = scale * passes.outer_sums(gradient, reduced, means.to(working))
         rest = bias3 + centre - mean4  # 0 with batch statistics
 
         def output_norm_gradients(sum_d, sum_da, sum_dz):
@@ -264,7 +266,7 @@ class _Refine(torch.autograd.Function):
             scale1 = gain1 * inverse1
             expansion = _folded_expansion(w1, scale1, bias1, mean1, working)
         inputs = BackwardInputs(
-            gradient, attention_map, reduced, dz3.to(working), expansion,
+            gradient, reduced, dz3.to(working), expansion,
             Local((inverse2[:, None, None, None] * w2).to(working), (-inverse2 * mean2).to(working)),
             gain2.to(working), bias2.to(working), w3.to(working),
         )  # fmt: skip

@@ -3,13 +3,17 @@
 The passes of the refinement as Triton kernels: `exact_refiner.py` says what each is for, `triton_refiner.py` calls
 them.
 
-A program takes a block of PIXELS neighbouring positions of one image's maps, a position being a pair (query, key), and
-the expanded heads CHANNELS at a time: an expanded tile is (CHANNELS, PIXELS) and lives in registers. Where the
-convolution looks at a neighbour, that neighbour is expanded again: the map's own few channels come from the cache, and
-the product is what tensor cores do best. Products and sums are in float32, whatever the maps are.
+Maps are first packed: a position, that is a pair (query, key), with all its heads side by side, HP of them. Behind the
+H heads stands a one, which the expansion multiplies with its bias; around an image lies a border of zeros, as wide as
+the convolution reaches. So what is outside needs no case of its own, and expands to 0 as it must.
 
-Names: H heads, E expanded heads, N tokens, K side of the kernel; HP is H padded to what a product needs. Indices: h
-over heads, e over expanded heads, p over positions.
+A program has PIXELS lanes. A lane walks down one column of an image's map, ROWS rows of it (a strip), and all lanes
+take a step together. Expanded tiles are (PIXELS, CHANNELS) and live in registers. A step reads one row, expands it at
+K columns, and adds its share to the K rows that the convolution takes it for; the first of these is then complete.
+So a position is expanded K times, not K K times. Sums are in float32, whatever the maps are.
+
+Names: H heads, E expanded heads, N tokens, K side of the kernel. Indices: h over the heads of a packed position, e
+over expanded heads, p over positions.
 """
 
 # Annotations as text, so that a machine without triton can import this file.
@@ -27,23 +31,46 @@ def _jit(function):
     return function if triton is None else triton.jit(function)
 
 
+# --- what programs are made of ---
+
+
 @_jit
-def _load_maps(maps, h, p, inside, area, H: tl.constexpr):
-    """Some positions of an image's maps, (HP, PIXELS), zero where there is nothing."""
+def _lanes(N, ROWS: tl.constexpr, PIXELS: tl.constexpr):
+    """The first row and the column of each lane. Lanes too many begin below the map."""
+    lane = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    return lane // N * ROWS, lane % N
+
+
+@_jit
+def _counts(first, N, ROWS: tl.constexpr):
+    """How many rows of the map each lane has."""
+    return tl.minimum(tl.maximum(N - first, 0), ROWS).to(tl.float32)
+
+
+@_jit
+def _mean(means, counts):
+    """How many values all lanes have, and their mean, from the lanes' own (PIXELS, channels)."""
+    total = tl.sum(counts, 0)
+    return total, tl.sum(counts[:, None] * means, 0) / total
+
+
+@_jit
+def _load_heads(maps, h, p, inside, area, H: tl.constexpr):
+    """Some positions of an image's unpacked maps, (heads, PIXELS), zero where there is nothing."""
     mask = (h < H)[:, None] & inside[None, :]
     return tl.load(maps + h[:, None] * area + p[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @_jit
-def _store_maps(maps, values, h, p, inside, area, H: tl.constexpr):
-    mask = (h < H)[:, None] & inside[None, :]
-    tl.store(maps + h[:, None] * area + p[None, :], values.to(maps.dtype.element_ty), mask=mask)
+def _load_packed(maps, h, p, inside, width: tl.constexpr):
+    """Some positions, (PIXELS, heads), in the maps' own type."""
+    return tl.load(maps + p[:, None] * width + h[None, :], mask=inside[:, None], other=0.0)
 
 
 @_jit
 def _vector(vector, i, size: tl.constexpr):
-    """A short vector as a column, zero beyond its end."""
-    return tl.load(vector + i, mask=i < size, other=0.0)[:, None]
+    """A short vector, zero beyond its end."""
+    return tl.load(vector + i, mask=i < size, other=0.0)
 
 
 @_jit
@@ -66,136 +93,245 @@ def _relu6_backward(gradient, activated):
 
 
 @_jit
-def _expand(
-    maps, weight, bias, h, e, p, inside, area,
-    H: tl.constexpr, E: tl.constexpr, EXPANDS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """h1, (CHANNELS, PIXELS). Outside the image it is 0, and not relu6(bias): padding comes after the activation."""
-    if EXPANDS:
-        values = tl.dot(weight, _load_maps(maps, h, p, inside, area, H), input_precision=PRECISION)
-        return tl.where(inside[None, :], _relu6(values + bias), 0.0)
+def _halves(matrix, like):
+    """A matrix as a sum of two in the maps' type, which together hold twice its digits; in float32 just itself."""
+    high = matrix.to(like.dtype.element_ty)
+    if like.dtype.element_ty == tl.float32:
+        return high, high
     else:
-        return _load_maps(maps, e, p, inside, area, E)
+        return high, (matrix - high.to(tl.float32)).to(like.dtype.element_ty)
 
 
 @_jit
-def _convolve(
-    maps, weight, bias, local, h, e, p, inside, N,
-    H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """local * h1, (CHANNELS, PIXELS)."""
-    row, column = p // N, p % N
-    values = tl.zeros((e.shape[0], p.shape[0]), tl.float32)
-    for tap in range(K * K):
-        down, right = tap // K - K // 2, tap % K - K // 2
-        there = _inside_image(row + down, column + right, inside, N)
-        h1 = _expand(maps, weight, bias, h, e, p + down * N + right, there, N * N, H, E, EXPANDS, PRECISION)
-        values += tl.load(local + e * (K * K) + tap, mask=e < E, other=0.0)[:, None] * h1
-    return values
-
-
-@_jit
-def _inside_image(row, column, inside, N):
-    return inside & (row >= 0) & (row < N) & (column >= 0) & (column < N)
-
-
-@_jit
-def _expansion_weights(
-    weight, bias, h, e, H: tl.constexpr, E: tl.constexpr, EXPANDS: tl.constexpr
-):  # fmt: skip
-    if EXPANDS:
-        return _matrix(weight, e, h, E, H), _vector(bias, e, E)
+def _product(values, halves, PRECISION: tl.constexpr):
+    high, low = halves
+    if values.dtype == tl.float32:
+        return tl.dot(values, high, input_precision=PRECISION)
     else:
-        return 0.0, 0.0
+        return tl.dot(values, high, acc=tl.dot(values, low))
 
 
 @_jit
-def map_moments_kernel(
-    maps, means, scatters, N,
-    STEPS: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, PIXELS: tl.constexpr,
+def _expansion(weight, bias, h, e, H: tl.constexpr, E: tl.constexpr, EXPANDS: tl.constexpr):
+    """What a packed position is multiplied with to be expanded, (HP, CHANNELS)."""
+    if EXPANDS:
+        mask = (h < H)[:, None] & (e < E)[None, :]
+        values = tl.load(weight + e[None, :] * H + h[:, None], mask=mask, other=0.0)
+        return tl.where((h == H)[:, None], _vector(bias, e, E)[None, :], values)
+    else:
+        return tl.where((h[:, None] == e[None, :]) & (e < E)[None, :], 1.0, 0.0)
+
+
+@_jit
+def _taps(local, e, E: tl.constexpr, K: tl.constexpr):
+    """The convolution's weights, a row (1, CHANNELS) for each of its K K taps."""
+    taps = ()
+    for tap in tl.static_range(K * K):
+        taps = taps + (tl.load(local + e * (K * K) + tap, mask=e < E, other=0.0)[None, :],)
+    return taps
+
+
+@_jit
+def _channel_block(
+    block, weight, bias, local, h, like,
+    H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Mean (programs, H) and scatter (programs, H, H) of STEPS blocks of positions."""
+    """Which CHANNELS expanded heads a block has, what expands to them, and their taps."""
+    e = block * CHANNELS + tl.arange(0, CHANNELS)
+    return e, _halves(_expansion(weight, bias, h, e, H, E, EXPANDS), like), _taps(local, e, E, K)
+
+
+@_jit
+def _expand(values, halves, EXPANDS: tl.constexpr, PRECISION: tl.constexpr):
+    """h1 of packed positions, (PIXELS, CHANNELS)."""
+    if EXPANDS:
+        return _relu6(_product(values, halves, PRECISION))
+    else:
+        return _product(values, halves, PRECISION)
+
+
+@_jit
+def _no_rows(K: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+    """The K rows under way before the first step."""
+    rows = ()
+    for _ in tl.static_range(K):
+        rows = rows + (tl.zeros((PIXELS, CHANNELS), tl.float32),)
+    return rows
+
+
+@_jit
+def _add_shares(rows, values, taps, column: tl.constexpr, K: tl.constexpr):
+    """Adds a row, seen `column` columns from the left end of the kernel, to all that it has a share in."""
+    after = ()
+    for row in tl.static_range(K):
+        after = after + (rows[row] + taps[(K - 1 - row) * K + column] * values,)
+    return after
+
+
+@_jit
+def _next(rows):
+    """The rows under way once the first is complete."""
+    return rows[1:] + (tl.zeros_like(rows[0]),)
+
+
+@_jit
+def _convolved(
+    rows, packed, halves, taps, h, p, inside,
+    HP: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A step of local * h1; p is where the kernel's left end lies."""
+    for column in tl.static_range(K):
+        h1 = _expand(_load_packed(packed, h, p + column, inside, HP), halves, EXPANDS, PRECISION)
+        rows = _add_shares(rows, h1, taps, column, K)
+    return rows
+
+
+# --- forward ---
+
+
+@_jit
+def pack_kernel(
+    maps, packed, counts, means, scatters, N,
+    STEPS: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, HALF: tl.constexpr, PIXELS: tl.constexpr,
+    MOMENTS: tl.constexpr,
+):  # fmt: skip
+    """
+    The inner of packed maps (images, N + 2 HALF, N + 2 HALF, HP). With MOMENTS, of STEPS blocks of positions: how many
+    they are (programs,), mean (programs, H) and scatter (programs, H, H).
+    """
     image, group, groups = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
-    area, h = N * N, tl.arange(0, HP)
+    area, h, side = N * N, tl.arange(0, HP), N + 2 * HALF
     maps += image.to(tl.int64) * H * area
+    packed += image.to(tl.int64) * side * side * HP
     p = group * STEPS * PIXELS + tl.arange(0, PIXELS)
-    first = _load_maps(maps, h, p, p < area, area, H)
-    # Sums about some value near the mean don't cancel.
-    about = (tl.sum(first, 1) / tl.sum((p < area).to(tl.float32), 0))[:, None]
-    sums, scatter, count = tl.zeros((HP,), tl.float32), tl.zeros((HP, HP), tl.float32), 0.0
+    if MOMENTS:
+        # Sums about some value near the mean don't cancel.
+        first = _load_heads(maps, h, p, p < area, area, H)
+        about = (tl.sum(first, 1) / tl.sum((p < area).to(tl.float32), 0))[:, None]
+        sums, scatter, count = tl.zeros((HP,), tl.float32), tl.zeros((HP, HP), tl.float32), 0.0
     for _ in range(STEPS):
         inside = p < area
-        values = tl.where(inside[None, :], _load_maps(maps, h, p, inside, area, H) - about, 0.0)
-        sums += tl.sum(values, 1)
-        scatter += tl.dot(values, tl.trans(values), input_precision="tf32x3")
-        count += tl.sum(inside.to(tl.float32), 0)
+        values = _load_heads(maps, h, p, inside, area, H)
+        there = (p // N + HALF) * side + p % N + HALF
+        with_one = tl.where((h == H)[:, None], 1.0, values).to(packed.dtype.element_ty)
+        tl.store(packed + there[None, :] * HP + h[:, None], with_one, mask=inside[None, :])
+        if MOMENTS:
+            values = tl.where(inside[None, :], values - about, 0.0)
+            sums += tl.sum(values, 1)
+            scatter += tl.dot(values, tl.trans(values), input_precision="tf32x3")
+            count += tl.sum(inside.to(tl.float32), 0)
         p += PIXELS
-    program = image * groups + group
-    tl.store(means + program * H + h, tl.reshape(about, (HP,)) + sums / count, mask=h < H)
-    scatter -= sums[:, None] * sums[None, :] / count
-    mask = (h < H)[:, None] & (h < H)[None, :]
-    tl.store(scatters + program * H * H + h[:, None] * H + h[None, :], scatter, mask=mask)
+    if MOMENTS:
+        program = image * groups + group
+        tl.store(counts + program, count)
+        tl.store(means + program * H + h, tl.reshape(about, (HP,)) + sums / count, mask=h < H)
+        scatter -= sums[:, None] * sums[None, :] / count
+        mask = (h < H)[:, None] & (h < H)[None, :]
+        tl.store(scatters + program * H * H + h[:, None] * H + h[None, :], scatter, mask=mask)
 
 
 @_jit
 def local_moments_kernel(
-    maps, weight, bias, local, means, scatters, N,
+    packed, weight, bias, local, counts, means, scatters, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squares about it of z2, (programs, E) each, over one block of positions."""
-    block, image, blocks = tl.program_id(0), tl.program_id(2), tl.num_programs(0)
-    h, e = tl.arange(0, HP), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    p = block * PIXELS + tl.arange(0, PIXELS)
-    inside = p < N * N
-    maps += image.to(tl.int64) * H * N * N
-    w1, b1 = _expansion_weights(weight, bias, h, e, H, E, EXPANDS)
-    z2 = _convolve(maps, w1, b1, local, h, e, p, inside, N, H, E, K, EXPANDS, PRECISION)
-    mean = tl.sum(z2, 1) / tl.sum(inside.to(tl.float32), 0)
-    centred = tl.where(inside[None, :], z2 - mean[:, None], 0.0)
-    program = image * blocks + block
-    tl.store(means + program * E + e, mean, mask=e < E)
-    tl.store(scatters + program * E + e, tl.sum(centred * centred, 1), mask=e < E)
+    """Of z2: count (programs,), mean and sum of squares about it (programs, E)."""
+    image, blocks = tl.program_id(1), tl.num_programs(0)
+    side, h = N + (K - 1), tl.arange(0, HP)
+    first, column = _lanes(N, ROWS, PIXELS)
+    packed += image.to(tl.int64) * side * side * HP
+    e, halves, taps = _channel_block(tl.program_id(2), weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
+    rows = _no_rows(K, PIXELS, CHANNELS)
+    mean, scatter = tl.zeros_like(rows[0]), tl.zeros_like(rows[0])  # of each lane alone
+    for step in range(ROWS + K - 1):
+        row = first + step
+        rows = _convolved(rows, packed, halves, taps, h, row * side + column, row < side, HP, K, EXPANDS, PRECISION)
+        complete = (step >= K - 1) & (row < side)
+        beside = tl.where(complete[:, None], rows[0] - mean, 0.0)
+        mean += beside / tl.maximum(step - (K - 2), 1)
+        scatter += beside * (rows[0] - mean)
+        rows = _next(rows)
+    count = _counts(first, N, ROWS)
+    total, together = _mean(mean, count)
+    beside = mean - together[None, :]
+    program = image * blocks + tl.program_id(0)
+    tl.store(counts + program, total)
+    tl.store(means + program * E + e, together, mask=e < E)
+    tl.store(scatters + program * E + e, tl.sum(scatter + count[:, None] * beside * beside, 0), mask=e < E)
 
 
 @_jit
 def project_kernel(
-    maps, weight, bias, local, local_bias, reduction, identity, constant, output, means, scatters, N,
+    packed, weight, bias, local, local_bias, reduction, identity, constant, output, counts, means, scatters, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, MOMENTS: tl.constexpr,
+    ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr,
+    PRECISION: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """
-    With MOMENTS z3 and, over the block, the means of z3 and of the map (programs, 2, H) and the sums of squares of z3
-    and of its products with the map about the means (programs, 2, H). Without, the refined map in evaluation: z3
-    plus `identity` times the map plus `constant`.
+    With MOMENTS z3, and of it and the map: count (programs,), means (programs, 2, H) and, about the means, the sums of
+    squares of z3 and of its products with the map (programs, 2, H). Without, the refined map in evaluation: z3 plus
+    `identity` times the map plus `constant`.
     """
-    block, image, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    area, h = N * N, tl.arange(0, HP)
-    p = block * PIXELS + tl.arange(0, PIXELS)
-    inside = p < area
-    maps += image.to(tl.int64) * H * area
+    image, blocks = tl.program_id(1), tl.num_programs(0)
+    area, side, h = N * N, N + (K - 1), tl.arange(0, HP)
+    first, column = _lanes(N, ROWS, PIXELS)
+    packed += image.to(tl.int64) * side * side * HP
     output += image.to(tl.int64) * H * area
-    z3 = tl.zeros((HP, PIXELS), tl.float32)
-    for start in range(0, E, CHANNELS):
-        e = start + tl.arange(0, CHANNELS)
-        w1, b1 = _expansion_weights(weight, bias, h, e, H, E, EXPANDS)
-        n2 = _convolve(maps, w1, b1, local, h, e, p, inside, N, H, E, K, EXPANDS, PRECISION)
-        h2 = _relu6(n2 + _vector(local_bias, e, E))
-        z3 += tl.dot(_matrix(reduction, h, e, H, E), h2, input_precision=PRECISION)
-    own = _load_maps(maps, h, p, inside, area, H)
+    under_way, weights = (), ()
+    for block in tl.static_range(BLOCKS):
+        e, halves, taps = _channel_block(block, weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
+        back = tl.trans(_matrix(reduction, h, e, H, E)).to(packed.dtype.element_ty)
+        under_way = under_way + (_no_rows(K, PIXELS, CHANNELS),)
+        weights = weights + ((halves, taps, _vector(local_bias, e, E)[None, :], back),)
     if MOMENTS:
-        count = tl.sum(inside.to(tl.float32), 0)
-        z3 = tl.where(inside[None, :], z3, 0.0)
-        mean_z, mean_a = tl.sum(z3, 1) / count, tl.sum(own, 1) / count
-        centred = tl.where(inside[None, :], z3 - mean_z[:, None], 0.0)
-        target = (image * blocks + block) * 2 * H + h
-        tl.store(means + target, mean_z, mask=h < H)
-        tl.store(means + target + H, mean_a, mask=h < H)
-        tl.store(scatters + target, tl.sum(centred * centred, 1), mask=h < H)
-        tl.store(scatters + target + H, tl.sum(centred * (own - mean_a[:, None]), 1), mask=h < H)
-    else:
-        z3 += _vector(identity, h, H) * own + _vector(constant, h, H)
-    _store_maps(output, z3, h, p, inside, area, H)
+        mean_z, mean_a = tl.zeros((PIXELS, HP), tl.float32), tl.zeros((PIXELS, HP), tl.float32)
+        scatter_z, scatter_a = tl.zeros((PIXELS, HP), tl.float32), tl.zeros((PIXELS, HP), tl.float32)
+    for step in range(ROWS + K - 1):
+        row = first + step
+        p = row * side + column
+        for shift in tl.static_range(K):
+            values = _load_packed(packed, h, p + shift, row < side, HP)
+            after = ()
+            for block in tl.static_range(BLOCKS):
+                h1 = _expand(values, weights[block][0], EXPANDS, PRECISION)
+                after = after + (_add_shares(under_way[block], h1, weights[block][1], shift, K),)
+            under_way = after
+        z3 = tl.zeros((PIXELS, HP), tl.float32)
+        after = ()
+        for block in tl.static_range(BLOCKS):
+            h2 = _relu6(under_way[block][0] + weights[block][2])
+            z3 = tl.dot(h2.to(packed.dtype.element_ty), weights[block][3], acc=z3, input_precision=PRECISION)
+            after = after + (_next(under_way[block]),)
+        under_way = after
+        complete = (step >= K - 1) & (row < side)
+        own = _load_packed(packed, h, p - (K // 2) * side + K // 2, complete, HP).to(tl.float32)
+        if MOMENTS:
+            beside_z = tl.where(complete[:, None], z3 - mean_z, 0.0)
+            beside_a = tl.where(complete[:, None], own - mean_a, 0.0)
+            so_far = tl.maximum(step - (K - 2), 1)
+            mean_z += beside_z / so_far
+            mean_a += beside_a / so_far
+            scatter_z += beside_z * (z3 - mean_z)
+            scatter_a += beside_z * (own - mean_a)
+        else:
+            z3 += _vector(identity, h, H)[None, :] * own + _vector(constant, h, H)[None, :]
+        there = (row - (K - 1)) * N + column
+        mask = complete[:, None] & (h < H)[None, :]
+        tl.store(output + h[None, :] * area + there[:, None], z3.to(output.dtype.element_ty), mask=mask)
+    if MOMENTS:
+        count = _counts(first, N, ROWS)
+        total, together_z = _mean(mean_z, count)
+        _, together_a = _mean(mean_a, count)
+        mean_z -= together_z[None, :]
+        mean_a -= together_a[None, :]
+        program = image * blocks + tl.program_id(0)
+        target = program * 2 * H + h
+        tl.store(counts + program, total)
+        tl.store(means + target, together_z, mask=h < H)
+        tl.store(means + target + H, together_a, mask=h < H)
+        tl.store(scatters + target, tl.sum(scatter_z + count[:, None] * mean_z * mean_z, 0), mask=h < H)
+        tl.store(scatters + target + H, tl.sum(scatter_a + count[:, None] * mean_z * mean_a, 0), mask=h < H)
 
 
 @_jit
@@ -208,6 +344,9 @@ def combine_kernel(coefficients, maps, reduced, output, area, H: tl.constexpr, P
     z3 = tl.load(reduced + offset + p, mask=p < area, other=0.0).to(tl.float32)
     values = tl.load(coefficients + h) * z3 + tl.load(coefficients + H + h) * a + tl.load(coefficients + 2 * H + h)
     tl.store(output + offset + p, values.to(output.dtype.element_ty), mask=p < area)
+
+
+# --- backward ---
 
 
 @_jit
@@ -228,132 +367,169 @@ def outer_sums_kernel(gradient, maps, reduced, mean, sums, area, H: tl.constexpr
 
 @_jit
 def _combination(gradient, maps, reduced, coefficients, h, p, inside, area, H: tl.constexpr):
-    """c0 d + c1 A + c2 z3 + c3 for coefficients (4, H), (HP, PIXELS), zero outside."""
-    values = _vector(coefficients, h, H) * _load_maps(gradient, h, p, inside, area, H)
-    values += _vector(coefficients + H, h, H) * _load_maps(maps, h, p, inside, area, H)
-    values += _vector(coefficients + 2 * H, h, H) * _load_maps(reduced, h, p, inside, area, H)
-    return tl.where(inside[None, :], values + _vector(coefficients + 3 * H, h, H), 0.0)
+    """c0 d + c1 A + c2 z3 + c3 for coefficients (4, H), (heads, PIXELS), zero outside."""
+    values = _vector(coefficients, h, H)[:, None] * _load_heads(gradient, h, p, inside, area, H)
+    values += _vector(coefficients + H, h, H)[:, None] * _load_heads(maps, h, p, inside, area, H)
+    values += _vector(coefficients + 2 * H, h, H)[:, None] * _load_heads(reduced, h, p, inside, area, H)
+    return tl.where(inside[None, :], values + _vector(coefficients + 3 * H, h, H)[:, None], 0.0)
 
 
 @_jit
-def _second_norm_gradient(
-    gradient, maps, reduced, coefficients, w1, b1, local, local_bias, gain, offset, reduction, h, e, p, inside, N,
-    H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr, PRECISION: tl.constexpr,
+def reduced_gradient_kernel(
+    gradient, maps, reduced, coefficients, output, N,
+    H: tl.constexpr, HP: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
-    """dn2, z2^ and h2, (CHANNELS, PIXELS), and dz3 (HP, PIXELS)."""
-    normalised = _convolve(maps, w1, b1, local, h, e, p, inside, N, H, E, K, EXPANDS, PRECISION)
-    normalised += _vector(local_bias, e, E)
-    h2 = _relu6(_vector(gain, e, E) * normalised + _vector(offset, e, E))
-    dz3 = _combination(gradient, maps, reduced, coefficients, h, p, inside, N * N, H)
-    dn2 = tl.dot(tl.trans(_matrix(reduction, h, e, H, E)), dz3, input_precision=PRECISION)
-    return _relu6_backward(dn2, h2), normalised, h2, dz3
+    """dz3 = c0 d + c1 A + c2 z3 + c3 as (images, N N, HP)."""
+    area, h = N * N, tl.arange(0, HP)
+    p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    image = tl.program_id(1).to(tl.int64)
+    start = image * H * area
+    values = _combination(gradient + start, maps + start, reduced + start, coefficients, h, p, p < area, area, H)
+    there = output + image * area * HP + p[None, :] * HP + h[:, None]
+    tl.store(there, values.to(output.dtype.element_ty), mask=(p < area)[None, :])
+
+
+@_jit
+def _second_norm_gradient(convolved, dz3, back, local_bias, gain, offset, e, E: tl.constexpr, PRECISION: tl.constexpr):
+    """dn2, z2^ and h2, (PIXELS, CHANNELS)."""
+    normalised = convolved + _vector(local_bias, e, E)[None, :]
+    h2 = _relu6(_vector(gain, e, E)[None, :] * normalised + _vector(offset, e, E)[None, :])
+    dn2 = tl.dot(dz3, back, input_precision=PRECISION)
+    return _relu6_backward(dn2, h2), normalised, h2
 
 
 @_jit
 def reduction_backward_kernel(
-    gradient, maps, reduced, coefficients, weight, bias, local, local_bias, gain, offset, reduction,
-    sums, products, reduction_gradient, N,
-    STEPS: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    packed, reduced_gradient, weight, bias, local, local_bias, gain, offset, reduction,
+    sums, products, weight_gradient, N,
+    H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
+    ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums over STEPS blocks: of dn2 and of dn2 z2^, (programs, E), and of dz3 h2^T, (programs, H, E)."""
-    group, image, groups = tl.program_id(0), tl.program_id(2), tl.num_programs(0)
-    h, e = tl.arange(0, HP), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    area = N * N
-    start = image.to(tl.int64) * H * area
-    gradient, maps, reduced = gradient + start, maps + start, reduced + start
-    w1, b1 = _expansion_weights(weight, bias, h, e, H, E, EXPANDS)
-    sum_n, sum_nz = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
+    """Sums of dn2 and of dn2 z2^, (programs, E), and of dz3 h2^T, (programs, H, E)."""
+    image, blocks = tl.program_id(1), tl.num_programs(0)
+    side, h = N + (K - 1), tl.arange(0, HP)
+    first, column = _lanes(N, ROWS, PIXELS)
+    packed += image.to(tl.int64) * side * side * HP
+    reduced_gradient += image.to(tl.int64) * N * N * HP
+    e, halves, taps = _channel_block(tl.program_id(2), weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
+    back = _matrix(reduction, h, e, H, E).to(packed.dtype.element_ty)
+    rows = _no_rows(K, PIXELS, CHANNELS)
+    sum_n, sum_nz = tl.zeros_like(rows[0]), tl.zeros_like(rows[0])
     outer = tl.zeros((HP, CHANNELS), tl.float32)
-    for step in range(STEPS):
-        p = (group * STEPS + step) * PIXELS + tl.arange(0, PIXELS)
-        dn2, normalised, h2, dz3 = _second_norm_gradient(
-            gradient, maps, reduced, coefficients, w1, b1, local, local_bias, gain, offset, reduction,
-            h, e, p, p < area, N, H, E, K, EXPANDS, PRECISION,
-        )  # fmt: skip
-        sum_n += tl.sum(dn2, 1)
-        sum_nz += tl.sum(dn2 * normalised, 1)
-        outer += tl.dot(dz3, tl.trans(h2), input_precision=PRECISION)
-    program = image * groups + group
-    tl.store(sums + program * E + e, sum_n, mask=e < E)
-    tl.store(products + program * E + e, sum_nz, mask=e < E)
+    for step in range(ROWS + K - 1):
+        row = first + step
+        rows = _convolved(rows, packed, halves, taps, h, row * side + column, row < side, HP, K, EXPANDS, PRECISION)
+        complete = (step >= K - 1) & (row < side)
+        # Zero where nothing is complete, and all sums have it.
+        dz3 = _load_packed(reduced_gradient, h, (row - (K - 1)) * N + column, complete, HP)
+        dn2, normalised, h2 = _second_norm_gradient(rows[0], dz3, back, local_bias, gain, offset, e, E, PRECISION)
+        sum_n += dn2
+        sum_nz += dn2 * normalised
+        outer = tl.dot(tl.trans(dz3), h2.to(dz3.dtype), acc=outer, input_precision=PRECISION)
+        rows = _next(rows)
+    program = image * blocks + tl.program_id(0)
+    tl.store(sums + program * E + e, tl.sum(sum_n, 0), mask=e < E)
+    tl.store(products + program * E + e, tl.sum(sum_nz, 0), mask=e < E)
     mask = (h < H)[:, None] & (e < E)[None, :]
-    tl.store(reduction_gradient + program * H * E + h[:, None] * E + e[None, :], outer, mask=mask)
+    tl.store(weight_gradient + program * H * E + h[:, None] * E + e[None, :], outer, mask=mask)
 
 
 @_jit
 def local_gradient_kernel(
-    gradient, maps, reduced, coefficients, weight, bias, local, local_bias, gain, offset, reduction,
-    second_norm, exchange, N,
+    packed, reduced_gradient, weight, bias, local, local_bias, gain, offset, reduction, second_norm, exchange, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dz2 = s0 dn2 + s1 z2^ + s2 for `second_norm` (3, E), into `exchange` (images, E, N, N)."""
-    image, area, h = tl.program_id(2), N * N, tl.arange(0, HP)
-    e = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    start = image.to(tl.int64) * H * area
-    w1, b1 = _expansion_weights(weight, bias, h, e, H, E, EXPANDS)
-    dn2, normalised, _, _ = _second_norm_gradient(
-        gradient + start, maps + start, reduced + start, coefficients, w1, b1, local, local_bias, gain, offset,
-        reduction, h, e, p, p < area, N, H, E, K, EXPANDS, PRECISION,
-    )  # fmt: skip
-    dz2 = _vector(second_norm, e, E) * dn2 + _vector(second_norm + E, e, E) * normalised
-    dz2 += _vector(second_norm + 2 * E, e, E)
-    _store_maps(exchange + image.to(tl.int64) * E * area, dz2, e, p, p < area, area, E)
+    """
+    dz2 = s0 dn2 + s1 z2^ + s2 for `second_norm` (3, E), into the inner of `exchange`, maps packed without a one:
+    (images, N + K - 1, N + K - 1, CHANNELS of each block).
+    """
+    image, side, h = tl.program_id(1), N + (K - 1), tl.arange(0, HP)
+    first, column = _lanes(N, ROWS, PIXELS)
+    packed += image.to(tl.int64) * side * side * HP
+    reduced_gradient += image.to(tl.int64) * N * N * HP
+    width: tl.constexpr = (E + CHANNELS - 1) // CHANNELS * CHANNELS
+    exchange += image.to(tl.int64) * side * side * width
+    e, halves, taps = _channel_block(tl.program_id(2), weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
+    back = _matrix(reduction, h, e, H, E).to(packed.dtype.element_ty)
+    rows = _no_rows(K, PIXELS, CHANNELS)
+    for step in range(ROWS + K - 1):
+        row = first + step
+        p = row * side + column
+        rows = _convolved(rows, packed, halves, taps, h, p, row < side, HP, K, EXPANDS, PRECISION)
+        complete = (step >= K - 1) & (row < side)
+        dz3 = _load_packed(reduced_gradient, h, (row - (K - 1)) * N + column, complete, HP)
+        dn2, normalised, _ = _second_norm_gradient(rows[0], dz3, back, local_bias, gain, offset, e, E, PRECISION)
+        dz2 = _vector(second_norm, e, E)[None, :] * dn2 + _vector(second_norm + E, e, E)[None, :] * normalised
+        dz2 += _vector(second_norm + 2 * E, e, E)[None, :]
+        there = (p - (K // 2) * side + K // 2)[:, None] * width + e[None, :]
+        tl.store(exchange + there, dz2.to(exchange.dtype.element_ty), mask=complete[:, None])
+        rows = _next(rows)
 
 
 @_jit
 def expansion_backward_kernel(
-    maps, weight, bias, local, exchange, centre, part, local_gradient, sums, products, N,
-    STEPS: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
-    TAPS: tl.constexpr, EXPANDS: tl.constexpr,
-    PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    packed, exchange, weight, bias, local, part, local_gradient, products, N,
+    H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
+    ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """
-    From dz2 in `exchange`: dh1 and g, their sums over STEPS blocks (dW2 (programs, E, K K), of g (programs, E), of
-    g (A - centre)^T (programs, E, H)), and W1^T g into `part`, float32; without expansion dh1 itself.
+    From dz2 in `exchange`: dh1 and g; dW2 (programs, E, K K); sums of g with packed positions (programs, E, H + 1),
+    the last of which are those of g alone; and into `part` (images, N N, HP) W1^T g, without expansion dh1 itself.
     """
-    group, image, groups = tl.program_id(0), tl.program_id(1), tl.num_programs(0)
-    area, h, taps = N * N, tl.arange(0, HP), tl.arange(0, TAPS)
-    program = image * groups + group
-    maps += image.to(tl.int64) * H * area
-    part += image.to(tl.int64) * H * area
-    exchange += image.to(tl.int64) * E * area
-    for start in range(0, E, CHANNELS):
-        e = start + tl.arange(0, CHANNELS)
-        w1, b1 = _expansion_weights(weight, bias, h, e, H, E, EXPANDS)
-        sum_g, sum_ga = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS, HP), tl.float32)
-        sum_taps = tl.zeros((CHANNELS, TAPS), tl.float32)
-        for step in range(STEPS):
-            p = (group * STEPS + step) * PIXELS + tl.arange(0, PIXELS)
-            inside, row, column = p < area, p // N, p % N
-            h1 = _expand(maps, w1, b1, h, e, p, inside, area, H, E, EXPANDS, PRECISION)
-            dh1 = tl.zeros((CHANNELS, PIXELS), tl.float32)
-            for tap in range(K * K):
-                down, right = tap // K - K // 2, tap % K - K // 2
-                there = _inside_image(row - down, column - right, inside, N)
-                dz2 = _load_maps(exchange, e, p - down * N - right, there, area, E)
-                dh1 += tl.load(local + e * (K * K) + tap, mask=e < E, other=0.0)[:, None] * dz2
-                sum_taps += tl.where(taps[None, :] == tap, tl.sum(dz2 * h1, 1)[:, None], 0.0)
+    image, blocks = tl.program_id(1), tl.num_programs(0)
+    side, h = N + (K - 1), tl.arange(0, HP)
+    first, column = _lanes(N, ROWS, PIXELS)
+    packed += image.to(tl.int64) * side * side * HP
+    exchange += image.to(tl.int64) * side * side * BLOCKS * CHANNELS
+    part += image.to(tl.int64) * N * N * HP
+    program = image * blocks + tl.program_id(0)
+    for block in range(BLOCKS):
+        e, halves, taps = _channel_block(block, weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
+        back = (tl.trans(halves[0]), tl.trans(halves[1]))
+        rows, hidden = _no_rows(K, PIXELS, CHANNELS), _no_rows(K, PIXELS, CHANNELS)
+        tap_sums = _no_rows(K * K, PIXELS, CHANNELS)
+        sum_ga = tl.zeros((HP, CHANNELS), tl.float32)
+        for step in range(ROWS + K - 1):
+            row = first + step
+            p = row * side + column
+            # h1 of this very row; as many are kept as the kernel is high, so that the last is of the complete one.
+            mine = (step < ROWS) & (row < N)
+            values = _load_packed(packed, h, p + (K // 2) * side + K // 2, mine, HP)
+            hidden = (_expand(values, halves, EXPANDS, PRECISION),) + hidden[: K - 1]
+            after = ()
+            for shift in tl.static_range(K):
+                dz2 = _load_packed(exchange, e, p + shift, row < side, BLOCKS * CHANNELS).to(tl.float32)
+                # The convolution turned around: the gradient comes from where the value went.
+                shares = ()
+                for down in tl.static_range(K):
+                    shares = shares + (rows[down] + taps[down * K + K - 1 - shift] * dz2,)
+                    after = after + (tap_sums[shift * K + down] + hidden[down] * dz2,)
+                rows = shares
+            tap_sums = after
+            complete = (step >= K - 1) & (row < side)
+            there = ((row - (K - 1)) * N + column)[:, None]
             if EXPANDS:
-                g = _relu6_backward(dh1, h1)
-                own = _load_maps(maps, h, p, inside, area, H)
-                sum_g += tl.sum(g, 1)
-                # Where g is 0 it doesn't matter what it is multiplied with, so nothing need be cut off outside.
-                sum_ga += tl.dot(g, tl.trans(own - _vector(centre, h, H)), input_precision=PRECISION)
-                share = tl.dot(tl.trans(w1), g, input_precision=PRECISION)
-                if start > 0:  # the positions are this program's own, so nobody else writes here
-                    share += _load_maps(part, h, p, inside, area, H)
-                _store_maps(part, share, h, p, inside, area, H)
+                g = _relu6_backward(rows[0], hidden[K - 1]).to(packed.dtype.element_ty)
+                own = _load_packed(
+                    packed, h, p - (K // 2) * side + K // 2, complete, HP
+                )  # else 0, and so its products
+                sum_ga = tl.dot(tl.trans(own), g, acc=sum_ga, input_precision=PRECISION)
+                share, target = _product(g, back, PRECISION), part + there * HP + h[None, :]
+                if block > 0:  # the positions are this program's own, so nobody else writes here
+                    share += tl.load(target, mask=complete[:, None], other=0.0)
+                tl.store(target, share, mask=complete[:, None])
             else:
-                _store_maps(part, dh1, e, p, inside, area, E)
-        mask = (e < E)[:, None] & (taps < K * K)[None, :]
-        tl.store(local_gradient + (program * E + e[:, None]) * (K * K) + taps[None, :], sum_taps, mask=mask)
+                tl.store(part + there * HP + e[None, :], rows[0], mask=complete[:, None] & (e < HP)[None, :])
+            rows = _next(rows)
+        for shift in tl.static_range(K):
+            for down in tl.static_range(K):
+                target = (program * E + e) * (K * K) + (K - 1 - down) * K + K - 1 - shift
+                tl.store(local_gradient + target, tl.sum(tap_sums[shift * K + down], 0), mask=e < E)
+        tl.debug_barrier()  # `part` is read by the next block, maybe by other threads
         if EXPANDS:
-            tl.store(sums + program * E + e, sum_g, mask=e < E)
-            mask = (e < E)[:, None] & (h < H)[None, :]
-            tl.store(products + (program * E + e[:, None]) * H + h[None, :], sum_ga, mask=mask)
+            mask = (h <= H)[:, None] & (e < E)[None, :]
+            tl.store(products + (program * E + e[None, :]) * (H + 1) + h[:, None], sum_ga, mask=mask)
 
 
 @_jit
@@ -361,15 +537,16 @@ def finish_kernel(
     part, gradient, maps, reduced, coefficients, mixing, output, N,
     H: tl.constexpr, HP: tl.constexpr, MIXES: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """part + c0 d + c1 A + c2 z3 + c3 + mixing A."""
+    """part + c0 d + c1 A + c2 z3 + c3 + mixing A, for `part` (images, N N, HP)."""
     area, h = N * N, tl.arange(0, HP)
     p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
-    inside = p < area
-    start = tl.program_id(1).to(tl.int64) * H * area
+    image, inside = tl.program_id(1).to(tl.int64), p < area
+    start = image * H * area
     maps += start
-    values = _load_maps(part + start, h, p, inside, area, H)
+    values = tl.trans(_load_packed(part + image * area * HP, h, p, inside, HP))
     values += _combination(gradient + start, maps, reduced + start, coefficients, h, p, inside, area, H)
     if MIXES:
-        own = _load_maps(maps, h, p, inside, area, H)
+        own = _load_heads(maps, h, p, inside, area, H)
         values += tl.dot(_matrix(mixing, h, h, H, H), own, input_precision=PRECISION)
-    _store_maps(output + start, values, h, p, inside, area, H)
+    mask = (h < H)[:, None] & inside[None, :]
+    tl.store(output + start + h[:, None] * area + p[None, :], values.to(output.dtype.element_ty), mask=mask)

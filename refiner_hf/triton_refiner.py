@@ -10,6 +10,7 @@ through memory, a few images at a time, as many as stay in the second-level cach
 
 import os
 from contextlib import nullcontext
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -22,17 +23,20 @@ from .triton_kernels_refiner import (
     finish_kernel,
     local_gradient_kernel,
     local_moments_kernel,
-    map_moments_kernel,
     outer_sums_kernel,
+    pack_kernel,
     project_kernel,
+    reduced_gradient_kernel,
     reduction_backward_kernel,
     triton,
 )
 
 
-# Positions and expanded heads of a tile; blocks of positions that one program adds up; positions of a program that
-# expands nothing; bytes of the exchanged gradient.
-_PIXELS, _CHANNELS, _STEPS, _PLAIN, _EXCHANGE = 128, 16, 8, 1024, 32 * 2**20
+# Lanes of a program that goes over one block of expanded heads and of one that has them all; rows that a lane walks;
+# expanded heads of a tile; positions of a program that expands nothing, and of each of its steps where it takes some;
+# bytes of the exchanged gradient.
+_LANES, _FEWER_LANES, _ROWS, _CHANNELS = 128, 64, 24, 16
+_PLAIN, _PACKED, _STEPS, _EXCHANGE = 1024, 128, 8, 128 * 2**20
 _MAX_HEADS = 16
 
 
@@ -78,197 +82,193 @@ def triton_refine(refinement: nn.Module, attention_map: torch.Tensor, scale: flo
     folded = fold(refinement, torch.float32, scale)
     attention_map = attention_map.contiguous()
     output = torch.empty_like(attention_map)
-    grid = (_Grid(attention_map).blocks, len(attention_map))
-    arguments = (folded.reduction, folded.identity, folded.constant, output, None, None)
-    _project(grid, attention_map, folded.expansion, folded.local, arguments, moments=False)
+    passes = TritonPasses(attention_map, folded.local.weight.shape[-1])
+    vectors = (folded.reduction, folded.identity, folded.constant)
+    passes.run_projection(folded.expansion, folded.local, *vectors, output, None, None, None)
     return output
 
 
 class TritonPasses:
     """The passes of [`exact_refiner.Passes`] as kernels."""
 
-    @staticmethod
-    def map_moments(attention_map: torch.Tensor) -> Moments:
-        grid, heads = _Grid(attention_map), attention_map.shape[1]
-        means = _sums(attention_map, grid.groups * grid.images, heads)
-        scatters = _sums(attention_map, grid.groups * grid.images, heads, heads)
-        with _on(attention_map):
-            map_moments_kernel[grid.groups, grid.images](
-                attention_map, means, scatters, grid.size,
-                STEPS=_STEPS, H=heads, HP=_padded(heads), PIXELS=_PIXELS,
-            )  # fmt: skip
-        return joined(grid.counts(_STEPS * _PIXELS, means), means[:, :, None], means[:, None, :], scatters)
+    def __init__(self, attention_map: torch.Tensor, kernel_size: int):
+        self.maps, self.kernel_size = attention_map, kernel_size
+        self.images, self.heads, self.size, _ = attention_map.shape
+        self.area = self.size * self.size
+        self.padded_heads = max(16, triton.next_power_of_2(self.heads + 1))  # 16 is a product's smallest side
+        self.rows = min(_ROWS, triton.next_power_of_2(self.size))
 
-    @staticmethod
-    def local_moments(attention_map: torch.Tensor, expansion: Expansion | None, weight: torch.Tensor) -> Moments:
-        grid, expanded = _Grid(attention_map), weight.shape[0]
-        means, scatters = (_sums(attention_map, grid.blocks * grid.images, expanded) for _ in range(2))
-        with _on(attention_map):
-            local_moments_kernel[grid.blocks, triton.cdiv(expanded, _CHANNELS), grid.images](
-                attention_map, *_of(expansion), weight.contiguous(), means, scatters, grid.size,
-                **_constants(attention_map, expansion, weight),
-            )  # fmt: skip
-        return joined(grid.counts(_PIXELS, means), means, means, scatters)
+    def map_moments(self) -> Moments:
+        groups = triton.cdiv(self.area, _STEPS * _PACKED)
+        counts, means = self._sums(groups), self._sums(groups, self.heads)
+        scatters = self._sums(groups, self.heads, self.heads)
+        self.packed = self._pack(counts, means, scatters)
+        return joined(counts, means[:, :, None], means[:, None, :], scatters)
 
-    @staticmethod
+    def local_moments(self, expansion: Expansion | None, weight: torch.Tensor) -> Moments:
+        expanded, blocks = weight.shape[0], self._blocks(_LANES)
+        counts, means, scatters = self._sums(blocks), self._sums(blocks, expanded), self._sums(blocks, expanded)
+        with _on(self.maps):
+            local_moments_kernel[blocks, self.images, triton.cdiv(expanded, _CHANNELS)](
+                self.packed, *_of(expansion), weight.contiguous(), counts, means, scatters, self.size,
+                PIXELS=_LANES, **self._constants(expansion, weight),
+            )  # fmt: skip
+        return joined(counts, means, means, scatters)
+
     def project(
-        attention_map: torch.Tensor, expansion: Expansion | None, local: Local, reduction: torch.Tensor
+        self, expansion: Expansion | None, local: Local, reduction: torch.Tensor
     ) -> tuple[torch.Tensor, Moments]:
-        grid, heads = _Grid(attention_map), attention_map.shape[1]
-        reduced = torch.empty_like(attention_map)
-        means, scatters = (_sums(attention_map, grid.blocks * grid.images, 2, heads) for _ in range(2))
-        arguments = (reduction, None, None, reduced, means, scatters)
-        _project((grid.blocks, grid.images), attention_map, expansion, local, arguments, moments=True)
+        blocks = self._blocks(_FEWER_LANES)
+        reduced = torch.empty_like(self.maps)
+        counts, means = self._sums(blocks), self._sums(blocks, 2, self.heads)
+        scatters = torch.empty_like(means)
+        self.run_projection(expansion, local, reduction, None, None, reduced, counts, means, scatters)
         x = means[:, :1].expand_as(means)  # z3 with itself and with the map
-        return reduced, joined(grid.counts(_PIXELS, means), x, means, scatters)
+        return reduced, joined(counts, x, means, scatters)
 
-    @staticmethod
-    def combine(coefficients: torch.Tensor, attention_map: torch.Tensor, reduced: torch.Tensor) -> torch.Tensor:
-        images, heads, size, _ = attention_map.shape
-        output = torch.empty_like(attention_map)
-        with _on(attention_map):
-            combine_kernel[images * heads, triton.cdiv(size * size, _PLAIN)](
-                coefficients, attention_map, reduced, output, size * size, H=heads, PIXELS=_PLAIN
+    def combine(self, coefficients: torch.Tensor, reduced: torch.Tensor) -> torch.Tensor:
+        output = torch.empty_like(self.maps)
+        with _on(self.maps):
+            combine_kernel[self.images * self.heads, triton.cdiv(self.area, _PLAIN)](
+                coefficients, self.maps, reduced, output, self.area, H=self.heads, PIXELS=_PLAIN
             )
         return output
 
-    @staticmethod
-    def outer_sums(
-        gradient: torch.Tensor, attention_map: torch.Tensor, reduced: torch.Tensor, means: torch.Tensor
-    ) -> torch.Tensor:
-        images, heads, size, _ = attention_map.shape
-        blocks = triton.cdiv(size * size, _PLAIN)
-        sums = _sums(attention_map, blocks * images, 3, heads)
-        with _on(attention_map):
-            outer_sums_kernel[images * heads, blocks](
-                gradient, attention_map, reduced, means, sums, size * size, H=heads, PIXELS=_PLAIN
+    def outer_sums(self, gradient: torch.Tensor, reduced: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
+        blocks = triton.cdiv(self.area, _PLAIN)
+        sums = self._sums(blocks, 3, self.heads)
+        with _on(self.maps):
+            outer_sums_kernel[self.images * self.heads, blocks](
+                gradient, self.maps, reduced, means, sums, self.area, H=self.heads, PIXELS=_PLAIN
             )
         return _added(sums)
 
-    @staticmethod
-    def reduction_backward(inputs: BackwardInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        maps, (heads, expanded) = inputs.attention_map, inputs.reduction.shape
-        grid = _Grid(maps)
-        sums, products = (_sums(maps, grid.groups * grid.images, expanded) for _ in range(2))
-        reduction_gradient = _sums(maps, grid.groups * grid.images, heads, expanded)
-        with _on(maps):
-            reduction_backward_kernel[grid.groups, triton.cdiv(expanded, _CHANNELS), grid.images](
-                *_backward_arguments(inputs, slice(None)), sums, products, reduction_gradient, grid.size,
-                STEPS=_STEPS, **_constants(maps, inputs.expansion, inputs.local.weight),
+    def reduction_backward(self, inputs: BackwardInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        expanded, blocks = inputs.reduction.shape[1], self._blocks(_LANES)
+        sums, products = self._sums(blocks, expanded), self._sums(blocks, expanded)
+        weight_gradient = self._sums(blocks, self.heads, expanded)
+        # The gradient at z3, packed as well; the other passes need it too.
+        self.reduced_gradient = self.maps.new_empty(self.images, self.area, self.padded_heads)
+        with _on(self.maps):
+            reduced_gradient_kernel[triton.cdiv(self.area, _PACKED), self.images](
+                inputs.gradient, self.maps, inputs.reduced, inputs.coefficients, self.reduced_gradient, self.size,
+                H=self.heads, HP=self.padded_heads, PIXELS=_PACKED,
             )  # fmt: skip
-        return _added(sums), _added(products), _added(reduction_gradient)
+            reduction_backward_kernel[blocks, self.images, triton.cdiv(expanded, _CHANNELS)](
+                *self._backward_arguments(inputs, slice(None)), sums, products, weight_gradient, self.size,
+                PIXELS=_LANES, **self._constants(inputs.expansion, inputs.local.weight),
+            )  # fmt: skip
+        return _added(sums), _added(products), _added(weight_gradient)
 
-    @staticmethod
     def expansion_backward(
-        inputs: BackwardInputs, second_norm: torch.Tensor, weight: torch.Tensor, centre: torch.Tensor
+        self, inputs: BackwardInputs, second_norm: torch.Tensor, weight: torch.Tensor, centre: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-        maps, (heads, expanded), expansion = inputs.attention_map, inputs.reduction.shape, inputs.expansion
-        grid, taps = _Grid(maps), weight[0].numel()
-        part = torch.empty_like(maps, dtype=torch.float32)
-        programs = grid.groups * grid.images
-        weight_gradient = _sums(maps, programs, expanded, taps)
-        sums, products = _sums(maps, programs, expanded), _sums(maps, programs, expanded, heads)
-        together = max(1, _EXCHANGE // (expanded * grid.area * maps.itemsize))
-        exchange = torch.empty((min(together, grid.images), expanded, grid.area), dtype=maps.dtype, device=maps.device)
-        constants = _constants(maps, expansion, weight)
-        weight = weight.contiguous()
-        with _on(maps):
-            for start in range(0, grid.images, together):
-                images = slice(start, min(start + together, grid.images))
+        expansion, (expanded, kernel) = inputs.expansion, weight.shape[::3]
+        packed, weight, blocks = self.packed, weight.contiguous(), self._blocks(_FEWER_LANES)
+        part = self.maps.new_empty(self.images, self.area, self.padded_heads, dtype=torch.float32)
+        weight_gradient = self._sums(blocks, expanded, kernel * kernel)
+        products = self._sums(blocks, expanded, self.heads + 1)
+        channel_blocks = triton.cdiv(expanded, _CHANNELS)
+        shape = (*packed.shape[1:3], channel_blocks * _CHANNELS)
+        together = min(self.images, max(1, _EXCHANGE // (shape[0] * shape[1] * shape[2] * self.maps.itemsize)))
+        exchange = self.maps.new_zeros(together, *shape)
+        constants = self._constants(expansion, weight)
+        with _on(self.maps):
+            for start in range(0, self.images, together):
+                images = slice(start, min(start + together, self.images))
                 count = images.stop - images.start
-                local_gradient_kernel[grid.blocks, triton.cdiv(expanded, _CHANNELS), count](
-                    *_backward_arguments(inputs, images), second_norm, exchange, grid.size, **constants
-                )
-                of_these = slice(start * grid.groups, images.stop * grid.groups)
-                expansion_backward_kernel[grid.groups, count](
-                    maps[images], *_of(expansion), weight, exchange, centre, part[images],
-                    weight_gradient[of_these], sums[of_these], products[of_these], grid.size,
-                    STEPS=_STEPS, TAPS=triton.next_power_of_2(taps), **constants,
+                local_gradient_kernel[(self._blocks(_LANES), count, triton.cdiv(expanded, _CHANNELS))](
+                    *self._backward_arguments(inputs, images), second_norm, exchange, self.size,
+                    PIXELS=_LANES, **constants,
+                )  # fmt: skip
+                of_these = slice(start * blocks, images.stop * blocks)
+                expansion_backward_kernel[blocks, count](
+                    packed[images], exchange, *_of(expansion), weight, part[images], weight_gradient[of_these],
+                    products[of_these], self.size, PIXELS=_FEWER_LANES, BLOCKS=channel_blocks, **constants,
                 )  # fmt: skip
         weight_gradient = _added(weight_gradient).view_as(weight)
         if expansion is None:
             return weight_gradient, None, None, part
-        return weight_gradient, _added(sums), _added(products), part
+        products = _added(products)
+        sum_g = products[:, -1]
+        return weight_gradient, sum_g, products[:, :-1] - sum_g[:, None] * centre, part
 
-    @staticmethod
     def finish(
-        part: torch.Tensor, inputs: BackwardInputs, coefficients: torch.Tensor, mixing: torch.Tensor | None
+        self, part: torch.Tensor, inputs: BackwardInputs, coefficients: torch.Tensor, mixing: torch.Tensor | None
     ) -> torch.Tensor:
-        maps, heads = inputs.attention_map, inputs.attention_map.shape[1]
-        grid = _Grid(maps)
-        output = part if part.dtype == maps.dtype else torch.empty_like(maps)
-        with _on(maps):
-            finish_kernel[grid.blocks, grid.images](
-                part, inputs.gradient, maps, inputs.reduced, coefficients, mixing, output, grid.size,
-                H=heads, HP=_padded(heads), MIXES=mixing is not None, PIXELS=_PIXELS, PRECISION=_precision(maps),
+        output = torch.empty_like(self.maps)
+        with _on(self.maps):
+            finish_kernel[triton.cdiv(self.area, _PACKED), self.images](
+                part, inputs.gradient, self.maps, inputs.reduced, coefficients, mixing, output, self.size,
+                H=self.heads, HP=self.padded_heads, MIXES=mixing is not None, PIXELS=_PACKED,
+                PRECISION=_precision(),
             )  # fmt: skip
         return output
 
+    @cached_property
+    def packed(self) -> torch.Tensor:
+        """Maps with their heads side by side, as the kernels want them."""
+        return self._pack(None, None, None)
 
-class _Grid:
-    """How maps are divided among programs: blocks of positions, and groups of blocks that one program adds up."""
+    def _pack(self, counts, means, scatters) -> torch.Tensor:
+        side = self.size + self.kernel_size - 1
+        packed = self.maps.new_zeros(self.images, side, side, self.padded_heads)
+        with _on(self.maps):
+            pack_kernel[triton.cdiv(self.area, _STEPS * _PACKED), self.images](
+                self.maps, packed, counts, means, scatters, self.size,
+                STEPS=_STEPS, H=self.heads, HP=self.padded_heads, HALF=self.kernel_size // 2, PIXELS=_PACKED,
+                MOMENTS=means is not None,
+            )  # fmt: skip
+        return packed
 
-    def __init__(self, maps: torch.Tensor):
-        self.images, _, self.size, _ = maps.shape
-        self.area = self.size * self.size
-        self.blocks = triton.cdiv(self.area, _PIXELS)
-        self.groups = triton.cdiv(self.blocks, _STEPS)
+    def run_projection(self, expansion, local: Local, reduction, identity, constant, output, *sums) -> None:
+        with _on(self.maps):
+            project_kernel[self._blocks(_FEWER_LANES), self.images](
+                self.packed, *_of(expansion), local.weight.contiguous(), local.bias, reduction, identity, constant,
+                output, *sums, self.size,
+                PIXELS=_FEWER_LANES, BLOCKS=triton.cdiv(len(local.weight), _CHANNELS), MOMENTS=identity is None,
+                **self._constants(expansion, local.weight),
+            )  # fmt: skip
 
-    def counts(self, positions: int, like: torch.Tensor) -> torch.Tensor:
-        """Positions that each program of all images sees, where it takes `positions` at most."""
-        starts = torch.arange(0, self.area, positions, device=like.device)
-        return (self.area - starts).clamp(max=positions).to(sums_type(like)).repeat(self.images)
+    def _backward_arguments(self, inputs: BackwardInputs, images: slice) -> tuple:
+        vectors = (inputs.local.bias, inputs.gain, inputs.offset, inputs.reduction)
+        maps = (self.packed[images], self.reduced_gradient[images])
+        return *maps, *_of(inputs.expansion), inputs.local.weight.contiguous(), *vectors
 
+    def _blocks(self, lanes: int) -> int:
+        """How many programs of `lanes` lanes an image takes."""
+        return triton.cdiv(triton.cdiv(self.size, self.rows) * self.size, lanes)
 
-def _project(grid: tuple[int, int], maps: torch.Tensor, expansion, local: Local, arguments, moments: bool) -> None:
-    with _on(maps):
-        project_kernel[grid](
-            maps, *_of(expansion), local.weight.contiguous(), local.bias, *arguments, maps.shape[-1],
-            **_constants(maps, expansion, local.weight), MOMENTS=moments,
-        )  # fmt: skip
+    def _sums(self, programs: int, *shape: int) -> torch.Tensor:
+        """For what `programs` programs for each image add up."""
+        return self.maps.new_empty(programs * self.images, *shape, dtype=torch.float32)
 
-
-def _backward_arguments(inputs: BackwardInputs, images: slice) -> tuple:
-    maps = (inputs.gradient[images], inputs.attention_map[images], inputs.reduced[images])
-    vectors = (inputs.local.weight.contiguous(), inputs.local.bias, inputs.gain, inputs.offset, inputs.reduction)
-    return *maps, inputs.coefficients, *_of(inputs.expansion), *vectors
-
-
-def _constants(maps: torch.Tensor, expansion: Expansion | None, weight: torch.Tensor) -> dict:
-    """What kernels are compiled for."""
-    return dict(
-        H=maps.shape[1],
-        HP=_padded(maps.shape[1]),
-        E=weight.shape[0],
-        K=weight.shape[-1],
-        EXPANDS=expansion is not None,
-        PIXELS=_PIXELS,
-        CHANNELS=_CHANNELS,
-        PRECISION=_precision(maps),
-    )
+    def _constants(self, expansion: Expansion | None, weight: torch.Tensor) -> dict:
+        """What kernels are compiled for."""
+        return dict(
+            H=self.heads,
+            HP=self.padded_heads,
+            E=weight.shape[0],
+            K=self.kernel_size,
+            EXPANDS=expansion is not None,
+            ROWS=self.rows,
+            CHANNELS=_CHANNELS,
+            PRECISION=_precision(),
+        )
 
 
 def _of(expansion: Expansion | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return (None, None) if expansion is None else (expansion.weight.contiguous(), expansion.bias)
 
 
-def _padded(heads: int) -> int:
-    return max(16, triton.next_power_of_2(heads))  # a product's smallest side
-
-
-def _precision(maps: torch.Tensor) -> str:
-    # TF32 holds every bit of a half-precision map.
-    exact = maps.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
-    return "tf32x3" if exact else "tf32"
+def _precision() -> str:
+    # Of float32 products; those of half-precision numbers are what they are.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def _on(maps: torch.Tensor):
     """Kernels go to the current device, which need not be the maps'."""
     return torch.cuda.device(maps.device) if maps.is_cuda else nullcontext()
-
-
-def _sums(like: torch.Tensor, *shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def _added(sums: torch.Tensor) -> torch.Tensor:

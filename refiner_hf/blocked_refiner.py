@@ -68,6 +68,7 @@ class BlockedPasses:
 
     def __init__(self, attention_map: torch.Tensor, kernel_size: int):
         self.attention_map = attention_map
+        self.dtype = arithmetic_type(attention_map)
 
     def map_moments(self) -> Moments:
         attention_map = self.attention_map
@@ -83,6 +84,7 @@ class BlockedPasses:
         return _join(counts, means[:, :, None], means[:, None, :], scatters)
 
     def local_moments(self, expansion: Expansion | None, weight: torch.Tensor) -> Moments:
+        expansion, weight = self._cast(expansion, weight)
         counts, means, scatters = [], [], []
         for piece in _pieces(self.attention_map, *weight.shape[::3]):
             h1 = piece.expand(self.attention_map, expansion)
@@ -97,6 +99,7 @@ class BlockedPasses:
     def project(
         self, expansion: Expansion | None, local: Local, reduction: torch.Tensor
     ) -> tuple[torch.Tensor, Moments]:
+        expansion, local, reduction = self._cast(expansion, local, reduction)
         reduced = torch.empty_like(self.attention_map)
         counts, means_z, means_a, scatters = [], [], [], []
         for piece in _pieces(self.attention_map, *local.weight.shape[::3]):
@@ -117,22 +120,23 @@ class BlockedPasses:
         return reduced, _join(counts, x, y, scatters)
 
     def combine(self, coefficients: torch.Tensor, reduced: torch.Tensor) -> torch.Tensor:
-        alpha, gamma, beta = coefficients[:, :, None, None]
+        alpha, gamma, beta = coefficients.to(self.dtype)[:, :, None, None]
         output = torch.empty_like(self.attention_map)
         for images in _images(self.attention_map):
             output[images] = torch.addcmul(beta, gamma, self.attention_map[images]).addcmul_(alpha, reduced[images])
         return output
 
     def outer_sums(self, gradient: torch.Tensor, reduced: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-        mean_a, mean_z = means[:, :, None, None]
+        mean_a, mean_z = means.to(self.dtype)[:, :, None, None]
         sums = 0
         for images in _images(self.attention_map):
-            d = gradient[images].to(means.dtype)
+            d = gradient[images].to(self.dtype)
             products = (d, (self.attention_map[images] - mean_a) * d, (reduced[images] - mean_z) * d)
             sums = sums + _exact(torch.stack([product.sum((0, 2, 3)) for product in products]))
         return sums
 
     def reduction_backward(self, inputs: BackwardInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        (inputs,) = self._cast(inputs)
         sums = sums_of_products = weight_gradient = 0
         for piece in _pieces(self.attention_map, *inputs.local.weight.shape[::3]):
             h1 = piece.expand(self.attention_map, inputs.expansion)
@@ -145,6 +149,7 @@ class BlockedPasses:
     def expansion_backward(
         self, inputs: BackwardInputs, second_norm: torch.Tensor, weight: torch.Tensor, centre: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
+        inputs, second_norm, weight, centre = self._cast(inputs, second_norm, weight, centre)
         (expanded, kernel), expansion = weight.shape[::3], inputs.expansion
         part = torch.empty_like(self.attention_map, dtype=weight.dtype)
         weight_gradient, sum_g, sum_ga = 0, None if expansion is None else 0, None if expansion is None else 0
@@ -174,10 +179,11 @@ class BlockedPasses:
     def finish(
         self, part: torch.Tensor, inputs: BackwardInputs, coefficients: torch.Tensor, mixing: torch.Tensor | None
     ) -> torch.Tensor:
+        coefficients, mixing = self._cast(coefficients, mixing)
         for images in _images(part):
             part[images] += self._combination(inputs, coefficients, images, slice(None))
             if mixing is not None:
-                maps = self.attention_map[images].flatten(2).to(mixing.dtype)
+                maps = self.attention_map[images].flatten(2).to(self.dtype)
                 part[images].flatten(2).baddbmm_(mixing.expand(len(maps), -1, -1), maps)
         return part.to(self.attention_map.dtype)
 
@@ -197,6 +203,16 @@ class BlockedPasses:
         c0, c1, c2, c3 = coefficients[:, :, None, None]
         d, a, z3 = (maps[images, :, rows] for maps in (inputs.gradient, self.attention_map, inputs.reduced))
         return torch.addcmul(c3, c0, d.to(c0.dtype)).addcmul_(c1, a.to(c0.dtype)).addcmul_(c2, z3.to(c0.dtype))
+
+    def _cast(self, *values) -> list:
+        """Vectors and weights, also those within tuples, in the type to compute in; maps are in none more exact."""
+
+        def cast(value):
+            if isinstance(value, tuple):
+                return type(value)(*self._cast(*value))
+            return value.to(self.dtype) if value is not None and value.dtype == torch.float64 else value
+
+        return [cast(value) for value in values]
 
 
 class _Piece(NamedTuple):

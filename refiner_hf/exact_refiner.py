@@ -29,8 +29,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
-from .folding_refiner import Expansion, Local, arithmetic_type, norms_of
-from .normalization_refiner import differentiable_once, join_moments, merge_moments, total
+from .folding_refiner import NORMS, Expansion, Local, cast_together, norms_of
+from .normalization_refiner import differentiable_once, join_moments, merge_moments, total, track_together
 
 
 class Moments(NamedTuple):
@@ -45,7 +45,7 @@ class Moments(NamedTuple):
 class Passes(Protocol):
     """
     Passes over maps (B, H, N, N) in any floating type; an object for each forward and each backward. Weights and
-    vectors come in `arithmetic_type(map)`, sums go out in float64. Where there is no expansion (ratio 1), it is `None`
+    vectors come in float64, in which sums go out. Where there is no expansion (ratio 1), it is `None`
     and h1 is the map.
     """
 
@@ -123,16 +123,14 @@ def exact_refine(
     """
     norms = norms_of(refinement)
     setting = _Setting(passes, scale, norms[0].training, norms[0].synchronizing, norms[0].eps)
-    convolutions = [None if c is None else c.weight for c in (refinement.expansion, refinement.local_attention)]
-    vectors = [vector for norm in norms for vector in (norm.weight, norm.bias, norm.running_mean, norm.running_var)]
-    if refinement.expansion is None:
-        vectors = [None] * 4 + vectors
-    output, count, *statistics = _Refine.apply(
-        setting, attention_map.contiguous(), *convolutions, refinement.reduction.weight, *vectors
-    )
+    convolutions = (refinement.expansion, refinement.local_attention, refinement.reduction)
+    weights = [None if convolution is None else convolution.weight for convolution in convolutions]
+    groups = [[getattr(norm, name) for norm in norms] for name in ("weight", "bias", "running_mean", "running_var")]
+    missing = [None] * (len(NORMS) - len(norms))  # the first, where nothing is expanded
+    vectors = [vector for group in groups for vector in missing + group]
+    output, count, statistics = _Refine.apply(setting, attention_map.contiguous(), *weights, *vectors)
     if setting.batch_statistics:
-        for norm, mean, variance in zip(norms, statistics[-2 * len(norms) :: 2], statistics[1 - 2 * len(norms) :: 2]):
-            norm.track(mean, variance, count)
+        track_together(norms, statistics, count)
     return output
 
 
@@ -145,72 +143,72 @@ class _Setting(NamedTuple):
 
 
 class _Refine(torch.autograd.Function):
-    """(maps, three weights, four norms of four vectors) -> (refined maps, count, mean and variance of each norm)."""
+    """
+    (maps, three weights; of four norms the gains, biases, running means, running variances) -> (refined maps, count,
+    means and variances of the norms in one vector). In evaluation there is neither count nor statistics.
+    """
 
     @staticmethod
-    def forward(ctx, setting: _Setting, attention_map, expansion_weight, local_weight, reduction_weight, *vectors):
+    def forward(ctx, setting: _Setting, attention_map, *parameters):
         with torch.autocast(attention_map.device.type, enabled=False):
-            return _Refine._forward(
-                ctx, setting, attention_map, expansion_weight, local_weight, reduction_weight, *vectors
-            )
+            return _Refine._forward(ctx, setting, attention_map, *parameters)
 
     @staticmethod
-    def _forward(ctx, setting, attention_map, expansion_weight, local_weight, reduction_weight, *vectors):
+    def _forward(ctx, setting, attention_map, *parameters):
         scale, batch, synchronizing, eps = setting[1:]
-        passes = setting.passes(attention_map, local_weight.shape[-1])
-        exact, working = sums_type(attention_map), arithmetic_type(attention_map)
-        heads = attention_map.shape[1]
-        gain1, bias1, mean1, var1, gain2, bias2, mean2, var2, gain3, bias3, mean3, var3, gain4, bias4, mean4, var4 = (
-            None if vector is None else vector.to(exact) for vector in vectors
-        )
-        w1 = None if expansion_weight is None else expansion_weight.flatten(1).to(exact)  # (E, H)
-        w2, w3 = local_weight.to(exact), reduction_weight.flatten(1).to(exact)
+        exact = sums_type(attention_map)
+        (
+            w1, w2, w3, gain1, gain2, gain3, gain4, bias1, bias2, bias3, bias4,
+            mean1, mean2, mean3, mean4, var1, var2, var3, var4,
+        ) = cast_together(parameters, exact)  # fmt: skip
+        w1, w3 = None if w1 is None else w1.flatten(1), w3.flatten(1)  # (E, H), (H, E)
+        passes = setting.passes(attention_map, w2.shape[-1])
 
-        count = torch.ones((), dtype=exact, device=attention_map.device)
-        centre, covariance = torch.zeros(heads, dtype=exact, device=attention_map.device), None
+        def scaled(gain, variance):
+            return gain * (variance + eps).rsqrt()
+
+        count = covariance = None
         if batch:
             count, centre, _, scatter = merge_moments(passes.map_moments(), synchronizing)
             centre, covariance = centre.flatten(), scatter / count
-        expansion = scale1 = None
+        else:
+            centre = torch.zeros_like(gain4)
+        expansion = None
         if w1 is not None:
             if batch:
                 mean1, var1 = w1 @ centre, ((w1 @ covariance) * w1).sum(1)
-            scale1 = gain1 * (var1 + eps).rsqrt()
-            expansion = _folded_expansion(w1, scale1, bias1, mean1, working)
+            scale1 = scaled(gain1, var1)
+            expansion = _folded_expansion(w1, scale1, bias1, mean1)
         if batch:
-            _, mean2, _, scatter = merge_moments(passes.local_moments(expansion, w2.to(working)), synchronizing)
+            _, mean2, _, scatter = merge_moments(passes.local_moments(expansion, w2), synchronizing)
             var2 = scatter / count
-        scale2 = gain2 * (var2 + eps).rsqrt()
-        local = Local((scale2[:, None, None, None] * w2).to(working), (bias2 - scale2 * mean2).to(working))
-        reduced, moments = passes.project(expansion, local, w3.to(working))
+        scale2 = scaled(gain2, var2)
+        local = Local(scale2[:, None, None, None] * w2, torch.addcmul(bias2, scale2, mean2, value=-1))
+        reduced, moments = passes.project(expansion, local, w3)
         shared = None  # covariance of z3 and A
         if batch:
             _, (mean3, _), _, scatter = merge_moments(moments, synchronizing)
             var3, shared = scatter / count
-        scale3 = gain3 * (var3 + eps).rsqrt()
+        scale3 = scaled(gain3, var3)
         if batch:
             mean4 = bias3 + centre
-            var4 = scale3.square() * var3 + 2 * scale3 * shared + covariance.diagonal()
-        scale4 = gain4 * (var4 + eps).rsqrt()
-        constant = scale4 * (bias3 - scale3 * mean3 - mean4) + bias4
-        coefficients = scale * torch.stack((scale4 * scale3, scale4, constant))
-        output = passes.combine(coefficients.to(working), reduced)
+            var4 = torch.addcmul(covariance.diagonal(), scale3, torch.addcmul(2 * shared, scale3, var3))
+        scale4 = scaled(gain4, var4)
+        constant = torch.addcmul(bias4, scale4, torch.addcmul(bias3 - mean4, scale3, mean3, value=-1))
+        output = passes.combine(scale * torch.stack((scale4 * scale3, scale4, constant)), reduced)
 
         ctx.setting = setting
-        ctx.weight_types = [None if w is None else w.dtype for w in (expansion_weight, local_weight, reduction_weight)]
-        ctx.vector_types = [None if vector is None else vector.dtype for vector in vectors]
         ctx.save_for_backward(
-            attention_map, reduced, w1, w2, w3, gain1, bias1, mean1, var1, gain2, bias2, mean2, var2,
-            gain3, bias3, mean3, var3, gain4, mean4, var4, count, centre, covariance, shared,
+            attention_map, reduced, w1, w2, w3, gain1, gain2, gain3, gain4, bias1, bias2, bias3,
+            mean1, mean2, mean3, mean4, var1, var2, var3, var4, count, centre, covariance, shared,
         )  # fmt: skip
-        statistics = [
-            count,
-            *(s for pair in ((mean1, var1), (mean2, var2), (mean3, var3), (mean4, var4)) for s in pair),
-        ]
-        # Fresh tensors: in evaluation these are the norms' own buffers.
-        statistics = [None if s is None else s.clone() for s in statistics]
-        ctx.mark_non_differentiable(*(s for s in statistics if s is not None))
-        return output, *statistics
+        ctx.parameter_types = [None if parameter is None else parameter.dtype for parameter in parameters]
+        if not batch:
+            return output, None, None
+        statistics = (mean1, mean2, mean3, mean4, var1, var2, var3, var4)
+        statistics = torch.cat([vector for vector in statistics if vector is not None])
+        ctx.mark_non_differentiable(count, statistics)
+        return output, count, statistics
 
     @staticmethod
     @differentiable_once
@@ -222,89 +220,87 @@ class _Refine(torch.autograd.Function):
     def _backward(ctx, gradient):
         scale, batch, synchronizing, eps = ctx.setting[1:]
         (
-            attention_map, reduced, w1, w2, w3, gain1, bias1, mean1, var1, gain2, bias2, mean2, var2,
-            gain3, bias3, mean3, var3, gain4, mean4, var4, count, centre, covariance, shared,
+            attention_map, reduced, w1, w2, w3, gain1, gain2, gain3, gain4, bias1, bias2, bias3,
+            mean1, mean2, mean3, mean4, var1, var2, var3, var4, count, centre, covariance, shared,
         ) = ctx.saved_tensors  # fmt: skip
-        working = arithmetic_type(attention_map)
-        inverse2, inverse3, inverse4 = ((variance + eps).rsqrt() for variance in (var2, var3, var4))
-        scale2, scale3, scale4 = gain2 * inverse2, gain3 * inverse3, gain4 * inverse4
-        gradient = gradient.contiguous()
         passes = ctx.setting.passes(attention_map, w2.shape[-1])
+        gradient = gradient.contiguous()
+        heads, expanded = w3.shape
+        sizes = (0 if w1 is None else expanded, expanded, heads, heads)
+        inverse = (torch.cat([v for v in (var1, var2, var3, var4) if v is not None]) + eps).rsqrt()
+        scales = inverse * torch.cat([g for g in (gain1, gain2, gain3, gain4) if g is not None])
+        inverse1, inverse2, inverse3, inverse4 = inverse.split(sizes)
+        scale1, scale2, scale3, scale4 = scales.split(sizes)
 
-        # The two outer norms. y^ = inverse4 (scale3 (z3 - mean3) + (A - centre) + rest), z3^ = inverse3 (z3 - mean3).
-        means = torch.stack((centre, mean3))
-        sums = scale * passes.outer_sums(gradient, reduced, means.to(working))
-        rest = bias3 + centre - mean4  # 0 with batch statistics
-
-        def output_norm_gradients(sum_d, sum_da, sum_dz):
-            return inverse4 * (scale3 * sum_dz + sum_da + rest * sum_d)
-
-        d_bias4, d_gain4 = sums[0], output_norm_gradients(*sums)
+        # The two outer norms. y^ = inverse4 (scale3 (z3 - mean3) + (A - centre) + rest), z3^ = inverse3 (z3 - mean3),
+        # where rest = bias3 + centre - mean4 is 0 with batch statistics.
+        sum_d, sum_da, sum_dz = sums = scale * passes.outer_sums(gradient, reduced, torch.stack((centre, mean3)))
+        d_bias4, d_gain4 = sum_d, torch.addcmul(sum_da, scale3, sum_dz)
+        if not batch:
+            d_gain4 = torch.addcmul(d_gain4, bias3 + centre - mean4, sum_d)
+        d_gain4 = inverse4 * d_gain4
         # dy = c0 d + c1 A + c2 z3 + c3; parameters' gradients are this process's share of the whole.
-        dy = torch.zeros(4, *centre.shape, dtype=centre.dtype, device=centre.device)
-        dy[0] = scale * scale4
         if batch:
-            over_all = total(sums, synchronizing) / count
-            mean_d, mean_dy = over_all[0], output_norm_gradients(*over_all)
-            dy[1] = -scale4 * inverse4 * mean_dy
-            dy[2] = dy[1] * scale3
-            dy[3] = -scale4 * mean_d - dy[1] * centre - dy[2] * mean3
-            own = inverse4 * (scale3 * var3 + shared)  # mean of y^ (z3 - mean3)
+            mean_d, _, mean_dz, mean_dy = total(torch.cat((sums, d_gain4[None])), synchronizing) / count
+            own = inverse4 * torch.addcmul(shared, scale3, var3)  # mean of y^ (z3 - mean3)
+            by_map = -(scale4 * inverse4) * mean_dy
+            by_reduced = by_map * scale3
+            rest = torch.addcmul(torch.addcmul(scale4 * mean_d, by_map, centre), by_reduced, mean3)
+            dy = torch.stack((scale * scale4, by_map, by_reduced, -rest))
             d_bias3 = torch.zeros_like(d_bias4)
-            d_gain3 = scale4 * inverse3 * (sums[2] - d_gain4 * own)
+            slope = scale4 * inverse3
+            d_gain3 = slope * torch.addcmul(sum_dz, d_gain4, own, value=-1)
             dz3 = scale3 * dy
-            correction = scale3 * inverse3 * inverse3 * scale4 * (over_all[2] - mean_dy * own)
+            correction = scale3 * inverse3 * slope * torch.addcmul(mean_dz, mean_dy, own, value=-1)
             dz3[2] -= correction
-            dz3[3] += correction * mean3
+            dz3[3].addcmul_(correction, mean3)
         else:
-            d_bias3, d_gain3 = scale4 * sums[0], scale4 * inverse3 * sums[2]
+            dy = torch.zeros(4, heads, dtype=sums.dtype, device=sums.device)
+            dy[0] = scale * scale4
+            d_bias3, d_gain3 = scale4 * sum_d, scale4 * inverse3 * sum_dz
             dz3 = scale3 * dy
 
-        expansion = scale1 = inverse1 = None
-        if w1 is not None:
-            inverse1 = (var1 + eps).rsqrt()
-            scale1 = gain1 * inverse1
-            expansion = _folded_expansion(w1, scale1, bias1, mean1, working)
-        inputs = BackwardInputs(
-            gradient, reduced, dz3.to(working), expansion,
-            Local((inverse2[:, None, None, None] * w2).to(working), (-inverse2 * mean2).to(working)),
-            gain2.to(working), bias2.to(working), w3.to(working),
-        )  # fmt: skip
+        expansion = None if w1 is None else _folded_expansion(w1, scale1, bias1, mean1)
+        normalised = Local(inverse2[:, None, None, None] * w2, -inverse2 * mean2)
+        inputs = BackwardInputs(gradient, reduced, dz3, expansion, normalised, gain2, bias2, w3)
         d_bias2, d_gain2, dw3 = passes.reduction_backward(inputs)
-        second_norm = torch.stack((scale2, torch.zeros_like(scale2), torch.zeros_like(scale2)))
         if batch:
             mean_n, mean_nz = total(torch.stack((d_bias2, d_gain2)), synchronizing) / count
-            second_norm[1], second_norm[2] = -scale2 * mean_nz, -scale2 * mean_n
-        dw2, d_bias1, sum_ga, part = passes.expansion_backward(
-            inputs, second_norm.to(working), w2.to(working), centre.to(working)
-        )
+            second_norm = torch.stack((scale2, -scale2 * mean_nz, -scale2 * mean_n))
+        else:
+            second_norm = torch.stack((scale2, torch.zeros_like(scale2), torch.zeros_like(scale2)))
+        dw2, d_bias1, sum_ga, part = passes.expansion_backward(inputs, second_norm, w2, centre)
         dw1 = d_gain1 = mixing = None
         if w1 is not None:
-            d_gain1 = inverse1 * ((sum_ga * w1).sum(1) + d_bias1 * (w1 @ centre - mean1))
+            d_gain1 = (sum_ga * w1).sum(1)
+            if not batch:
+                d_gain1 = torch.addcmul(d_gain1, d_bias1, w1 @ centre - mean1)
+            d_gain1 = inverse1 * d_gain1
             dw1 = scale1[:, None] * sum_ga
             if batch:
                 mean_g, mean_gz = total(torch.stack((d_bias1, d_gain1)), synchronizing) / count
-                dw1 -= (scale1 * inverse1 * d_gain1)[:, None] * (w1 @ covariance)
-                mixing = -(w1.T * (scale1 * inverse1 * mean_gz)) @ w1
-                dy[3] -= w1.T @ (scale1 * (mean_g - inverse1 * mean1 * mean_gz))
-        d_map = passes.finish(part, inputs, dy.to(working), None if mixing is None else mixing.to(working))
+                slope = scale1 * inverse1
+                dw1.addcmul_((slope * d_gain1)[:, None], w1 @ covariance, value=-1)
+                mixing = (w1 * (-slope * mean_gz)[:, None]).T @ w1
+                # Minus, as all of it that doesn't depend on the map.
+                dy[3] -= w1.T @ (scale1 * torch.addcmul(mean_g, inverse1 * mean1, mean_gz, value=-1))
+        d_map = passes.finish(part, inputs, dy, mixing)
 
-        def typed(value, dtype):
-            return None if value is None else value.to(dtype)
+        if dw1 is not None:
+            dw1 = dw1[:, :, None, None]
+        gradients = (
+            dw1, dw2, dw3[:, :, None, None],
+            d_gain1, d_gain2, d_gain3, d_gain4, d_bias1, d_bias2, d_bias3, d_bias4, *[None] * 8,
+        )  # fmt: skip
+        if len(types := {dtype for dtype in ctx.parameter_types if dtype is not None}) == 1:
+            gradients = cast_together(gradients, *types)
+        else:
+            gradients = [None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.parameter_types)]
+        return None, d_map, *gradients
 
-        weights = [
-            typed(dw1 if dw1 is None else dw1[:, :, None, None], ctx.weight_types[0]),
-            typed(dw2, ctx.weight_types[1]),
-            typed(dw3[:, :, None, None], ctx.weight_types[2]),
-        ]
-        pairs = ((d_gain1, d_bias1), (d_gain2, d_bias2), (d_gain3, d_bias3), (d_gain4, d_bias4))
-        vectors = [value for pair in pairs for value in (*pair, None, None)]
-        vectors = [typed(value, dtype) for value, dtype in zip(vectors, ctx.vector_types)]
-        return None, d_map, *weights, *vectors
 
-
-def _folded_expansion(weight, scale, bias, mean, dtype: torch.dtype) -> Expansion:
-    return Expansion((scale[:, None] * weight).to(dtype), (bias - scale * mean).to(dtype))
+def _folded_expansion(weight, scale, bias, mean) -> Expansion:
+    return Expansion(scale[:, None] * weight, torch.addcmul(bias, scale, mean, value=-1))
 
 
 def joined(counts: torch.Tensor, x: torch.Tensor, y: torch.Tensor, scatter: torch.Tensor) -> Moments:

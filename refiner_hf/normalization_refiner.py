@@ -65,15 +65,30 @@ class RefinerBatchNorm2d(nn.BatchNorm2d):
             mean, variance (`torch.Tensor` of shape (C,)): of the batch; the variance is the biased one.
             count (`torch.Tensor` of shape ()): how many values of each channel they are of.
         """
-        if not self.track_running_stats or _inside_backward():
-            return
-        self.num_batches_tracked.add_(1)
-        momentum = self.momentum
-        if momentum is None:  # a plain average over all batches
-            momentum = 1 / self.num_batches_tracked.to(mean.dtype)
-        variance = variance * (count / (count - 1))
-        for running, new in ((self.running_mean, mean), (self.running_var, variance)):
-            running.copy_(running + momentum * (new - running))
+        track_together([self], torch.cat((mean, variance)), count)
+
+
+@torch.no_grad()
+def track_together(norms: list[RefinerBatchNorm2d], statistics: torch.Tensor, count: torch.Tensor) -> None:
+    """
+    [`RefinerBatchNorm2d.track`] for several norms at once: on a GPU, each operation on a short vector costs as much as
+    one on them all.
+
+    Args:
+        norms: they track, all or none.
+        statistics (`torch.Tensor` of shape (2 C,)): the means of all norms one after the other, then the biased
+            variances.
+        count (`torch.Tensor` of shape ()): how many values of each channel they are of.
+    """
+    if not norms[0].track_running_stats or _inside_backward():
+        return
+    mean, variance = statistics.chunk(2)
+    new = torch.cat((mean, variance * (count / (count - 1)))).to(norms[0].running_mean.dtype)
+    running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    # Without a momentum, a plain average over all batches.
+    momenta = [1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum for norm in norms]
+    torch._foreach_lerp_(running, new.split([vector.numel() for vector in running]), momenta * 2)
 
 
 def total(sums: torch.Tensor, synchronizing: bool) -> torch.Tensor:

@@ -68,16 +68,21 @@ def _load_packed(maps, h, p, inside, width: tl.constexpr):
 
 
 @_jit
+def _number(vector, i):
+    return tl.load(vector + i).to(tl.float32)
+
+
+@_jit
 def _vector(vector, i, size: tl.constexpr):
     """A short vector, zero beyond its end."""
-    return tl.load(vector + i, mask=i < size, other=0.0)
+    return tl.load(vector + i, mask=i < size, other=0.0).to(tl.float32)
 
 
 @_jit
 def _matrix(matrix, i, j, rows: tl.constexpr, columns: tl.constexpr):
     """A piece of a row-major matrix, zero beyond its end."""
     mask = (i < rows)[:, None] & (j < columns)[None, :]
-    return tl.load(matrix + i[:, None] * columns + j[None, :], mask=mask, other=0.0)
+    return tl.load(matrix + i[:, None] * columns + j[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @_jit
@@ -116,7 +121,7 @@ def _expansion(weight, bias, h, e, H: tl.constexpr, E: tl.constexpr, EXPANDS: tl
     """What a packed position is multiplied with to be expanded, (HP, CHANNELS)."""
     if EXPANDS:
         mask = (h < H)[:, None] & (e < E)[None, :]
-        values = tl.load(weight + e[None, :] * H + h[:, None], mask=mask, other=0.0)
+        values = tl.load(weight + e[None, :] * H + h[:, None], mask=mask, other=0.0).to(tl.float32)
         return tl.where((h == H)[:, None], _vector(bias, e, E)[None, :], values)
     else:
         return tl.where((h[:, None] == e[None, :]) & (e < E)[None, :], 1.0, 0.0)
@@ -127,7 +132,8 @@ def _taps(local, e, E: tl.constexpr, K: tl.constexpr):
     """The convolution's weights, a row (1, CHANNELS) for each of its K K taps."""
     taps = ()
     for tap in tl.static_range(K * K):
-        taps = taps + (tl.load(local + e * (K * K) + tap, mask=e < E, other=0.0)[None, :],)
+        tap_weights = tl.load(local + e * (K * K) + tap, mask=e < E, other=0.0).to(tl.float32)
+        taps = taps + (tap_weights[None, :],)
     return taps
 
 
@@ -335,6 +341,46 @@ def project_kernel(
 
 
 @_jit
+def join_kernel(
+    counts, means, scatters, output, programs,
+    MEANS: tl.constexpr, PAIRS: tl.constexpr, X_REPEATS: tl.constexpr, X: tl.constexpr, PROGRAMS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """
+    All programs' moments together, in float64: count (), means (MEANS,) and scatters (PAIRS,), one behind the other in
+    `output`. Pair c is of means x = c // X_REPEATS % X and y = c % MEANS.
+    """
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    x, y = c // X_REPEATS % X, c % MEANS
+    total, mean_x = tl.zeros((PROGRAMS,), tl.float64), tl.zeros((PROGRAMS, CHANNELS), tl.float64)
+    mean_y, scatter = tl.zeros_like(mean_x), tl.zeros_like(mean_x)
+    start = 0
+    while start < programs:
+        p = start + tl.arange(0, PROGRAMS)
+        count = tl.load(counts + p, mask=p < programs, other=0.0).to(tl.float64)
+        total += count
+        mask = (p < programs)[:, None] & (c < PAIRS)[None, :]
+        mean_x += count[:, None] * tl.load(means + p[:, None] * MEANS + x[None, :], mask=mask, other=0.0)
+        mean_y += count[:, None] * tl.load(means + p[:, None] * MEANS + y[None, :], mask=mask, other=0.0)
+        start += PROGRAMS
+    all_of_them = tl.sum(total, 0)
+    x_mean, y_mean = tl.sum(mean_x, 0) / all_of_them, tl.sum(mean_y, 0) / all_of_them
+    start = 0
+    while start < programs:
+        p = start + tl.arange(0, PROGRAMS)
+        count = tl.load(counts + p, mask=p < programs, other=0.0).to(tl.float64)
+        mask = (p < programs)[:, None] & (c < PAIRS)[None, :]
+        beside_x = tl.load(means + p[:, None] * MEANS + x[None, :], mask=mask, other=0.0) - x_mean[None, :]
+        beside_y = tl.load(means + p[:, None] * MEANS + y[None, :], mask=mask, other=0.0) - y_mean[None, :]
+        scatter += count[:, None] * beside_x * beside_y
+        scatter += tl.load(scatters + p[:, None] * PAIRS + c[None, :], mask=mask, other=0.0)
+        start += PROGRAMS
+    tl.store(output, all_of_them)
+    tl.store(output + 1 + y, y_mean, mask=c < PAIRS)
+    tl.store(output + 1 + MEANS + c, tl.sum(scatter, 0), mask=c < PAIRS)
+
+
+@_jit
 def combine_kernel(coefficients, maps, reduced, output, area, H: tl.constexpr, PIXELS: tl.constexpr):
     """c0 z3 + c1 A + c2 for coefficients (3, H), a channel at a time."""
     channel = tl.program_id(0)  # of all images
@@ -342,7 +388,7 @@ def combine_kernel(coefficients, maps, reduced, output, area, H: tl.constexpr, P
     offset = channel.to(tl.int64) * area
     a = tl.load(maps + offset + p, mask=p < area, other=0.0).to(tl.float32)
     z3 = tl.load(reduced + offset + p, mask=p < area, other=0.0).to(tl.float32)
-    values = tl.load(coefficients + h) * z3 + tl.load(coefficients + H + h) * a + tl.load(coefficients + 2 * H + h)
+    values = _number(coefficients, h) * z3 + _number(coefficients, H + h) * a + _number(coefficients, 2 * H + h)
     tl.store(output + offset + p, values.to(output.dtype.element_ty), mask=p < area)
 
 
@@ -357,8 +403,8 @@ def outer_sums_kernel(gradient, maps, reduced, mean, sums, area, H: tl.constexpr
     p = block * PIXELS + tl.arange(0, PIXELS)
     offset = channel.to(tl.int64) * area
     d = tl.load(gradient + offset + p, mask=p < area, other=0.0).to(tl.float32)  # 0 outside, and all sums have it
-    a = tl.load(maps + offset + p, mask=p < area, other=0.0).to(tl.float32) - tl.load(mean + h)
-    z3 = tl.load(reduced + offset + p, mask=p < area, other=0.0).to(tl.float32) - tl.load(mean + H + h)
+    a = tl.load(maps + offset + p, mask=p < area, other=0.0).to(tl.float32) - _number(mean, h)
+    z3 = tl.load(reduced + offset + p, mask=p < area, other=0.0).to(tl.float32) - _number(mean, H + h)
     target = sums + (image * blocks + block) * 3 * H + h
     tl.store(target, tl.sum(d, 0))
     tl.store(target + H, tl.sum(d * a, 0))
@@ -401,11 +447,11 @@ def _second_norm_gradient(convolved, dz3, back, local_bias, gain, offset, e, E: 
 @_jit
 def reduction_backward_kernel(
     packed, reduced_gradient, weight, bias, local, local_bias, gain, offset, reduction,
-    sums, products, weight_gradient, N,
+    sums, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
     ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dn2 and of dn2 z2^, (programs, E), and of dz3 h2^T, (programs, H, E)."""
+    """Of each program, one behind the other: sums of dn2 and of dn2 z2^, both (E,), and of dz3 h2^T, (H, E)."""
     image, blocks = tl.program_id(1), tl.num_programs(0)
     side, h = N + (K - 1), tl.arange(0, HP)
     first, column = _lanes(N, ROWS, PIXELS)
@@ -427,11 +473,10 @@ def reduction_backward_kernel(
         sum_nz += dn2 * normalised
         outer = tl.dot(tl.trans(dz3), h2.to(dz3.dtype), acc=outer, input_precision=PRECISION)
         rows = _next(rows)
-    program = image * blocks + tl.program_id(0)
-    tl.store(sums + program * E + e, tl.sum(sum_n, 0), mask=e < E)
-    tl.store(products + program * E + e, tl.sum(sum_nz, 0), mask=e < E)
-    mask = (h < H)[:, None] & (e < E)[None, :]
-    tl.store(weight_gradient + program * H * E + h[:, None] * E + e[None, :], outer, mask=mask)
+    sums += (image * blocks + tl.program_id(0)) * (2 + H) * E
+    tl.store(sums + e, tl.sum(sum_n, 0), mask=e < E)
+    tl.store(sums + E + e, tl.sum(sum_nz, 0), mask=e < E)
+    tl.store(sums + (2 + h[:, None]) * E + e[None, :], outer, mask=(h < H)[:, None] & (e < E)[None, :])
 
 
 @_jit
@@ -469,13 +514,14 @@ def local_gradient_kernel(
 
 @_jit
 def expansion_backward_kernel(
-    packed, exchange, weight, bias, local, part, local_gradient, products, N,
+    packed, exchange, weight, bias, local, part, sums, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
     ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """
-    From dz2 in `exchange`: dh1 and g; dW2 (programs, E, K K); sums of g with packed positions (programs, E, H + 1),
-    the last of which are those of g alone; and into `part` (images, N N, HP) W1^T g, without expansion dh1 itself.
+    From dz2 in `exchange`: dh1 and g, and W1^T g into `part` (images, N N, HP), without expansion dh1 itself. For each
+    expanded head, E rows for a program: its share of dW2 (K K,), and the sums of g with packed positions (H + 1,), of
+    which the last is that of g alone.
     """
     image, blocks = tl.program_id(1), tl.num_programs(0)
     side, h = N + (K - 1), tl.arange(0, HP)
@@ -483,20 +529,25 @@ def expansion_backward_kernel(
     packed += image.to(tl.int64) * side * side * HP
     exchange += image.to(tl.int64) * side * side * BLOCKS * CHANNELS
     part += image.to(tl.int64) * N * N * HP
-    program = image * blocks + tl.program_id(0)
+    width: tl.constexpr = K * K + H + 1
+    sums += (image * blocks + tl.program_id(0)) * E * width
     for block in range(BLOCKS):
         e, halves, taps = _channel_block(block, weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
         back = (tl.trans(halves[0]), tl.trans(halves[1]))
         rows, hidden = _no_rows(K, PIXELS, CHANNELS), _no_rows(K, PIXELS, CHANNELS)
         tap_sums = _no_rows(K * K, PIXELS, CHANNELS)
         sum_ga = tl.zeros((HP, CHANNELS), tl.float32)
-        for step in range(ROWS + K - 1):
+        for step in tl.range(ROWS + K - 1, num_stages=3):
             row = first + step
             p = row * side + column
             # h1 of this very row; as many are kept as the kernel is high, so that the last is of the complete one.
             mine = (step < ROWS) & (row < N)
             values = _load_packed(packed, h, p + (K // 2) * side + K // 2, mine, HP)
-            hidden = (_expand(values, halves, EXPANDS, PRECISION),) + hidden[: K - 1]
+            kept = (_expand(values, halves, EXPANDS, PRECISION),)
+            for down in tl.static_range(K - 1):
+                # Below the map it doesn't matter. But the compiler overlaps no steps that hand something on untouched.
+                kept = kept + (tl.where((row < side)[:, None], hidden[down], 0.0),)
+            hidden = kept
             after = ()
             for shift in tl.static_range(K):
                 dz2 = _load_packed(exchange, e, p + shift, row < side, BLOCKS * CHANNELS).to(tl.float32)
@@ -516,20 +567,20 @@ def expansion_backward_kernel(
                 )  # else 0, and so its products
                 sum_ga = tl.dot(tl.trans(own), g, acc=sum_ga, input_precision=PRECISION)
                 share, target = _product(g, back, PRECISION), part + there * HP + h[None, :]
-                if block > 0:  # the positions are this program's own, so nobody else writes here
-                    share += tl.load(target, mask=complete[:, None], other=0.0)
+                # What the blocks before gave: the positions are this program's own, and nobody else writes here.
+                share += tl.load(target, mask=complete[:, None] & (block > 0), other=0.0)
                 tl.store(target, share, mask=complete[:, None])
             else:
                 tl.store(part + there * HP + e[None, :], rows[0], mask=complete[:, None] & (e < HP)[None, :])
             rows = _next(rows)
         for shift in tl.static_range(K):
             for down in tl.static_range(K):
-                target = (program * E + e) * (K * K) + (K - 1 - down) * K + K - 1 - shift
-                tl.store(local_gradient + target, tl.sum(tap_sums[shift * K + down], 0), mask=e < E)
+                target = sums + e * width + (K - 1 - down) * K + K - 1 - shift
+                tl.store(target, tl.sum(tap_sums[shift * K + down], 0), mask=e < E)
         tl.debug_barrier()  # `part` is read by the next block, maybe by other threads
         if EXPANDS:
             mask = (h <= H)[:, None] & (e < E)[None, :]
-            tl.store(products + (program * E + e[None, :]) * (H + 1) + h[:, None], sum_ga, mask=mask)
+            tl.store(sums + e[None, :] * width + K * K + h[:, None], sum_ga, mask=mask)
 
 
 @_jit

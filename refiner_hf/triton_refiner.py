@@ -15,12 +15,13 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from .exact_refiner import BackwardInputs, Moments, exact_refine, joined, sums_type
+from .exact_refiner import BackwardInputs, Moments, exact_refine
 from .folding_refiner import Expansion, Local, fold, needs_exact
 from .triton_kernels_refiner import (
     combine_kernel,
     expansion_backward_kernel,
     finish_kernel,
+    join_kernel,
     local_gradient_kernel,
     local_moments_kernel,
     outer_sums_kernel,
@@ -32,11 +33,11 @@ from .triton_kernels_refiner import (
 )
 
 
-# Lanes of a program that goes over one block of expanded heads and of one that has them all; rows that a lane walks;
-# expanded heads of a tile; positions of a program that expands nothing, and of each of its steps where it takes some;
-# bytes of the exchanged gradient.
-_LANES, _FEWER_LANES, _ROWS, _CHANNELS = 128, 64, 24, 16
-_PLAIN, _PACKED, _STEPS, _EXCHANGE = 1024, 128, 8, 128 * 2**20
+# Lanes of a program and the warps that they make; rows that a lane walks, about; expanded heads of a tile.
+_LANES, _WARPS, _ROWS, _CHANNELS = 32, 2, 32, 16
+# Of programs that expand nothing: positions; of those that pack, and how often they take so many; partial results that
+# are joined at once. Bytes of the exchanged gradient.
+_PLAIN, _PACKED, _STEPS, _JOINED, _EXCHANGE = 1024, 64, 8, 256, 128 * 2**20
 _MAX_HEADS = 16
 
 
@@ -96,35 +97,38 @@ class TritonPasses:
         self.images, self.heads, self.size, _ = attention_map.shape
         self.area = self.size * self.size
         self.padded_heads = max(16, triton.next_power_of_2(self.heads + 1))  # 16 is a product's smallest side
-        self.rows = min(_ROWS, triton.next_power_of_2(self.size))
+        strips = triton.cdiv(self.size, _ROWS)
+        self.rows = triton.cdiv(self.size, strips)
+        self.blocks = triton.cdiv(strips * self.size, _LANES)  # programs of an image
 
     def map_moments(self) -> Moments:
         groups = triton.cdiv(self.area, _STEPS * _PACKED)
         counts, means = self._sums(groups), self._sums(groups, self.heads)
         scatters = self._sums(groups, self.heads, self.heads)
         self.packed = self._pack(counts, means, scatters)
-        return joined(counts, means[:, :, None], means[:, None, :], scatters)
+        count, means, scatter = self._joined(counts, means, scatters, self.heads, self.heads)
+        return Moments(count, means[:, None], means[None, :], scatter)
 
     def local_moments(self, expansion: Expansion | None, weight: torch.Tensor) -> Moments:
-        expanded, blocks = weight.shape[0], self._blocks(_LANES)
-        counts, means, scatters = self._sums(blocks), self._sums(blocks, expanded), self._sums(blocks, expanded)
+        expanded = weight.shape[0]
+        counts, means, scatters = self._sums(self.blocks), *(self._sums(self.blocks, expanded) for _ in range(2))
         with _on(self.maps):
-            local_moments_kernel[blocks, self.images, triton.cdiv(expanded, _CHANNELS)](
+            local_moments_kernel[self.blocks, self.images, triton.cdiv(expanded, _CHANNELS)](
                 self.packed, *_of(expansion), weight.contiguous(), counts, means, scatters, self.size,
-                PIXELS=_LANES, **self._constants(expansion, weight),
+                **self._constants(expansion, weight),
             )  # fmt: skip
-        return joined(counts, means, means, scatters)
+        count, mean, scatter = self._joined(counts, means, scatters, 1, expanded)
+        return Moments(count, mean, mean, scatter)
 
     def project(
         self, expansion: Expansion | None, local: Local, reduction: torch.Tensor
     ) -> tuple[torch.Tensor, Moments]:
-        blocks = self._blocks(_FEWER_LANES)
         reduced = torch.empty_like(self.maps)
-        counts, means = self._sums(blocks), self._sums(blocks, 2, self.heads)
+        counts, means = self._sums(self.blocks), self._sums(self.blocks, 2, self.heads)
         scatters = torch.empty_like(means)
         self.run_projection(expansion, local, reduction, None, None, reduced, counts, means, scatters)
-        x = means[:, :1].expand_as(means)  # z3 with itself and with the map
-        return reduced, joined(counts, x, means, scatters)
+        count, means, scatter = self._joined(counts, means, scatters, 1, self.heads)
+        return reduced, Moments(count, means[:1].expand_as(means), means, scatter)  # z3 with itself and with the map
 
     def combine(self, coefficients: torch.Tensor, reduced: torch.Tensor) -> torch.Tensor:
         output = torch.empty_like(self.maps)
@@ -144,9 +148,8 @@ class TritonPasses:
         return _added(sums)
 
     def reduction_backward(self, inputs: BackwardInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        expanded, blocks = inputs.reduction.shape[1], self._blocks(_LANES)
-        sums, products = self._sums(blocks, expanded), self._sums(blocks, expanded)
-        weight_gradient = self._sums(blocks, self.heads, expanded)
+        expanded = inputs.reduction.shape[1]
+        sums = self._sums(self.blocks, 2 + self.heads, expanded)
         # The gradient at z3, packed as well; the other passes need it too.
         self.reduced_gradient = self.maps.new_empty(self.images, self.area, self.padded_heads)
         with _on(self.maps):
@@ -154,20 +157,20 @@ class TritonPasses:
                 inputs.gradient, self.maps, inputs.reduced, inputs.coefficients, self.reduced_gradient, self.size,
                 H=self.heads, HP=self.padded_heads, PIXELS=_PACKED,
             )  # fmt: skip
-            reduction_backward_kernel[blocks, self.images, triton.cdiv(expanded, _CHANNELS)](
-                *self._backward_arguments(inputs, slice(None)), sums, products, weight_gradient, self.size,
-                PIXELS=_LANES, **self._constants(inputs.expansion, inputs.local.weight),
+            reduction_backward_kernel[self.blocks, self.images, triton.cdiv(expanded, _CHANNELS)](
+                *self._backward_arguments(inputs, slice(None)), sums, self.size,
+                **self._constants(inputs.expansion, inputs.local.weight),
             )  # fmt: skip
-        return _added(sums), _added(products), _added(weight_gradient)
+        sums = _added(sums)
+        return sums[0], sums[1], sums[2:]
 
     def expansion_backward(
         self, inputs: BackwardInputs, second_norm: torch.Tensor, weight: torch.Tensor, centre: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
         expansion, (expanded, kernel) = inputs.expansion, weight.shape[::3]
-        packed, weight, blocks = self.packed, weight.contiguous(), self._blocks(_FEWER_LANES)
+        packed, weight = self.packed, weight.contiguous()
         part = self.maps.new_empty(self.images, self.area, self.padded_heads, dtype=torch.float32)
-        weight_gradient = self._sums(blocks, expanded, kernel * kernel)
-        products = self._sums(blocks, expanded, self.heads + 1)
+        sums = self._sums(self.blocks, expanded, kernel * kernel + self.heads + 1)
         channel_blocks = triton.cdiv(expanded, _CHANNELS)
         shape = (*packed.shape[1:3], channel_blocks * _CHANNELS)
         together = min(self.images, max(1, _EXCHANGE // (shape[0] * shape[1] * shape[2] * self.maps.itemsize)))
@@ -177,21 +180,22 @@ class TritonPasses:
             for start in range(0, self.images, together):
                 images = slice(start, min(start + together, self.images))
                 count = images.stop - images.start
-                local_gradient_kernel[(self._blocks(_LANES), count, triton.cdiv(expanded, _CHANNELS))](
+                local_gradient_kernel[(self.blocks, count, triton.cdiv(expanded, _CHANNELS))](
                     *self._backward_arguments(inputs, images), second_norm, exchange, self.size,
-                    PIXELS=_LANES, **constants,
+                    **constants,
                 )  # fmt: skip
-                of_these = slice(start * blocks, images.stop * blocks)
-                expansion_backward_kernel[blocks, count](
-                    packed[images], exchange, *_of(expansion), weight, part[images], weight_gradient[of_these],
-                    products[of_these], self.size, PIXELS=_FEWER_LANES, BLOCKS=channel_blocks, **constants,
+                of_these = slice(start * self.blocks, images.stop * self.blocks)
+                expansion_backward_kernel[self.blocks, count](
+                    packed[images], exchange, *_of(expansion), weight, part[images], sums[of_these], self.size,
+                    BLOCKS=channel_blocks, **constants,
                 )  # fmt: skip
-        weight_gradient = _added(weight_gradient).view_as(weight)
+        sums = _added(sums)
+        weight_gradient = sums[:, : kernel * kernel].reshape(weight.shape)
         if expansion is None:
             return weight_gradient, None, None, part
-        products = _added(products)
-        sum_g = products[:, -1]
-        return weight_gradient, sum_g, products[:, :-1] - sum_g[:, None] * centre, part
+        sum_g = sums[:, -1]
+        sum_ga = torch.addcmul(sums[:, kernel * kernel : -1], sum_g[:, None], centre, value=-1)
+        return weight_gradient, sum_g, sum_ga, part
 
     def finish(
         self, part: torch.Tensor, inputs: BackwardInputs, coefficients: torch.Tensor, mixing: torch.Tensor | None
@@ -217,27 +221,35 @@ class TritonPasses:
             pack_kernel[triton.cdiv(self.area, _STEPS * _PACKED), self.images](
                 self.maps, packed, counts, means, scatters, self.size,
                 STEPS=_STEPS, H=self.heads, HP=self.padded_heads, HALF=self.kernel_size // 2, PIXELS=_PACKED,
-                MOMENTS=means is not None,
+                MOMENTS=means is not None, num_warps=1 if means is not None else 4,
             )  # fmt: skip
         return packed
 
     def run_projection(self, expansion, local: Local, reduction, identity, constant, output, *sums) -> None:
         with _on(self.maps):
-            project_kernel[self._blocks(_FEWER_LANES), self.images](
+            project_kernel[self.blocks, self.images](
                 self.packed, *_of(expansion), local.weight.contiguous(), local.bias, reduction, identity, constant,
                 output, *sums, self.size,
-                PIXELS=_FEWER_LANES, BLOCKS=triton.cdiv(len(local.weight), _CHANNELS), MOMENTS=identity is None,
+                BLOCKS=triton.cdiv(len(local.weight), _CHANNELS), MOMENTS=identity is None,
                 **self._constants(expansion, local.weight),
             )  # fmt: skip
+
+    def _joined(self, counts, means, scatters, x_repeats: int, x: int) -> tuple[torch.Tensor, ...]:
+        """Count, means and scatters of all programs together; see the kernel about the last two arguments."""
+        sizes = (1, means[0].numel(), scatters[0].numel())
+        output = self.maps.new_empty(sum(sizes), dtype=torch.float64)
+        with _on(self.maps):
+            join_kernel[(triton.cdiv(sizes[2], _CHANNELS),)](
+                counts, means, scatters, output, len(counts),
+                MEANS=sizes[1], PAIRS=sizes[2], X_REPEATS=x_repeats, X=x, PROGRAMS=_JOINED, CHANNELS=_CHANNELS,
+            )  # fmt: skip
+        count, mean, scatter = output.split(sizes)
+        return count[0], mean.view(means.shape[1:]), scatter.view(scatters.shape[1:])
 
     def _backward_arguments(self, inputs: BackwardInputs, images: slice) -> tuple:
         vectors = (inputs.local.bias, inputs.gain, inputs.offset, inputs.reduction)
         maps = (self.packed[images], self.reduced_gradient[images])
         return *maps, *_of(inputs.expansion), inputs.local.weight.contiguous(), *vectors
-
-    def _blocks(self, lanes: int) -> int:
-        """How many programs of `lanes` lanes an image takes."""
-        return triton.cdiv(triton.cdiv(self.size, self.rows) * self.size, lanes)
 
     def _sums(self, programs: int, *shape: int) -> torch.Tensor:
         """For what `programs` programs for each image add up."""
@@ -252,6 +264,8 @@ class TritonPasses:
             K=self.kernel_size,
             EXPANDS=expansion is not None,
             ROWS=self.rows,
+            PIXELS=_LANES,
+            num_warps=_WARPS,
             CHANNELS=_CHANNELS,
             PRECISION=_precision(),
         )
@@ -273,4 +287,4 @@ def _on(maps: torch.Tensor):
 
 def _added(sums: torch.Tensor) -> torch.Tensor:
     """All programs' sums together."""
-    return sums.sum(0, dtype=sums_type(sums))
+    return sums.sum(0, dtype=torch.float64)

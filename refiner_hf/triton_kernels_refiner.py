@@ -192,6 +192,44 @@ def _convolved(
     return rows
 
 
+# --- evaluation ---
+
+
+@_jit
+def _affine(gain, bias, mean, variance, eps, i, size: tl.constexpr):
+    """A norm in evaluation, as gain x + bias."""
+    scale = _vector(gain, i, size) / tl.sqrt(_vector(variance, i, size) + eps)
+    return scale, _vector(bias, i, size) - scale * _vector(mean, i, size)
+
+
+@_jit
+def fold_kernel(
+    w1, gain1, bias1, mean1, var1, eps1, w2, gain2, bias2, mean2, var2, eps2,
+    w3, gain3, bias3, mean3, var3, eps3, gain4, bias4, mean4, var4, eps4,
+    scale, expansion, expansion_bias, local, local_bias, reduction, identity, constant,
+    H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, TAPS: tl.constexpr,
+    EXPANDS: tl.constexpr,
+):  # fmt: skip
+    """What `folding_refiner.fold` does, in one go: there are too many short vectors to take them one by one."""
+    h, e, tap = tl.arange(0, HP), tl.arange(0, EP), tl.arange(0, TAPS)
+    if EXPANDS:
+        gain, bias = _affine(gain1, bias1, mean1, var1, eps1, e, E)
+        mask = (e < E)[:, None] & (h < H)[None, :]
+        tl.store(expansion + e[:, None] * H + h[None, :], gain[:, None] * _matrix(w1, e, h, E, H), mask=mask)
+        tl.store(expansion_bias + e, bias, mask=e < E)
+    gain, bias = _affine(gain2, bias2, mean2, var2, eps2, e, E)
+    mask = (e < E)[:, None] & (tap < K * K)[None, :]
+    values = gain[:, None] * _matrix(w2, e, tap, E, K * K)
+    tl.store(local + e[:, None] * (K * K) + tap[None, :], values, mask=mask)
+    tl.store(local_bias + e, bias, mask=e < E)
+    gain, bias = _affine(gain3, bias3, mean3, var3, eps3, h, H)
+    output_gain, output_bias = _affine(gain4, bias4, mean4, var4, eps4, h, H)
+    values = (scale * output_gain * gain)[:, None] * _matrix(w3, h, e, H, E)
+    tl.store(reduction + h[:, None] * E + e[None, :], values, mask=(h < H)[:, None] & (e < E)[None, :])
+    tl.store(identity + h, scale * output_gain, mask=h < H)
+    tl.store(constant + h, scale * (output_gain * bias + output_bias), mask=h < H)
+
+
 # --- forward ---
 
 
@@ -202,8 +240,8 @@ def pack_kernel(
     MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """
-    The inner of packed maps (images, N + 2 HALF, N + 2 HALF, HP). With MOMENTS, of STEPS blocks of positions: how many
-    they are (programs,), mean (programs, H) and scatter (programs, H, H).
+    Packed maps (images, N + 2 HALF, N + 2 HALF, HP). With MOMENTS, of STEPS blocks of packed positions: how many lie
+    in the map (programs,), mean (programs, H) and scatter (programs, H, H).
     """
     image, group, groups = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
     area, h, side = N * N, tl.arange(0, HP), N + 2 * HALF
@@ -212,15 +250,14 @@ def pack_kernel(
     p = group * STEPS * PIXELS + tl.arange(0, PIXELS)
     if MOMENTS:
         # Sums about some value near the mean don't cancel.
-        first = _load_heads(maps, h, p, p < area, area, H)
-        about = (tl.sum(first, 1) / tl.sum((p < area).to(tl.float32), 0))[:, None]
+        about = tl.sum(_load_heads(maps, h, p % area, p >= 0, area, H), 1)[:, None] / PIXELS
         sums, scatter, count = tl.zeros((HP,), tl.float32), tl.zeros((HP, HP), tl.float32), 0.0
     for _ in range(STEPS):
-        inside = p < area
-        values = _load_heads(maps, h, p, inside, area, H)
-        there = (p // N + HALF) * side + p % N + HALF
-        with_one = tl.where((h == H)[:, None], 1.0, values).to(packed.dtype.element_ty)
-        tl.store(packed + there[None, :] * HP + h[:, None], with_one, mask=inside[None, :])
+        row, column = p // side - HALF, p % side - HALF
+        inside = (row >= 0) & (row < N) & (column >= 0) & (column < N)
+        values = _load_heads(maps, h, row * N + column, inside, area, H)
+        with_one = tl.where((h == H)[:, None] & inside[None, :], 1.0, values).to(packed.dtype.element_ty)
+        tl.store(packed + p[None, :] * HP + h[:, None], with_one, mask=(p < side * side)[None, :])
         if MOMENTS:
             values = tl.where(inside[None, :], values - about, 0.0)
             sums += tl.sum(values, 1)
@@ -228,10 +265,10 @@ def pack_kernel(
             count += tl.sum(inside.to(tl.float32), 0)
         p += PIXELS
     if MOMENTS:
-        program = image * groups + group
+        program, divisor = image * groups + group, tl.maximum(count, 1.0)
         tl.store(counts + program, count)
-        tl.store(means + program * H + h, tl.reshape(about, (HP,)) + sums / count, mask=h < H)
-        scatter -= sums[:, None] * sums[None, :] / count
+        tl.store(means + program * H + h, tl.reshape(about, (HP,)) + sums / divisor, mask=h < H)
+        scatter -= sums[:, None] * sums[None, :] / divisor
         mask = (h < H)[:, None] & (h < H)[None, :]
         tl.store(scatters + program * H * H + h[:, None] * H + h[None, :], scatter, mask=mask)
 
@@ -513,74 +550,104 @@ def local_gradient_kernel(
 
 
 @_jit
+def local_weight_gradient_kernel(
+    packed, exchange, weight, bias, local, sums, N,
+    H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
+    ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dW2 from dz2 in `exchange`, each program's share of it (programs, E, K K)."""
+    image, blocks = tl.program_id(1), tl.num_programs(0)
+    side, h = N + (K - 1), tl.arange(0, HP)
+    first, column = _lanes(N, ROWS, PIXELS)
+    packed += image.to(tl.int64) * side * side * HP
+    width: tl.constexpr = (E + CHANNELS - 1) // CHANNELS * CHANNELS
+    exchange += image.to(tl.int64) * side * side * width
+    e, halves, _ = _channel_block(tl.program_id(2), weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
+    hidden, tap_sums = _no_rows(K, PIXELS, CHANNELS), _no_rows(K * K, PIXELS, CHANNELS)
+    for step in tl.range(ROWS + K - 1, num_stages=3):  # else only operands of products are loaded ahead
+        row = first + step
+        p = row * side + column
+        # h1 of this very row, and of those before it for which this row's dz2 counts.
+        mine = (step < ROWS) & (row < N)
+        values = _load_packed(packed, h, p + (K // 2) * side + K // 2, mine, HP)
+        kept = (_expand(values, halves, EXPANDS, PRECISION),)
+        for down in tl.static_range(K - 1):
+            # Below the map it doesn't matter. But the compiler overlaps no steps that hand something on untouched.
+            kept = kept + (tl.where((row < side)[:, None], hidden[down], 0.0),)
+        hidden = kept
+        after = ()
+        for shift in tl.static_range(K):
+            dz2 = _load_packed(exchange, e, p + shift, row < side, width).to(tl.float32)
+            for down in tl.static_range(K):
+                after = after + (tap_sums[shift * K + down] + hidden[down] * dz2,)
+        tap_sums = after
+    sums += (image * blocks + tl.program_id(0)) * E * K * K
+    for shift in tl.static_range(K):
+        for down in tl.static_range(K):
+            # The convolution turned around: the gradient comes from where the value went.
+            tap = (K - 1 - down) * K + K - 1 - shift
+            tl.store(sums + e * (K * K) + tap, tl.sum(tap_sums[shift * K + down], 0), mask=e < E)
+
+
+@_jit
 def expansion_backward_kernel(
     packed, exchange, weight, bias, local, part, sums, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
     ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """
-    From dz2 in `exchange`: dh1 and g, and W1^T g into `part` (images, N N, HP), without expansion dh1 itself. For each
-    expanded head, E rows for a program: its share of dW2 (K K,), and the sums of g with packed positions (H + 1,), of
-    which the last is that of g alone.
+    From dz2 in `exchange`: dh1 and g, and W1^T g into `part` (images, N N, H), without expansion dh1 itself; and sums
+    of g with packed positions (programs, H + 1, E), of which the last are those of g alone.
     """
     image, blocks = tl.program_id(1), tl.num_programs(0)
     side, h = N + (K - 1), tl.arange(0, HP)
     first, column = _lanes(N, ROWS, PIXELS)
     packed += image.to(tl.int64) * side * side * HP
     exchange += image.to(tl.int64) * side * side * BLOCKS * CHANNELS
-    part += image.to(tl.int64) * N * N * HP
-    width: tl.constexpr = K * K + H + 1
-    sums += (image * blocks + tl.program_id(0)) * E * width
-    for block in range(BLOCKS):
+    part += image.to(tl.int64) * N * N * H
+    under_way, weights, sums_ga = (), (), ()
+    for block in tl.static_range(BLOCKS):
         e, halves, taps = _channel_block(block, weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
-        back = (tl.trans(halves[0]), tl.trans(halves[1]))
-        rows, hidden = _no_rows(K, PIXELS, CHANNELS), _no_rows(K, PIXELS, CHANNELS)
-        tap_sums = _no_rows(K * K, PIXELS, CHANNELS)
-        sum_ga = tl.zeros((HP, CHANNELS), tl.float32)
-        for step in tl.range(ROWS + K - 1, num_stages=3):
-            row = first + step
-            p = row * side + column
-            # h1 of this very row; as many are kept as the kernel is high, so that the last is of the complete one.
-            mine = (step < ROWS) & (row < N)
-            values = _load_packed(packed, h, p + (K // 2) * side + K // 2, mine, HP)
-            kept = (_expand(values, halves, EXPANDS, PRECISION),)
-            for down in tl.static_range(K - 1):
-                # Below the map it doesn't matter. But the compiler overlaps no steps that hand something on untouched.
-                kept = kept + (tl.where((row < side)[:, None], hidden[down], 0.0),)
-            hidden = kept
-            after = ()
-            for shift in tl.static_range(K):
-                dz2 = _load_packed(exchange, e, p + shift, row < side, BLOCKS * CHANNELS).to(tl.float32)
-                # The convolution turned around: the gradient comes from where the value went.
-                shares = ()
-                for down in tl.static_range(K):
-                    shares = shares + (rows[down] + taps[down * K + K - 1 - shift] * dz2,)
-                    after = after + (tap_sums[shift * K + down] + hidden[down] * dz2,)
-                rows = shares
-            tap_sums = after
-            complete = (step >= K - 1) & (row < side)
-            there = ((row - (K - 1)) * N + column)[:, None]
-            if EXPANDS:
-                g = _relu6_backward(rows[0], hidden[K - 1]).to(packed.dtype.element_ty)
-                own = _load_packed(
-                    packed, h, p - (K // 2) * side + K // 2, complete, HP
-                )  # else 0, and so its products
-                sum_ga = tl.dot(tl.trans(own), g, acc=sum_ga, input_precision=PRECISION)
-                share, target = _product(g, back, PRECISION), part + there * HP + h[None, :]
-                # What the blocks before gave: the positions are this program's own, and nobody else writes here.
-                share += tl.load(target, mask=complete[:, None] & (block > 0), other=0.0)
-                tl.store(target, share, mask=complete[:, None])
-            else:
-                tl.store(part + there * HP + e[None, :], rows[0], mask=complete[:, None] & (e < HP)[None, :])
-            rows = _next(rows)
+        under_way = under_way + (_no_rows(K, PIXELS, CHANNELS),)
+        weights = weights + ((e, taps, halves, (tl.trans(halves[0]), tl.trans(halves[1]))),)
+        sums_ga = sums_ga + (tl.zeros((HP, CHANNELS), tl.float32),)
+    for step in range(ROWS + K - 1):
+        row = first + step
+        p = row * side + column
         for shift in tl.static_range(K):
-            for down in tl.static_range(K):
-                target = sums + e * width + (K - 1 - down) * K + K - 1 - shift
-                tl.store(target, tl.sum(tap_sums[shift * K + down], 0), mask=e < E)
-        tl.debug_barrier()  # `part` is read by the next block, maybe by other threads
+            after = ()
+            for block in tl.static_range(BLOCKS):
+                e, taps = weights[block][0], weights[block][1]
+                dz2 = _load_packed(exchange, e, p + shift, row < side, BLOCKS * CHANNELS).to(tl.float32)
+                shares = ()
+                for down in tl.static_range(K):  # turned around, see above
+                    shares = shares + (under_way[block][down] + taps[down * K + K - 1 - shift] * dz2,)
+                after = after + (shares,)
+            under_way = after
+        complete = (step >= K - 1) & (row < side)
+        there = part + ((row - (K - 1)) * N + column)[:, None] * H
         if EXPANDS:
+            own = _load_packed(packed, h, p - (K // 2) * side + K // 2, complete, HP)  # else 0, and so its products
+            share = tl.zeros((PIXELS, HP), tl.float32)
+            after, added = (), ()
+            for block in tl.static_range(BLOCKS):
+                h1 = _expand(own, weights[block][2], EXPANDS, PRECISION)
+                g = _relu6_backward(under_way[block][0], h1).to(packed.dtype.element_ty)
+                added = added + (tl.dot(tl.trans(own), g, acc=sums_ga[block], input_precision=PRECISION),)
+                share += _product(g, weights[block][3], PRECISION)
+                after = after + (_next(under_way[block]),)
+            under_way, sums_ga = after, added
+            tl.store(there + h[None, :], share, mask=complete[:, None] & (h < H)[None, :])
+        else:
+            e = tl.arange(0, CHANNELS)
+            tl.store(there + e[None, :], under_way[0][0], mask=complete[:, None] & (e < H)[None, :])
+            under_way = (_next(under_way[0]),)
+    if EXPANDS:
+        sums += (image * blocks + tl.program_id(0)) * (H + 1) * E
+        for block in tl.static_range(BLOCKS):
+            e = weights[block][0]
             mask = (h <= H)[:, None] & (e < E)[None, :]
-            tl.store(sums + e[None, :] * width + K * K + h[:, None], sum_ga, mask=mask)
+            tl.store(sums + h[:, None] * E + e[None, :], sums_ga[block], mask=mask)
 
 
 @_jit
@@ -588,16 +655,16 @@ def finish_kernel(
     part, gradient, maps, reduced, coefficients, mixing, output, N,
     H: tl.constexpr, HP: tl.constexpr, MIXES: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """part + c0 d + c1 A + c2 z3 + c3 + mixing A, for `part` (images, N N, HP)."""
+    """part + c0 d + c1 A + c2 z3 + c3 + mixing A, for `part` (images, N N, H)."""
     area, h = N * N, tl.arange(0, HP)
     p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
     image, inside = tl.program_id(1).to(tl.int64), p < area
     start = image * H * area
     maps += start
-    values = tl.trans(_load_packed(part + image * area * HP, h, p, inside, HP))
+    mask = (h < H)[:, None] & inside[None, :]
+    values = tl.load(part + image * area * H + p[None, :] * H + h[:, None], mask=mask, other=0.0)
     values += _combination(gradient + start, maps, reduced + start, coefficients, h, p, inside, area, H)
     if MIXES:
         own = _load_heads(maps, h, p, inside, area, H)
         values += tl.dot(_matrix(mixing, h, h, H, H), own, input_precision=PRECISION)
-    mask = (h < H)[:, None] & inside[None, :]
     tl.store(output + start + h[:, None] * area + p[None, :], values.to(output.dtype.element_ty), mask=mask)

@@ -8,6 +8,7 @@ needs the neighbours' gradients, which need their neighbours' expansions, 81 in 
 through memory, a few images at a time, as many as stay in the second-level cache.
 """
 
+import math
 import os
 from contextlib import nullcontext
 from functools import cached_property
@@ -16,14 +17,16 @@ import torch
 from torch import nn
 
 from .exact_refiner import BackwardInputs, Moments, exact_refine
-from .folding_refiner import Expansion, Local, fold, needs_exact
+from .folding_refiner import Expansion, Folded, Local, needs_exact, norms_of
 from .triton_kernels_refiner import (
     combine_kernel,
     expansion_backward_kernel,
     finish_kernel,
+    fold_kernel,
     join_kernel,
     local_gradient_kernel,
     local_moments_kernel,
+    local_weight_gradient_kernel,
     outer_sums_kernel,
     pack_kernel,
     project_kernel,
@@ -37,7 +40,7 @@ from .triton_kernels_refiner import (
 _LANES, _WARPS, _ROWS, _CHANNELS = 32, 2, 32, 16
 # Of programs that expand nothing: positions; of those that pack, and how often they take so many; partial results that
 # are joined at once. Bytes of the exchanged gradient.
-_PLAIN, _PACKED, _STEPS, _JOINED, _EXCHANGE = 1024, 64, 8, 256, 128 * 2**20
+_PLAIN, _PACKED, _STEPS, _JOINED, _EXCHANGE = 1024, 64, 8, 512, 128 * 2**20
 _MAX_HEADS = 16
 
 
@@ -80,13 +83,33 @@ def triton_refine(refinement: nn.Module, attention_map: torch.Tensor, scale: flo
     """
     if needs_exact(refinement, attention_map):
         return exact_refine(refinement, attention_map, scale, TritonPasses)
-    folded = fold(refinement, torch.float32, scale)
     attention_map = attention_map.contiguous()
     output = torch.empty_like(attention_map)
-    passes = TritonPasses(attention_map, folded.local.weight.shape[-1])
+    passes = TritonPasses(attention_map, refinement.local_attention.kernel_size[0])
+    folded = _fold(refinement, scale)
     vectors = (folded.reduction, folded.identity, folded.constant)
     passes.run_projection(folded.expansion, folded.local, *vectors, output, None, None, None)
     return output
+
+
+def _fold(refinement: nn.Module, scale: float) -> Folded:
+    """[`fold`] in float32 by a kernel."""
+    convolutions = (refinement.expansion, refinement.local_attention, refinement.reduction)
+    w1, w2, w3 = (None if convolution is None else convolution.weight.contiguous() for convolution in convolutions)
+    heads, expanded, kernel = len(w3), len(w2), w2.shape[-1]
+    norms = [(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps) for norm in norms_of(refinement)]
+    first = (None,) * 5 if w1 is None else norms[0]
+    shapes = [(expanded, heads), (expanded,), w2.shape, (expanded,), (heads, expanded), (heads,), (heads,)]
+    flat = torch.empty(sum(math.prod(shape) for shape in shapes), dtype=torch.float32, device=w3.device)
+    pieces = [piece.view(shape) for piece, shape in zip(flat.split([math.prod(shape) for shape in shapes]), shapes)]
+    with _on(w3):
+        fold_kernel[(1,)](
+            w1, *first, w2, *norms[-3], w3, *norms[-2], *norms[-1], scale, *pieces,
+            H=heads, HP=triton.next_power_of_2(heads), E=expanded, EP=triton.next_power_of_2(expanded), K=kernel,
+            TAPS=triton.next_power_of_2(kernel * kernel), EXPANDS=w1 is not None,
+        )  # fmt: skip
+    expansion = None if w1 is None else Expansion(*pieces[:2])
+    return Folded(expansion, Local(*pieces[2:4]), *pieces[4:])
 
 
 class TritonPasses:
@@ -95,14 +118,14 @@ class TritonPasses:
     def __init__(self, attention_map: torch.Tensor, kernel_size: int):
         self.maps, self.kernel_size = attention_map, kernel_size
         self.images, self.heads, self.size, _ = attention_map.shape
-        self.area = self.size * self.size
+        self.area, self.side = self.size * self.size, self.size + kernel_size - 1
         self.padded_heads = max(16, triton.next_power_of_2(self.heads + 1))  # 16 is a product's smallest side
         strips = triton.cdiv(self.size, _ROWS)
         self.rows = triton.cdiv(self.size, strips)
         self.blocks = triton.cdiv(strips * self.size, _LANES)  # programs of an image
 
     def map_moments(self) -> Moments:
-        groups = triton.cdiv(self.area, _STEPS * _PACKED)
+        groups = self._pack_groups
         counts, means = self._sums(groups), self._sums(groups, self.heads)
         scatters = self._sums(groups, self.heads, self.heads)
         self.packed = self._pack(counts, means, scatters)
@@ -167,35 +190,36 @@ class TritonPasses:
     def expansion_backward(
         self, inputs: BackwardInputs, second_norm: torch.Tensor, weight: torch.Tensor, centre: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
-        expansion, (expanded, kernel) = inputs.expansion, weight.shape[::3]
-        packed, weight = self.packed, weight.contiguous()
-        part = self.maps.new_empty(self.images, self.area, self.padded_heads, dtype=torch.float32)
-        sums = self._sums(self.blocks, expanded, kernel * kernel + self.heads + 1)
+        expansion, expanded, weight = inputs.expansion, len(weight), weight.contiguous()
+        part = torch.empty(self.images, self.area, self.heads, dtype=torch.float32, device=self.maps.device)
+        local_sums = self._sums(self.blocks, expanded, weight[0].numel())
+        sums = self._sums(self.blocks, self.heads + 1, expanded)
         channel_blocks = triton.cdiv(expanded, _CHANNELS)
-        shape = (*packed.shape[1:3], channel_blocks * _CHANNELS)
-        together = min(self.images, max(1, _EXCHANGE // (shape[0] * shape[1] * shape[2] * self.maps.itemsize)))
-        exchange = self.maps.new_zeros(together, *shape)
+        shape = (*self.packed.shape[1:3], channel_blocks * _CHANNELS)
+        together = min(self.images, max(1, _EXCHANGE // (math.prod(shape) * self.maps.itemsize)))
+        exchange = self.maps.new_zeros(together, *shape)  # around the maps it stays so
         constants = self._constants(expansion, weight)
         with _on(self.maps):
             for start in range(0, self.images, together):
                 images = slice(start, min(start + together, self.images))
                 count = images.stop - images.start
-                local_gradient_kernel[(self.blocks, count, triton.cdiv(expanded, _CHANNELS))](
-                    *self._backward_arguments(inputs, images), second_norm, exchange, self.size,
-                    **constants,
-                )  # fmt: skip
+                local_gradient_kernel[self.blocks, count, channel_blocks](
+                    *self._backward_arguments(inputs, images), second_norm, exchange, self.size, **constants
+                )
                 of_these = slice(start * self.blocks, images.stop * self.blocks)
+                arguments = (self.packed[images], exchange, *_of(expansion), weight)
+                local_weight_gradient_kernel[self.blocks, count, channel_blocks](
+                    *arguments, local_sums[of_these], self.size, **constants
+                )
                 expansion_backward_kernel[self.blocks, count](
-                    packed[images], exchange, *_of(expansion), weight, part[images], sums[of_these], self.size,
-                    BLOCKS=channel_blocks, **constants,
-                )  # fmt: skip
-        sums = _added(sums)
-        weight_gradient = sums[:, : kernel * kernel].reshape(weight.shape)
+                    *arguments, part[images], sums[of_these], self.size, BLOCKS=channel_blocks, **constants
+                )
+        weight_gradient = _added(local_sums).view_as(weight)
         if expansion is None:
             return weight_gradient, None, None, part
-        sum_g = sums[:, -1]
-        sum_ga = torch.addcmul(sums[:, kernel * kernel : -1], sum_g[:, None], centre, value=-1)
-        return weight_gradient, sum_g, sum_ga, part
+        sums = _added(sums)
+        sum_g = sums[-1]
+        return weight_gradient, sum_g, torch.addcmul(sums[:-1].T, sum_g[:, None], centre, value=-1), part
 
     def finish(
         self, part: torch.Tensor, inputs: BackwardInputs, coefficients: torch.Tensor, mixing: torch.Tensor | None
@@ -214,11 +238,14 @@ class TritonPasses:
         """Maps with their heads side by side, as the kernels want them."""
         return self._pack(None, None, None)
 
+    @property
+    def _pack_groups(self) -> int:
+        return triton.cdiv(self.side * self.side, _STEPS * _PACKED)
+
     def _pack(self, counts, means, scatters) -> torch.Tensor:
-        side = self.size + self.kernel_size - 1
-        packed = self.maps.new_zeros(self.images, side, side, self.padded_heads)
+        packed = self.maps.new_empty(self.images, self.side, self.side, self.padded_heads)
         with _on(self.maps):
-            pack_kernel[triton.cdiv(self.area, _STEPS * _PACKED), self.images](
+            pack_kernel[self._pack_groups, self.images](
                 self.maps, packed, counts, means, scatters, self.size,
                 STEPS=_STEPS, H=self.heads, HP=self.padded_heads, HALF=self.kernel_size // 2, PIXELS=_PACKED,
                 MOMENTS=means is not None, num_warps=1 if means is not None else 4,
@@ -242,6 +269,7 @@ class TritonPasses:
             join_kernel[(triton.cdiv(sizes[2], _CHANNELS),)](
                 counts, means, scatters, output, len(counts),
                 MEANS=sizes[1], PAIRS=sizes[2], X_REPEATS=x_repeats, X=x, PROGRAMS=_JOINED, CHANNELS=_CHANNELS,
+                num_warps=8,
             )  # fmt: skip
         count, mean, scatter = output.split(sizes)
         return count[0], mean.view(means.shape[1:]), scatter.view(scatters.shape[1:])

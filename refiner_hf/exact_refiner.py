@@ -125,9 +125,11 @@ def exact_refine(
     setting = _Setting(passes, scale, norms[0].training, norms[0].synchronizing, norms[0].eps)
     convolutions = (refinement.expansion, refinement.local_attention, refinement.reduction)
     weights = [None if convolution is None else convolution.weight for convolution in convolutions]
-    groups = [[getattr(norm, name) for norm in norms] for name in ("weight", "bias", "running_mean", "running_var")]
     missing = [None] * (len(NORMS) - len(norms))  # the first, where nothing is expanded
-    vectors = [vector for group in groups for vector in missing + group]
+    vectors = []
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        needed = name in ("weight", "bias") or not setting.batch_statistics
+        vectors += missing + [getattr(norm, name) if needed else None for norm in norms]
     output, count, statistics = _Refine.apply(setting, attention_map.contiguous(), *weights, *vectors)
     if setting.batch_statistics:
         track_together(norms, statistics, count)
@@ -144,8 +146,8 @@ class _Setting(NamedTuple):
 
 class _Refine(torch.autograd.Function):
     """
-    (maps, three weights; of four norms the gains, biases, running means, running variances) -> (refined maps, count,
-    means and variances of the norms in one vector). In evaluation there is neither count nor statistics.
+    (maps, three weights; of four norms the gains, biases and, in evaluation, running means and variances) -> (refined
+    maps; in training also the count, and the norms' means and variances in one vector).
     """
 
     @staticmethod

@@ -310,7 +310,8 @@ def _precision() -> str:
 
 def _on(maps: torch.Tensor):
     """Kernels go to the current device, which need not be the maps'."""
-    return torch.cuda.device(maps.device) if maps.is_cuda else nullcontext()
+    elsewhere = maps.is_cuda and maps.device.index != torch.cuda.current_device()
+    return torch.cuda.device(maps.device) if elsewhere else nullcontext()
 
 
 def _added(sums: torch.Tensor) -> torch.Tensor:

@@ -75,6 +75,22 @@ def assert_exact(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) 
         assert difference <= (1e-4 if "gradient" in name else 1e-5), f"{name}: off by {difference}"
 
 
+def assert_exact_but_for_kinks(ours: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> None:
+    """
+    [`assert_exact`] for large maps. Among millions of activations one or the other lies so near a kink of relu6 that
+    rounding decides on which side. That puts the maps' gradient off at a few places around it, and sums a little.
+    """
+    differing = differences(ours, exact)
+    for name in differing:
+        difference, size = (ours[name].double() - exact[name]).abs(), exact[name].abs().max()
+        if name == "gradient of the maps":
+            assert (difference > 1e-4 * size).double().mean() <= 1e-3, name
+        if "gradient" in name:
+            assert difference.norm() <= 1e-2 * exact[name].norm(), name
+        else:
+            assert differing[name] <= 1e-5, f"{name}: off by {differing[name]}"
+
+
 def assert_no_further(
     ours: dict[str, torch.Tensor], eager: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]
 ) -> None:

@@ -7,6 +7,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -16,7 +17,16 @@ from refiner_hf.attention_refiner import REFINE_IMPLEMENTATIONS, eager_refine
 from refiner_hf.triton_refiner import triton_refine
 
 from .conftest import assert_close
-from .refinements import assert_exact, assert_no_further, differences, exact_step, make_maps, make_refinement, step
+from .refinements import (
+    assert_exact,
+    assert_exact_but_for_kinks,
+    assert_no_further,
+    differences,
+    exact_step,
+    make_maps,
+    make_refinement,
+    step,
+)
 
 
 pytest.importorskip("triton")
@@ -44,15 +54,18 @@ def poison():
     torch.use_deterministic_algorithms(before)
 
 
-def check(heads: int, ratio: int, kernel: int, tokens: int, training: bool = True, images: int = 1) -> None:
+def check(
+    heads: int, ratio: int, kernel: int, tokens: int, training: bool = True, images: int = 1,
+    equal: Callable = assert_exact,
+) -> None:  # fmt: skip
     refinement = make_refinement(heads, ratio, kernel).train(training).to(DEVICE)
     maps = make_maps(images, heads, tokens).to(DEVICE)
     assert REFINE_IMPLEMENTATIONS["triton"].why_not(refinement, maps) is None
-    if tokens > 1:
-        assert_exact(step(triton_refine, refinement, maps), exact_step(refinement, maps))
+    equal(step(triton_refine, refinement, maps), exact_step(refinement, maps))
     with torch.no_grad():
         refinement.eval()
-        assert_close(triton_refine(refinement, maps, 0.7), eager_refine(refinement, maps, 0.7))
+        exact = eager_refine(copy.deepcopy(refinement).double(), maps.double(), 0.7)
+        assert_close(triton_refine(refinement, maps, 0.7), exact)
 
 
 def check_half(dtype: torch.dtype, training: bool, tokens: int = 10) -> None:
@@ -133,7 +146,7 @@ class TestWholeGrid:
 class TestOnGpu:
     @pytest.mark.parametrize("heads, ratio, kernel, tokens", ON_GPU)
     def test_equal_eager(self, heads, ratio, kernel, tokens):
-        check(heads, ratio, kernel, tokens)
+        check(heads, ratio, kernel, tokens, equal=assert_exact_but_for_kinks)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("training", [True, False])
@@ -160,18 +173,37 @@ def test_in_the_interpreter(part):
     assert "passed" in child.stdout and "skipped" not in child.stdout and "failed" not in child.stdout
 
 
+IN_MAPS_TYPE = ("maps", "packed", "gradient", "reduced", "reduced_gradient", "exchange", "output")
+VECTORS = (
+    "weight",
+    "bias",
+    "local",
+    "local_bias",
+    "reduction",
+    "gain",
+    "offset",
+    "coefficients",
+    "second_norm",
+    "mixing",
+)
+
+
 def _compile(kernel, capability: int, maps: str, **constants) -> None:
     """Compiles a kernel for a GPU that needn't be there, down to machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     def kind(parameter) -> str:
+        name = parameter.name
         if parameter.is_constexpr:
             return "constexpr"
-        if parameter.name in ("N", "area"):
+        if name in ("N", "area", "programs"):
             return "i32"
-        in_maps_type = parameter.name in ("maps", "gradient", "reduced", "exchange", "output")
-        return f"*{maps}" if in_maps_type else "*fp32"
+        if name == "scale" or name[:-1] == "eps":
+            return "fp32"
+        if name in IN_MAPS_TYPE and kernel.__name__ != "join_kernel":
+            return f"*{maps}"
+        return "*fp64" if name in VECTORS or kernel.__name__ == "join_kernel" and name == "output" else "*fp32"
 
     source = triton.compiler.ASTSource(
         fn=kernel,
@@ -179,8 +211,12 @@ def _compile(kernel, capability: int, maps: str, **constants) -> None:
         constexprs={
             parameter.name: constants[parameter.name] for parameter in kernel.params if parameter.is_constexpr
         },
+        attrs={  # as torch allocates them; without it nothing is loaded ahead
+            (i,): [["tt.divisibility", 16]] for i, parameter in enumerate(kernel.params) if kind(parameter)[0] == "*"
+        },
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+    options = dict(num_warps=triton_refiner._WARPS)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= 99 * 1024  # what any GPU from Ampere on grants a program
 
@@ -200,17 +236,19 @@ def test_compiles_for_gpus(capability, maps, heads, ratio, kernel):
     from refiner_hf import triton_kernels_refiner
 
     kernels = [value for name, value in vars(triton_kernels_refiner).items() if name.endswith("_kernel")]
-    assert len(kernels) == 9
+    assert len(kernels) == 13
+    expanded, of = heads * ratio, triton_refiner
     for each in kernels:
-        plain = each.__name__ in ("combine_kernel", "outer_sums_kernel")
-        for moments in (True, False) if each.__name__ == "project_kernel" else (True,):
+        name = each.__name__
+        pixels = of._PLAIN if name in ("combine_kernel", "outer_sums_kernel") else of._LANES
+        for moments in (True, False) if name in ("project_kernel", "pack_kernel") else (True,):
             _compile(
                 each, capability, maps,
-                H=heads, HP=16, E=heads * ratio, K=kernel, TAPS=16 if kernel == 3 else 32, EXPANDS=ratio > 1,
-                STEPS=triton_refiner._STEPS,
-                PIXELS=triton_refiner._PLAIN if plain else triton_refiner._PIXELS,
-                CHANNELS=triton_refiner._CHANNELS, PRECISION="tf32x3" if maps == "fp32" else "tf32",
-                MOMENTS=moments, MIXES=ratio > 1,
+                H=heads, HP=16 if heads < 16 else 32, HALF=kernel // 2, E=expanded, EP=128, K=kernel, TAPS=32,
+                EXPANDS=ratio > 1, MIXES=ratio > 1, STEPS=of._STEPS, ROWS=of._ROWS,
+                PIXELS=of._PACKED if name in ("pack_kernel", "reduced_gradient_kernel", "finish_kernel") else pixels,
+                CHANNELS=of._CHANNELS, BLOCKS=-(-expanded // of._CHANNELS), PRECISION="tf32x3", MOMENTS=moments,
+                MEANS=heads, PAIRS=heads * heads, X_REPEATS=heads, X=heads, PROGRAMS=of._JOINED,
             )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """What is compared: the implementations of the refinement, the same network compiled, and its peers."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -59,10 +59,14 @@ class Case:
         return 1 + rows * columns
 
 
-def contender_names(part: str, device: str) -> list[str]:
-    """Who takes part: what every ratio is to comes first, peers come last."""
+def contender_names(part: str, device: str, among: Collection[str] | None = None) -> list[str]:
+    """
+    Who takes part: what every ratio is to comes first, peers come last. With `among`, besides the base only those of
+    them.
+    """
     implementations = [name for name in REFINE_IMPLEMENTATIONS if name != "triton" or device == "cuda"]
-    return [*implementations, "auto", *([COMPILED, PLAIN, *VITS] if part == "model" else [])]
+    names = [*implementations, "auto", *([COMPILED, PLAIN, *VITS] if part == "model" else [])]
+    return names if among is None else [name for name in names if name == BASE or name in among]
 
 
 def make_network(case: Case, contender: str) -> nn.Module:

@@ -60,7 +60,7 @@ def _section(record: dict[str, Any], part: str) -> str:
     kinds = [kind for some_part, kind in AMOUNTS if some_part == part]
     head = ["", "contender"]
     for kind in kinds:
-        head += [AMOUNTS[part, kind], f"times {BASE}'s", "memory, MB", "GFLOP/s"]
+        head += ["batch", AMOUNTS[part, kind], f"times {BASE}'s", "memory, MB", "GFLOP/s"]
     head += ["GFLOP", "MB moved"]
     rows, failures = [], []
     for setting, results in found.items():
@@ -68,7 +68,7 @@ def _section(record: dict[str, Any], part: str) -> str:
             cells = [setting, name]
             for kind in kinds:
                 row = results.get(kind, {}).get("rows", {}).get(name)
-                cells += [""] * 4 if row is None else _cells(results[kind], name, record["roofline"])
+                cells += [""] * 5 if row is None else _cells(results[kind], name, record["roofline"])
                 if row and row.get("error", OUT_OF_MEMORY) != OUT_OF_MEMORY:
                     failures.append(f"- {setting}, {name}, {kind}: {row['error']}")
             rows.append(cells + _paper_cells(results, name))
@@ -79,7 +79,7 @@ def _section(record: dict[str, Any], part: str) -> str:
 def _cells(result: dict[str, Any], name: str, roofline: dict[str, float] | None) -> list[str]:
     row, base = result["rows"][name], result["rows"].get(BASE, {})
     if "error" in row:
-        return [OUT_OF_MEMORY if row["error"] == OUT_OF_MEMORY else "failed", "", "", ""]
+        return [result["batch_size"], OUT_OF_MEMORY if row["error"] == OUT_OF_MEMORY else "failed", "", "", ""]
     seconds = float(np.median(row["seconds"]))
     is_rate = "images/s" in AMOUNTS[result["part"], result["kind"]]
     amount = result["batch_size"] / seconds if is_rate else 1e3 * seconds
@@ -91,7 +91,7 @@ def _cells(result: dict[str, Any], name: str, roofline: dict[str, float] | None)
     if share := share_of_roofline(row, result["part"], roofline):
         speed += f" ({share:.0%})"
     relative = f"{compared[0]:.2f} ({compared[1]:.2f} to {compared[2]:.2f})" if compared else ""
-    return [_number(amount), relative, memory, speed]
+    return [result["batch_size"], _number(amount), relative, memory, speed]
 
 
 def _paper_cells(results: Results, name: str) -> list[str]:

@@ -36,11 +36,15 @@ class BenchmarkOptions:
         default_factory=lambda: ["S", "M", "L"], metadata={"help": "Among S, M, L, and tiny to try this out."}
     )
     image_sizes: list[int] = field(default_factory=lambda: [224, 384, 448], metadata={"help": "In pixels."})
+    contenders: list[str] | None = field(
+        default=None,
+        metadata={"help": 'Who takes part besides "eager". Default: everybody. Compiling takes most of the time.'},
+    )
     batch_size: int | None = field(
-        default=None, metadata={"help": "Images in inference. Default: 8 on a CPU, 64 on CUDA."}
+        default=None, metadata={"help": "Images in inference. Default: 8 on a CPU, 128 on CUDA."}
     )
     train_batch_size: int | None = field(
-        default=None, metadata={"help": "Images in training. Default: 6 on a CPU, 64 on CUDA."}
+        default=None, metadata={"help": "Images in training. Default: 6 on a CPU, 128 on CUDA."}
     )
     rounds: int = field(default=10, metadata={"help": "How many times each contender is timed."})
     dtype: Literal["float32", "bfloat16", "float16"] = field(
@@ -73,8 +77,11 @@ class BenchmarkOptions:
         if self.device == "cuda" and not torch.cuda.is_available() and not self.report:
             raise ValueError("There is no CUDA device here.")
         on_cuda = self.device == "cuda"
-        self.batch_size = (64 if on_cuda else 8) if self.batch_size is None else self.batch_size
-        self.train_batch_size = (64 if on_cuda else 6) if self.train_batch_size is None else self.train_batch_size
+        self.batch_size = (128 if on_cuda else 8) if self.batch_size is None else self.batch_size
+        self.train_batch_size = (128 if on_cuda else 6) if self.train_batch_size is None else self.train_batch_size
+        everybody = contender_names("model", self.device)
+        if unknown := [name for name in self.contenders or () if name not in everybody]:
+            raise ValueError(f"There is no contender {unknown[0]!r}; choose among {', '.join(everybody)}.")
         for name in ("batch_size", "train_batch_size", "rounds", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -143,9 +150,8 @@ def run_benchmark(options: BenchmarkOptions, command: str, say: Callable[[str], 
     if options.threads:
         torch.set_num_threads(options.threads)
     path = Path(f"{options.stem}.json")
-    same = ("dtype", "rounds", "batch_size", "train_batch_size")
     facts = describe_machine(options.device) | {"threads": torch.get_num_threads()}
-    facts |= {name: getattr(options, name) for name in same}
+    facts |= {"dtype": options.dtype, "rounds": options.rounds}
     record = open_record(path, facts, options.fresh)
     if command not in record["commands"]:
         record["commands"].append(command)
@@ -158,15 +164,15 @@ def run_benchmark(options: BenchmarkOptions, command: str, say: Callable[[str], 
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         for index, case in enumerate(cases, 1):
-            for what in measure(case, options.rounds, record["results"]):
+            for what in measure(case, options, record["results"]):
                 save_record(path, record)
                 say(f"[{index}/{len(cases)}] {case.name}: {what}")
     return record
 
 
-def measure(case: Case, rounds: int, results: dict[str, Any]) -> Iterator[str]:
+def measure(case: Case, options: BenchmarkOptions, results: dict[str, Any]) -> Iterator[str]:
     """Adds to `results` what is missing of a case; yields after each measurement, in words, to have it saved."""
-    names = contender_names(case.part, case.device)
+    names = contender_names(case.part, case.device, options.contenders)
     result = results.setdefault(case.name, {**vars(case), "tokens": case.tokens, "rows": {}})
     rows = result["rows"]
     for name in names:
@@ -178,11 +184,13 @@ def measure(case: Case, rounds: int, results: dict[str, Any]) -> Iterator[str]:
                 rows[name] |= peak_memory_in_child(case, name)
                 yield f"{name}, memory: {_in_words(rows[name], 'memory')}"
     # Whoever fails alone, or is killed there, isn't let into this process.
-    able = [name for name in names if "error" not in rows[name]]
+    able = [name for name in rows if "error" not in rows[name]]
     if any("seconds" not in rows[name] for name in able):
-        timed = time_in_turns({name: partial(make_step, case, name) for name in able}, rounds, case.device)
-        for name in able:
-            rows[name] = timed[name] | rows[name]
+        # All of them, those too that were timed before: what is compared is measured together.
+        steps = {name: partial(make_step, case, name) for name in contender_names(case.part, case.device, able)}
+        timed = time_in_turns(steps, options.rounds, case.device)
+        for name, row in timed.items():
+            rows[name] = row | {key: value for key, value in rows[name].items() if key != "seconds"}
         yield "times: " + ", ".join(f"{name} {_in_words(rows[name], 'seconds')}" for name in names)
 
 

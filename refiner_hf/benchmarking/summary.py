@@ -9,11 +9,14 @@ Results = dict[str, Any]  # of one setting, by kind
 
 
 def settings(record: dict[str, Any], part: str) -> dict[str, Results]:
-    """Results of one part by setting ("S 224") and kind, those only that are complete."""
+    """Results of one part by setting ("S 224", and the batch where there are several) and kind, the complete ones."""
     found: dict[str, Results] = {}
     for result in record["results"].values():
         if result["part"] == part and _is_complete(result):
-            found.setdefault(f"{result['network']} {result['image_size']}", {})[result["kind"]] = result
+            setting = f"{result['network']} {result['image_size']}"
+            if result["kind"] in found.get(setting, {}):
+                setting += f", batch {result['batch_size']}"
+            found.setdefault(setting, {})[result["kind"]] = result
     return found
 
 

@@ -142,8 +142,9 @@ def quick(monkeypatch):
         measured.append(list(makers))
         return time_in_turns(makers, rounds, device)
 
-    def names(part, device):
-        return ["eager", "auto", "ViT sdpa"] if part == "model" else ["eager", "auto"]
+    def names(part, device, among=None):
+        everybody = ["eager", "auto", "ViT sdpa"] if part == "model" else ["eager", "auto"]
+        return [name for name in everybody if among is None or name == "eager" or name in among]
 
     def peak(case, name):
         return {"error": "out of memory"} if name == "ViT sdpa" else {"memory": 10**6, "first_seconds": 1.0}
@@ -171,7 +172,7 @@ def test_everything_is_measured_once_and_written(quick, tmp_path, capsys):
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"cpu.json", "cpu.md", "cpu.png", "cpu_curves.png"}
     text = (tmp_path / "out" / "cpu.md").read_text()
-    assert text in printed and "| tiny 32 | eager |" in text and "out of memory" in text and "%)" in text
+    assert text in printed and "| tiny 32 | eager | 2 |" in text and "out of memory" in text and "%)" in text
     record = json.loads((tmp_path / "out" / "cpu.json").read_text())
     rows = record["results"]["model tiny 32 training, batch 2"]["rows"]
     assert len(rows["auto"]["seconds"]) == 2 and rows["auto"]["flops"] > 0
@@ -226,16 +227,35 @@ def test_reports_say_what_failed_and_why(tmp_path):
     facts = {"device": "a machine", "commit": None}
     record = {"facts": facts, "date": "today", "commands": ["a"], "roofline": None, "results": {"S": result}}
     text = write_report(record, tmp_path / "h100.80gb")
-    assert "| S 224 | compiled | 21.3 | 3.00 (2.50 to 3.50) |" in text
+    assert "| S 224 | compiled | 8 | 21.3 | 3.00 (2.50 to 3.50) |" in text
     assert {path.name for path in tmp_path.iterdir()} == {"h100.80gb.md", "h100.80gb.png"}
     assert "- S 224, triton, inference: RuntimeError: no kernel" in text
     assert "Compiling S 224, inference: 30 s." in text
+
+
+def test_who_joins_later_is_timed_with_all_the_others(quick, tmp_path):
+    words = [*WORDS, "--device", "cpu", "--part", "op", "--output_dir", str(tmp_path)]
+    main([*words, "--contenders", "eager"])
+    assert quick == [["eager"]] * 3
+    main([*words, "--contenders", "auto"])
+    assert quick[3:] == [["eager", "auto"]] * 3
+    main([*words, "--contenders", "auto"])
+    assert len(quick) == 6
+
+
+def test_one_record_holds_several_batches(quick, tmp_path):
+    words = [*WORDS, "--device", "cpu", "--part", "op", "--contenders", "auto", "--output_dir", str(tmp_path)]
+    main(words)
+    main([*words, "--batch_size", "3", "--train_batch_size", "3"])
+    text = (tmp_path / "cpu.md").read_text()
+    assert "| tiny 32 | auto | 2 |" in text and "| tiny 32, batch 3 | auto | 3 |" in text
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
         (["--models", "XL"], "no model 'XL'.*S, M, L"),
+        (["--contenders", "me"], "no contender 'me'.*eager"),
         (["--image_sizes", "225"], "multiple"),
         (["--rounds", "0"], "rounds must be at least 1"),
         (["--device", "tpu"], "cpu or cuda"),

@@ -83,13 +83,15 @@ def arithmetic_type(tensor: torch.Tensor) -> torch.dtype:
 
 def norms_of(refinement: nn.Module) -> list[nn.Module]:
     """The norms of a refinement in order, those that it has."""
-    return [getattr(refinement, name) for name in NORMS if hasattr(refinement, name)]
+    modules = refinement._modules
+    return [modules[name] for name in NORMS if name in modules]
 
 
 def cast_together(tensors: Sequence[torch.Tensor | None], dtype: torch.dtype) -> list[torch.Tensor | None]:
     """Small tensors in another type, as views of one; it takes as many operations for many as for one."""
     given = [tensor for tensor in tensors if tensor is not None]
-    pieces = iter(torch.cat([tensor.flatten() for tensor in given]).to(dtype).split([t.numel() for t in given]))
+    flat = torch.cat([tensor.reshape(-1) for tensor in given]).to(dtype)
+    pieces = iter(flat.split([tensor.numel() for tensor in given]))
     return [None if tensor is None else next(pieces).view(tensor.shape) for tensor in tensors]
 
 

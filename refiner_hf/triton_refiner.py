@@ -105,8 +105,8 @@ def _fold(refinement: nn.Module, scale: float) -> Folded:
     with _on(w3):
         fold_kernel[(1,)](
             w1, *first, w2, *norms[-3], w3, *norms[-2], *norms[-1], scale, *pieces,
-            H=heads, HP=triton.next_power_of_2(heads), E=expanded, EP=triton.next_power_of_2(expanded), K=kernel,
-            TAPS=triton.next_power_of_2(kernel * kernel), EXPANDS=w1 is not None,
+            H=heads, HP=_power_of_two(heads), E=expanded, EP=_power_of_two(expanded), K=kernel,
+            TAPS=_power_of_two(kernel * kernel), EXPANDS=w1 is not None,
         )  # fmt: skip
     expansion = None if w1 is None else Expansion(*pieces[:2])
     return Folded(expansion, Local(*pieces[2:4]), *pieces[4:])
@@ -119,10 +119,10 @@ class TritonPasses:
         self.maps, self.kernel_size = attention_map, kernel_size
         self.images, self.heads, self.size, _ = attention_map.shape
         self.area, self.side = self.size * self.size, self.size + kernel_size - 1
-        self.padded_heads = max(16, triton.next_power_of_2(self.heads + 1))  # 16 is a product's smallest side
-        strips = triton.cdiv(self.size, _ROWS)
-        self.rows = triton.cdiv(self.size, strips)
-        self.blocks = triton.cdiv(strips * self.size, _LANES)  # programs of an image
+        self.padded_heads = max(16, _power_of_two(self.heads + 1))  # 16 is a product's smallest side
+        strips = _ceil_div(self.size, _ROWS)
+        self.rows = _ceil_div(self.size, strips)
+        self.blocks = _ceil_div(strips * self.size, _LANES)  # programs of an image
 
     def map_moments(self) -> Moments:
         groups = self._pack_groups
@@ -136,7 +136,7 @@ class TritonPasses:
         expanded = weight.shape[0]
         counts, means, scatters = self._sums(self.blocks), *(self._sums(self.blocks, expanded) for _ in range(2))
         with _on(self.maps):
-            local_moments_kernel[self.blocks, self.images, triton.cdiv(expanded, _CHANNELS)](
+            local_moments_kernel[self.blocks, self.images, _ceil_div(expanded, _CHANNELS)](
                 self.packed, *_of(expansion), weight.contiguous(), counts, means, scatters, self.size,
                 **self._constants(expansion, weight),
             )  # fmt: skip
@@ -156,13 +156,13 @@ class TritonPasses:
     def combine(self, coefficients: torch.Tensor, reduced: torch.Tensor) -> torch.Tensor:
         output = torch.empty_like(self.maps)
         with _on(self.maps):
-            combine_kernel[self.images * self.heads, triton.cdiv(self.area, _PLAIN)](
+            combine_kernel[self.images * self.heads, _ceil_div(self.area, _PLAIN)](
                 coefficients, self.maps, reduced, output, self.area, H=self.heads, PIXELS=_PLAIN
             )
         return output
 
     def outer_sums(self, gradient: torch.Tensor, reduced: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-        blocks = triton.cdiv(self.area, _PLAIN)
+        blocks = _ceil_div(self.area, _PLAIN)
         sums = self._sums(blocks, 3, self.heads)
         with _on(self.maps):
             outer_sums_kernel[self.images * self.heads, blocks](
@@ -176,11 +176,11 @@ class TritonPasses:
         # The gradient at z3, packed as well; the other passes need it too.
         self.reduced_gradient = self.maps.new_empty(self.images, self.area, self.padded_heads)
         with _on(self.maps):
-            reduced_gradient_kernel[triton.cdiv(self.area, _PACKED), self.images](
+            reduced_gradient_kernel[_ceil_div(self.area, _PACKED), self.images](
                 inputs.gradient, self.maps, inputs.reduced, inputs.coefficients, self.reduced_gradient, self.size,
                 H=self.heads, HP=self.padded_heads, PIXELS=_PACKED,
             )  # fmt: skip
-            reduction_backward_kernel[self.blocks, self.images, triton.cdiv(expanded, _CHANNELS)](
+            reduction_backward_kernel[self.blocks, self.images, _ceil_div(expanded, _CHANNELS)](
                 *self._backward_arguments(inputs, slice(None)), sums, self.size,
                 **self._constants(inputs.expansion, inputs.local.weight),
             )  # fmt: skip
@@ -194,7 +194,7 @@ class TritonPasses:
         part = torch.empty(self.images, self.area, self.heads, dtype=torch.float32, device=self.maps.device)
         local_sums = self._sums(self.blocks, expanded, weight[0].numel())
         sums = self._sums(self.blocks, self.heads + 1, expanded)
-        channel_blocks = triton.cdiv(expanded, _CHANNELS)
+        channel_blocks = _ceil_div(expanded, _CHANNELS)
         shape = (*self.packed.shape[1:3], channel_blocks * _CHANNELS)
         together = min(self.images, max(1, _EXCHANGE // (math.prod(shape) * self.maps.itemsize)))
         exchange = self.maps.new_zeros(together, *shape)  # around the maps it stays so
@@ -226,7 +226,7 @@ class TritonPasses:
     ) -> torch.Tensor:
         output = torch.empty_like(self.maps)
         with _on(self.maps):
-            finish_kernel[triton.cdiv(self.area, _PACKED), self.images](
+            finish_kernel[_ceil_div(self.area, _PACKED), self.images](
                 part, inputs.gradient, self.maps, inputs.reduced, coefficients, mixing, output, self.size,
                 H=self.heads, HP=self.padded_heads, MIXES=mixing is not None, PIXELS=_PACKED,
                 PRECISION=_precision(),
@@ -240,7 +240,7 @@ class TritonPasses:
 
     @property
     def _pack_groups(self) -> int:
-        return triton.cdiv(self.side * self.side, _STEPS * _PACKED)
+        return _ceil_div(self.side * self.side, _STEPS * _PACKED)
 
     def _pack(self, counts, means, scatters) -> torch.Tensor:
         packed = self.maps.new_empty(self.images, self.side, self.side, self.padded_heads)
@@ -257,7 +257,7 @@ class TritonPasses:
             project_kernel[self.blocks, self.images](
                 self.packed, *_of(expansion), local.weight.contiguous(), local.bias, reduction, identity, constant,
                 output, *sums, self.size,
-                BLOCKS=triton.cdiv(len(local.weight), _CHANNELS), MOMENTS=identity is None,
+                BLOCKS=_ceil_div(len(local.weight), _CHANNELS), MOMENTS=identity is None,
                 **self._constants(expansion, local.weight),
             )  # fmt: skip
 
@@ -266,7 +266,7 @@ class TritonPasses:
         sizes = (1, means[0].numel(), scatters[0].numel())
         output = self.maps.new_empty(sum(sizes), dtype=torch.float64)
         with _on(self.maps):
-            join_kernel[(triton.cdiv(sizes[2], _CHANNELS),)](
+            join_kernel[(_ceil_div(sizes[2], _CHANNELS),)](
                 counts, means, scatters, output, len(counts),
                 MEANS=sizes[1], PAIRS=sizes[2], X_REPEATS=x_repeats, X=x, PROGRAMS=_JOINED, CHANNELS=_CHANNELS,
                 num_warps=8,
@@ -312,6 +312,15 @@ def _on(maps: torch.Tensor):
     """Kernels go to the current device, which need not be the maps'."""
     elsewhere = maps.is_cuda and maps.device.index != torch.cuda.current_device()
     return torch.cuda.device(maps.device) if elsewhere else nullcontext()
+
+
+# Triton's own are made for kernels too, and take long on the way to one.
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
 
 
 def _added(sums: torch.Tensor) -> torch.Tensor:

@@ -128,8 +128,8 @@ REFINE_IMPLEMENTATIONS: dict[str, RefineImplementation] = {
 }
 
 
-# Bytes of a layer's expanded maps from which training on a CPU is faster without keeping them (the curves in
-# benchmarks/ show it): below, many small operations cost more than they save.
+# Bytes of a layer's expanded maps from which training is faster without keeping them (the curves in benchmarks/ show
+# it): below, many small operations cost more than they save.
 _CACHED = 16 * 2**20
 
 
@@ -172,14 +172,11 @@ def _fastest(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> t
     if obstacle := REFINE_IMPLEMENTATIONS[name].why_not(refinement, attention_map):
         return "eager", f"{name!r} doesn't fit, {obstacle}"
     # Processes that synchronize must pick alike, whatever the sizes of their batches.
-    if device == "cpu" and needs_exact(refinement, attention_map) and not refinement.output_norm.synchronizing:
+    if needs_exact(refinement, attention_map) and not refinement.output_norm.synchronizing:
         expanded = attention_map[:, 0].numel() * refinement.reduction.in_channels * attention_map.itemsize
         if expanded < _CACHED:
-            return "eager", f"training on a CPU, with expanded maps below {_CACHED >> 20} MB, which are quick to keep"
-        return (
-            name,
-            f"training on a CPU, with expanded maps from {_CACHED >> 20} MB up, which would cost memory and time",
-        )
+            return "eager", f"in training expanded maps below {_CACHED >> 20} MB are quick to keep"
+        return name, f"in training expanded maps from {_CACHED >> 20} MB up would cost memory and time"
     return name, f"the fastest on {device}"
 
 

@@ -2,10 +2,14 @@
 """
 The refinement on NVIDIA GPUs by fused kernels: expanded maps are neither kept nor, but for one exchange, written.
 
-A program of the kernels expands its neighbours again rather than exchanging them with other programs: 9 (or 25) small
-products on tensor cores instead of one, and nobody waits for anybody. The gradient of the convolution is different: it
-needs the neighbours' gradients, which need their neighbours' expansions, 81 in all. That one expanded gradient goes
-through memory, a few images at a time, as many as stay in the second-level cache.
+The convolution looks at neighbours. A program of the kernels doesn't wait for others to expand them, nor does it
+expand them for every position anew: it walks down columns of a map, expands each row where it and the rows beside it
+need it, K times, and keeps what the rows under way have so far. Each value then costs few instructions, so what holds
+up a kernel is how its operands come in: packed, with the heads of a position side by side, they come as whole vectors,
+ahead of their use, straight to the tensor cores.
+
+The gradient of the convolution is different: it needs the neighbours' gradients, which need their neighbours'
+expansions. That one expanded gradient goes through memory, for as many images at a time as `_EXCHANGE` holds.
 """
 
 import math
@@ -59,8 +63,10 @@ def why_not_triton(refinement: nn.Module, attention_map: torch.Tensor) -> str | 
         return f"the kernels take up to {_MAX_HEADS} heads"
     if refinement.local_attention is None:
         return "the kernels are for the refinement with distributed local attention"
-    # The first is CUDA's limit, the second that of the kernels' 32-bit offsets within an image.
-    if len(attention_map) >= 2**16 or refinement.reduction.in_channels * attention_map[0, 0].numel() >= 2**31:
+    # The first is CUDA's limit, the second that of the kernels' 32-bit offsets within an image, which they pad.
+    side = attention_map.shape[-1] + refinement.local_attention.kernel_size[0] - 1
+    padded = max(refinement.reduction.in_channels + _CHANNELS, 2 * _MAX_HEADS)
+    if len(attention_map) >= 2**16 or padded * side * side >= 2**31:
         return "the kernels take fewer than 65536 images, and fewer than 2^31 values of an image's expanded maps"
     return None
 

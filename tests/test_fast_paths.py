@@ -60,7 +60,7 @@ class TestChoice:
         assert self.picked(make_maps(), make_refinement().eval().requires_grad_(False)) == "blocked"
         assert lines == [("info", "Attention maps are refined by 'blocked': the fastest on cpu.")]  # once
 
-    def test_training_on_a_cpu_goes_by_the_size_of_the_maps(self, lines):
+    def test_training_goes_by_the_size_of_the_maps(self, lines):
         assert self.picked(torch.rand(2, 4, 9, 9)) == "eager"
         assert self.picked(torch.rand(1, 1, 1, 1).expand(10, 4, 197, 197)) == "blocked"
         assert [level for level, _ in lines] == ["info"] * 2

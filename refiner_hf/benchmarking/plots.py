@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from .contenders import BASE
 from .summary import Results, memory_ratio, ratio
@@ -42,6 +43,8 @@ def plot_bars(parts: dict[str, dict[str, Results]], path: Path) -> None:
 
 
 def _bars(axis, found: dict[str, Results], quantity: str, colours: dict[str, Any]) -> None:
+    taking_part = {name for results in found.values() for result in results.values() for name in result["rows"]}
+    colours = {name: colour for name, colour in colours.items() if name in taking_part}
     width = 0.85 / len(colours)
     for index, (name, colour) in enumerate(colours.items()):
         points = []
@@ -61,7 +64,7 @@ def _bars(axis, found: dict[str, Results], quantity: str, colours: dict[str, Any
             spread = None if quantity == "memory" else (height - low, high - height)
             axis.bar(x, height, width, yerr=spread, color=colour, error_kw={"elinewidth": 1})
     axis.axhline(1, color="black", linewidth=0.8)
-    axis.set_xticks(range(len(found)), found)
+    axis.set_xticks(range(len(found)), [setting.replace(", ", "\n") for setting in found], fontsize=8)
     axis.grid(axis="y", alpha=0.3)
 
 
@@ -98,6 +101,8 @@ def plot_curves(results: list[dict[str, Any]], path: Path) -> None:
             axis.set(xscale="log", yscale="log", xlabel=label, ylabel="ms")
             axis.set_xticks([r[along] for r in points], [str(r[along]) for r in points])
             axis.minorticks_off()
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter(ScalarFormatter())
             axis.grid(alpha=0.3)
             where = f"batch {common}" if fixed == "batch_size" else f"{common} tokens"
             what = "forward in inference" if kind == "inference" else "forward and backward"

@@ -10,13 +10,17 @@ Results = dict[str, Any]  # of one setting, by kind
 
 def settings(record: dict[str, Any], part: str) -> dict[str, Results]:
     """Results of one part by setting ("S 224", and the batch where there are several) and kind, the complete ones."""
+    results = [result for result in record["results"].values() if result["part"] == part and _is_complete(result)]
+    batches: dict[tuple, set[int]] = {}
+    for result in results:
+        batches.setdefault((result["network"], result["image_size"], result["kind"]), set()).add(result["batch_size"])
+    several = {of[:2] for of, sizes in batches.items() if len(sizes) > 1}
     found: dict[str, Results] = {}
-    for result in record["results"].values():
-        if result["part"] == part and _is_complete(result):
-            setting = f"{result['network']} {result['image_size']}"
-            if result["kind"] in found.get(setting, {}):
-                setting += f", batch {result['batch_size']}"
-            found.setdefault(setting, {})[result["kind"]] = result
+    for result in results:
+        setting = f"{result['network']} {result['image_size']}"
+        if (result["network"], result["image_size"]) in several:
+            setting += f", batch {result['batch_size']}"
+        found.setdefault(setting, {})[result["kind"]] = result
     return found
 
 

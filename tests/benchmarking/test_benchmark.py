@@ -248,7 +248,7 @@ def test_one_record_holds_several_batches(quick, tmp_path):
     main(words)
     main([*words, "--batch_size", "3", "--train_batch_size", "3"])
     text = (tmp_path / "cpu.md").read_text()
-    assert "| tiny 32 | auto | 2 |" in text and "| tiny 32, batch 3 | auto | 3 |" in text
+    assert "| tiny 32, batch 2 | auto | 2 |" in text and "| tiny 32, batch 3 | auto | 3 |" in text
 
 
 @pytest.mark.parametrize(

@@ -128,9 +128,9 @@ REFINE_IMPLEMENTATIONS: dict[str, RefineImplementation] = {
 }
 
 
-# Bytes of a layer's expanded maps from which training is faster without keeping them (the curves in benchmarks/ show
-# it): below, many small operations cost more than they save.
-_CACHED = 16 * 2**20
+# By device, bytes of a layer's expanded maps from which training is faster without keeping them (the curves in
+# benchmarks/ show it): below, many small operations cost more than they save.
+_CACHED = {"cpu": 16 * 2**20, "cuda": 24 * 2**20}
 
 
 def check_refine_implementation(name: str) -> str:
@@ -174,9 +174,10 @@ def _fastest(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> t
     # Processes that synchronize must pick alike, whatever the sizes of their batches.
     if needs_exact(refinement, attention_map) and not refinement.output_norm.synchronizing:
         expanded = attention_map[:, 0].numel() * refinement.reduction.in_channels * attention_map.itemsize
-        if expanded < _CACHED:
-            return "eager", f"in training expanded maps below {_CACHED >> 20} MB are quick to keep"
-        return name, f"in training expanded maps from {_CACHED >> 20} MB up would cost memory and time"
+        least = _CACHED[device]
+        if expanded < least:
+            return "eager", f"with gradients, expanded maps below {least >> 20} MB are quick to keep"
+        return name, f"with gradients, expanded maps from {least >> 20} MB up would cost memory and time"
     return name, f"the fastest on {device}"
 
 

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .exact_refiner import BackwardInputs, Moments, exact_refine, joined, sums_type
+from .exact_refiner import BackwardInputs, Moments, exact_refine, sums_type
 from .folding_refiner import Expansion, Folded, Local, arithmetic_type, fold, needs_exact
+from .normalization_refiner import join_moments
 
 
 # Bytes of an expanded piece: few enough for a CPU's shared cache, enough to be worth the calls.
@@ -300,4 +301,5 @@ def _exact(sums: torch.Tensor) -> torch.Tensor:
 
 
 def _join(counts: list[int], x: torch.Tensor, y: torch.Tensor, scatters: list[torch.Tensor]) -> Moments:
-    return joined(torch.tensor(counts, device=x.device), x, y, torch.stack(scatters))
+    counts = torch.tensor(counts, device=x.device)
+    return Moments(*join_moments(*(_exact(moment) for moment in (counts, x, y, torch.stack(scatters)))))

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from .folding_refiner import NORMS, Expansion, Local, cast_together, norms_of
-from .normalization_refiner import differentiable_once, join_moments, merge_moments, total, track_together
+from .normalization_refiner import differentiable_once, merge_moments, total, track_together
 
 
 class Moments(NamedTuple):
@@ -45,8 +45,8 @@ class Moments(NamedTuple):
 class Passes(Protocol):
     """
     Passes over maps (B, H, N, N) in any floating type; an object for each forward and each backward. Weights and
-    vectors come in float64, in which sums go out. Where there is no expansion (ratio 1), it is `None`
-    and h1 is the map.
+    vectors come in the type of [`sums_type`], in which sums go out. Where there is no expansion (ratio 1), it is
+    `None` and h1 is the map.
     """
 
     def __init__(self, attention_map, kernel_size: int): ...
@@ -73,7 +73,8 @@ class Passes(Protocol):
         """
         With dz2 = second_norm[0] dn2 + second_norm[1] z2^ + second_norm[2] and g the gradient at n1 (at h1 without
         expansion): sums for dW2 (E, 1, k, k), of g (E,) and of g (A - centre)^T (E, H), and the expansion's
-        transpose times g, (B, H, N, N); without expansion g itself, and `None` for the sums.
+        transpose times g, in the layout that `finish` takes; without expansion g itself, and `None` for the sums.
+        Comes after `reduction_backward`.
         """
 
     def finish(self, part, inputs: "BackwardInputs", coefficients, mixing):
@@ -243,7 +244,7 @@ class _Refine(torch.autograd.Function):
         d_gain4 = inverse4 * d_gain4
         # dy = c0 d + c1 A + c2 z3 + c3; parameters' gradients are this process's share of the whole.
         if batch:
-            mean_d, _, mean_dz, mean_dy = total(torch.cat((sums, d_gain4[None])), synchronizing) / count
+            mean_d, mean_dz, mean_dy = total(torch.stack((sum_d, sum_dz, d_gain4)), synchronizing) / count
             own = inverse4 * torch.addcmul(shared, scale3, var3)  # mean of y^ (z3 - mean3)
             by_map = -(scale4 * inverse4) * mean_dy
             by_reduced = by_map * scale3
@@ -303,11 +304,6 @@ class _Refine(torch.autograd.Function):
 
 def _folded_expansion(weight, scale, bias, mean) -> Expansion:
     return Expansion(scale[:, None] * weight, torch.addcmul(bias, scale, mean, value=-1))
-
-
-def joined(counts: torch.Tensor, x: torch.Tensor, y: torch.Tensor, scatter: torch.Tensor) -> Moments:
-    """[`join_moments`] of pieces' moments in the maps' working type, for the implementations of [`Passes`]."""
-    return Moments(*join_moments(*(moment.to(sums_type(x)) for moment in (counts, x, y, scatter))))
 
 
 def sums_type(tensor: torch.Tensor) -> torch.dtype:

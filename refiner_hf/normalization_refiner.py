@@ -83,12 +83,19 @@ def track_together(norms: list[RefinerBatchNorm2d], statistics: torch.Tensor, co
     if not norms[0].track_running_stats or _inside_backward():
         return
     mean, variance = statistics.chunk(2)
-    new = torch.cat((mean, variance * (count / (count - 1)))).to(norms[0].running_mean.dtype)
+    new = torch.cat((mean, variance * (count / (count - 1))))
     running = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+    sizes = [vector.numel() for vector in running]
     torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
-    # Without a momentum, a plain average over all batches.
-    momenta = [1 / norm.num_batches_tracked.item() if norm.momentum is None else norm.momentum for norm in norms]
-    torch._foreach_lerp_(running, new.split([vector.numel() for vector in running]), momenta * 2)
+    settings = {(norm.momentum, norm.running_mean.dtype) for norm in norms}
+    momentum, dtype = next(iter(settings))
+    if len(settings) == 1 and momentum is not None and dtype in (torch.float32, torch.float64):
+        torch._foreach_lerp_(running, new.to(dtype).split(sizes), momentum)
+        return
+    for norm, vector, value in zip(norms * 2, running, new.split(sizes)):
+        # Without a momentum, a plain average over all batches.
+        momentum = 1 / norm.num_batches_tracked.to(new.dtype) if norm.momentum is None else norm.momentum
+        vector.copy_(vector + momentum * (value - vector))
 
 
 def total(sums: torch.Tensor, synchronizing: bool) -> torch.Tensor:

@@ -243,10 +243,10 @@ def pack_kernel(
     Packed maps (images, N + 2 HALF, N + 2 HALF, HP). With MOMENTS, of STEPS blocks of packed positions: how many lie
     in the map (programs,), mean (programs, H) and scatter (programs, H, H).
     """
-    image, group, groups = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
+    image, group, groups = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
     area, h, side = N * N, tl.arange(0, HP), N + 2 * HALF
-    maps += image.to(tl.int64) * H * area
-    packed += image.to(tl.int64) * side * side * HP
+    maps += image * H * area
+    packed += image * side * side * HP
     p = group * STEPS * PIXELS + tl.arange(0, PIXELS)
     if MOMENTS:
         # Sums about some value near the mean don't cancel.
@@ -280,10 +280,10 @@ def local_moments_kernel(
     ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of z2: count (programs,), mean and sum of squares about it (programs, E)."""
-    image, blocks = tl.program_id(1), tl.num_programs(0)
+    image, blocks = tl.program_id(1).to(tl.int64), tl.num_programs(0)
     side, h = N + (K - 1), tl.arange(0, HP)
     first, column = _lanes(N, ROWS, PIXELS)
-    packed += image.to(tl.int64) * side * side * HP
+    packed += image * side * side * HP
     e, halves, taps = _channel_block(tl.program_id(2), weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
     rows = _no_rows(K, PIXELS, CHANNELS)
     mean, scatter = tl.zeros_like(rows[0]), tl.zeros_like(rows[0])  # of each lane alone
@@ -316,11 +316,11 @@ def project_kernel(
     squares of z3 and of its products with the map (programs, 2, H). Without, the refined map in evaluation: z3 plus
     `identity` times the map plus `constant`.
     """
-    image, blocks = tl.program_id(1), tl.num_programs(0)
+    image, blocks = tl.program_id(1).to(tl.int64), tl.num_programs(0)
     area, side, h = N * N, N + (K - 1), tl.arange(0, HP)
     first, column = _lanes(N, ROWS, PIXELS)
-    packed += image.to(tl.int64) * side * side * HP
-    output += image.to(tl.int64) * H * area
+    packed += image * side * side * HP
+    output += image * H * area
     under_way, weights = (), ()
     for block in tl.static_range(BLOCKS):
         e, halves, taps = _channel_block(block, weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
@@ -393,7 +393,7 @@ def join_kernel(
     mean_y, scatter = tl.zeros_like(mean_x), tl.zeros_like(mean_x)
     start = 0
     while start < programs:
-        p = start + tl.arange(0, PROGRAMS)
+        p = (start + tl.arange(0, PROGRAMS)).to(tl.int64)
         count = tl.load(counts + p, mask=p < programs, other=0.0).to(tl.float64)
         total += count
         mask = (p < programs)[:, None] & (c < PAIRS)[None, :]
@@ -404,7 +404,7 @@ def join_kernel(
     x_mean, y_mean = tl.sum(mean_x, 0) / all_of_them, tl.sum(mean_y, 0) / all_of_them
     start = 0
     while start < programs:
-        p = start + tl.arange(0, PROGRAMS)
+        p = (start + tl.arange(0, PROGRAMS)).to(tl.int64)
         count = tl.load(counts + p, mask=p < programs, other=0.0).to(tl.float64)
         mask = (p < programs)[:, None] & (c < PAIRS)[None, :]
         beside_x = tl.load(means + p[:, None] * MEANS + x[None, :], mask=mask, other=0.0) - x_mean[None, :]
@@ -489,11 +489,11 @@ def reduction_backward_kernel(
     ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of each program, one behind the other: sums of dn2 and of dn2 z2^, both (E,), and of dz3 h2^T, (H, E)."""
-    image, blocks = tl.program_id(1), tl.num_programs(0)
+    image, blocks = tl.program_id(1).to(tl.int64), tl.num_programs(0)
     side, h = N + (K - 1), tl.arange(0, HP)
     first, column = _lanes(N, ROWS, PIXELS)
-    packed += image.to(tl.int64) * side * side * HP
-    reduced_gradient += image.to(tl.int64) * N * N * HP
+    packed += image * side * side * HP
+    reduced_gradient += image * N * N * HP
     e, halves, taps = _channel_block(tl.program_id(2), weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
     back = _matrix(reduction, h, e, H, E).to(packed.dtype.element_ty)
     rows = _no_rows(K, PIXELS, CHANNELS)
@@ -526,12 +526,12 @@ def local_gradient_kernel(
     dz2 = s0 dn2 + s1 z2^ + s2 for `second_norm` (3, E), into the inner of `exchange`, maps packed without a one:
     (images, N + K - 1, N + K - 1, CHANNELS of each block).
     """
-    image, side, h = tl.program_id(1), N + (K - 1), tl.arange(0, HP)
+    image, side, h = tl.program_id(1).to(tl.int64), N + (K - 1), tl.arange(0, HP)
     first, column = _lanes(N, ROWS, PIXELS)
-    packed += image.to(tl.int64) * side * side * HP
-    reduced_gradient += image.to(tl.int64) * N * N * HP
+    packed += image * side * side * HP
+    reduced_gradient += image * N * N * HP
     width: tl.constexpr = (E + CHANNELS - 1) // CHANNELS * CHANNELS
-    exchange += image.to(tl.int64) * side * side * width
+    exchange += image * side * side * width
     e, halves, taps = _channel_block(tl.program_id(2), weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
     back = _matrix(reduction, h, e, H, E).to(packed.dtype.element_ty)
     rows = _no_rows(K, PIXELS, CHANNELS)
@@ -551,18 +551,19 @@ def local_gradient_kernel(
 
 @_jit
 def local_weight_gradient_kernel(
-    packed, exchange, weight, bias, local, sums, N,
+    packed, exchange, weight, bias, sums, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
     ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW2 from dz2 in `exchange`, each program's share of it (programs, E, K K)."""
-    image, blocks = tl.program_id(1), tl.num_programs(0)
+    image, blocks = tl.program_id(1).to(tl.int64), tl.num_programs(0)
     side, h = N + (K - 1), tl.arange(0, HP)
     first, column = _lanes(N, ROWS, PIXELS)
-    packed += image.to(tl.int64) * side * side * HP
+    packed += image * side * side * HP
     width: tl.constexpr = (E + CHANNELS - 1) // CHANNELS * CHANNELS
-    exchange += image.to(tl.int64) * side * side * width
-    e, halves, _ = _channel_block(tl.program_id(2), weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
+    exchange += image * side * side * width
+    e = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    halves = _halves(_expansion(weight, bias, h, e, H, E, EXPANDS), packed)
     hidden, tap_sums = _no_rows(K, PIXELS, CHANNELS), _no_rows(K * K, PIXELS, CHANNELS)
     for step in tl.range(ROWS + K - 1, num_stages=3):  # else only operands of products are loaded ahead
         row = first + step
@@ -591,20 +592,21 @@ def local_weight_gradient_kernel(
 
 @_jit
 def expansion_backward_kernel(
-    packed, exchange, weight, bias, local, part, sums, N,
+    packed, exchange, weight, bias, local, centre, part, sums, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
     ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """
     From dz2 in `exchange`: dh1 and g, and W1^T g into `part` (images, N N, H), without expansion dh1 itself; and sums
-    of g with packed positions (programs, H + 1, E), of which the last are those of g alone.
+    of g with packed positions less `centre` (programs, H + 1, E), of which the last are those of g alone.
     """
-    image, blocks = tl.program_id(1), tl.num_programs(0)
+    image, blocks = tl.program_id(1).to(tl.int64), tl.num_programs(0)
     side, h = N + (K - 1), tl.arange(0, HP)
     first, column = _lanes(N, ROWS, PIXELS)
-    packed += image.to(tl.int64) * side * side * HP
-    exchange += image.to(tl.int64) * side * side * BLOCKS * CHANNELS
-    part += image.to(tl.int64) * N * N * H
+    packed += image * side * side * HP
+    exchange += image * side * side * BLOCKS * CHANNELS
+    part += image * N * N * H
+    middle = _vector(centre, h, H)[None, :]
     under_way, weights, sums_ga = (), (), ()
     for block in tl.static_range(BLOCKS):
         e, halves, taps = _channel_block(block, weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
@@ -627,13 +629,14 @@ def expansion_backward_kernel(
         complete = (step >= K - 1) & (row < side)
         there = part + ((row - (K - 1)) * N + column)[:, None] * H
         if EXPANDS:
-            own = _load_packed(packed, h, p - (K // 2) * side + K // 2, complete, HP)  # else 0, and so its products
+            own = _load_packed(packed, h, p - (K // 2) * side + K // 2, complete, HP)
+            beside = tl.where(complete[:, None], own.to(tl.float32) - middle, 0.0).to(own.dtype)
             share = tl.zeros((PIXELS, HP), tl.float32)
             after, added = (), ()
             for block in tl.static_range(BLOCKS):
                 h1 = _expand(own, weights[block][2], EXPANDS, PRECISION)
                 g = _relu6_backward(under_way[block][0], h1).to(packed.dtype.element_ty)
-                added = added + (tl.dot(tl.trans(own), g, acc=sums_ga[block], input_precision=PRECISION),)
+                added = added + (tl.dot(tl.trans(beside), g, acc=sums_ga[block], input_precision=PRECISION),)
                 share += _product(g, weights[block][3], PRECISION)
                 after = after + (_next(under_way[block]),)
             under_way, sums_ga = after, added

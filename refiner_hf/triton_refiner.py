@@ -42,8 +42,8 @@ from .triton_kernels_refiner import (
 
 # Lanes of a program and the warps that they make; rows that a lane walks, about; expanded heads of a tile.
 _LANES, _WARPS, _ROWS, _CHANNELS = 32, 2, 32, 16
-# Of programs that expand nothing: positions; of those that pack, and how often they take so many; partial results that
-# are joined at once. Bytes of the exchanged gradient.
+# Of programs that expand nothing: positions of one channel, and of all of them side by side; how often those that pack
+# take so many; partial results that are joined at once. Bytes of the exchanged gradient.
 _PLAIN, _PACKED, _STEPS, _JOINED, _EXCHANGE = 1024, 64, 8, 512, 128 * 2**20
 _MAX_HEADS = 16
 
@@ -103,7 +103,10 @@ def _fold(refinement: nn.Module, scale: float) -> Folded:
     convolutions = (refinement.expansion, refinement.local_attention, refinement.reduction)
     w1, w2, w3 = (None if convolution is None else convolution.weight.contiguous() for convolution in convolutions)
     heads, expanded, kernel = len(w3), len(w2), w2.shape[-1]
-    norms = [(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps) for norm in norms_of(refinement)]
+    norms = []
+    for norm in norms_of(refinement):
+        vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        norms.append((*(vector.contiguous() for vector in vectors), norm.eps))
     first = (None,) * 5 if w1 is None else norms[0]
     shapes = [(expanded, heads), (expanded,), w2.shape, (expanded,), (heads, expanded), (heads,), (heads,)]
     flat = torch.empty(sum(math.prod(shape) for shape in shapes), dtype=torch.float32, device=w3.device)
@@ -199,7 +202,7 @@ class TritonPasses:
         expansion, expanded, weight = inputs.expansion, len(weight), weight.contiguous()
         part = torch.empty(self.images, self.area, self.heads, dtype=torch.float32, device=self.maps.device)
         local_sums = self._sums(self.blocks, expanded, weight[0].numel())
-        sums = self._sums(self.blocks, self.heads + 1, expanded)
+        sums = None if expansion is None else self._sums(self.blocks, self.heads + 1, expanded)
         channel_blocks = _ceil_div(expanded, _CHANNELS)
         shape = (*self.packed.shape[1:3], channel_blocks * _CHANNELS)
         together = min(self.images, max(1, _EXCHANGE // (math.prod(shape) * self.maps.itemsize)))
@@ -213,19 +216,19 @@ class TritonPasses:
                     *self._backward_arguments(inputs, images), second_norm, exchange, self.size, **constants
                 )
                 of_these = slice(start * self.blocks, images.stop * self.blocks)
-                arguments = (self.packed[images], exchange, *_of(expansion), weight)
+                arguments = (self.packed[images], exchange, *_of(expansion))
                 local_weight_gradient_kernel[self.blocks, count, channel_blocks](
                     *arguments, local_sums[of_these], self.size, **constants
                 )
                 expansion_backward_kernel[self.blocks, count](
-                    *arguments, part[images], sums[of_these], self.size, BLOCKS=channel_blocks, **constants
-                )
+                    *arguments, weight, centre, part[images], None if sums is None else sums[of_these], self.size,
+                    BLOCKS=channel_blocks, **constants,
+                )  # fmt: skip
         weight_gradient = _added(local_sums).view_as(weight)
         if expansion is None:
             return weight_gradient, None, None, part
         sums = _added(sums)
-        sum_g = sums[-1]
-        return weight_gradient, sum_g, torch.addcmul(sums[:-1].T, sum_g[:, None], centre, value=-1), part
+        return weight_gradient, sums[-1], sums[:-1].T, part
 
     def finish(
         self, part: torch.Tensor, inputs: BackwardInputs, coefficients: torch.Tensor, mixing: torch.Tensor | None

@@ -135,6 +135,36 @@ def test_gradients_where_only_some_are_wanted():
     assert [name for name, p in refinement.named_parameters() if p.grad is not None] == ["reduction.weight"]
 
 
+def test_weights_and_norms_of_different_types():
+    refinement, maps = make_refinement(), make_maps(dtype=torch.bfloat16)
+    for convolution in (refinement.expansion, refinement.local_attention, refinement.reduction):
+        convolution.to(torch.bfloat16)
+    refinement.reduction_norm.double()
+    ours, exact = step(blocked_refine, refinement, maps), exact_step(refinement, maps)
+    assert ours["gradient of expansion.weight"].dtype == torch.bfloat16
+    assert ours["gradient of reduction_norm.weight"].dtype == torch.float64
+    assert ours["gradient of output_norm.weight"].dtype == torch.float32
+    assert max(differences(ours, exact).values()) < 0.02
+
+
+def test_weights_more_exact_than_the_maps():
+    refinement, maps = make_refinement().eval().double().requires_grad_(False), make_maps()
+    assert_close(blocked_refine(refinement, maps), eager_refine(refinement, maps.double()))
+
+
+def test_momenta_of_their_own():
+    results = []
+    for refine in (eager_refine, blocked_refine):
+        refinement = make_refinement()
+        refinement.reduction_norm.momentum, refinement.output_norm.momentum = 0.5, None
+        with torch.no_grad():
+            refine(refinement, make_maps(1))
+            refine(refinement, make_maps(4))
+        results.append(list(refinement.buffers()))
+    for ours, theirs in zip(*results):
+        assert_close(ours, theirs)
+
+
 def test_momentum_none_averages():
     """As re-estimating the statistics does."""
     results = []

@@ -159,10 +159,13 @@ class TestBlockedModel:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["auto", "blocked"])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, "with frozen norms", False])
 def test_compiled_in_one_graph(tiny_model, implementation, training):
     torch.compiler.reset()
-    ours = tiny_model(num_hidden_layers=2).train(training)
+    ours = tiny_model(num_hidden_layers=2)
+    if training == "with frozen norms":
+        ours.freeze_norms()
+    ours.train(bool(training))
     ours.set_refine_implementation(implementation)
     theirs = copy.deepcopy(ours)
     theirs.set_refine_implementation("eager")

@@ -48,7 +48,6 @@ def batch(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tenso
 
 def train_twice(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
     """Two steps; the losses, the last gradients, and the weights and buffers after them."""
-    torch.backends.cudnn.allow_tf32 = False  # of 10 bits; torch's default on a GPU
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     for _ in range(2):
@@ -66,6 +65,7 @@ def train_twice(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) ->
 def process(rank: int, folder: Path, device: str, cases: list[tuple], dtype: torch.dtype) -> None:
     """What each of the processes runs: every case, its results into a file."""
     torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # of 10 bits; torch's default on a GPU
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
     pixels, labels = (tensor.chunk(WORLD)[rank].to(device) for tensor in batch(dtype))
     results = []
@@ -119,7 +119,8 @@ def test_equals_one_process_with_the_joined_batch(results, implementation, layou
 def test_equals_one_process_on_a_gpu(tmp_path):
     results = run_processes(tmp_path, "'cuda'", "t.CASES_ON_GPU", "t.torch.float32")
     for index, (_, layout, _) in enumerate(CASES_ON_GPU):
-        joined = train_twice(make_model("eager", layout, dtype=torch.float32), *batch(torch.float32))
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            joined = train_twice(make_model("eager", layout, dtype=torch.float32), *batch(torch.float32))
         for of_rank in results:
             for kind in (True, False):  # gradients, and all else
                 ours, theirs = (

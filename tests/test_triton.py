@@ -39,8 +39,11 @@ FEW = [(4, 3, 3, 9), (3, 1, 5, 7), (12, 2, 3, 5)]
 GRID = [(h, r, k, n) for h in (2, 5, 12, 16) for r in (1, 2, 3, 6) for k in (3, 5) for n in (2, 7, 26)]
 ON_GPU = [(12, 3, 3, 197), (12, 3, 3, 577), (16, 3, 3, 785), (12, 6, 5, 197), (12, 1, 3, 197), (5, 2, 5, 63)]
 
-kernels_run = pytest.mark.skipif(
-    DEVICE == "cpu" and not INTERPRETED, reason="runs in the process of test_in_the_interpreter"
+# On a GPU they run there; without one in the interpreter, in a process of its own.
+kernels_run = (
+    pytest.mark.gpu
+    if DEVICE == "cuda"
+    else pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_the_interpreter")
 )
 
 
@@ -97,6 +100,38 @@ class TestKernels:
         for name, value in (("_LANES", lanes), ("_CHANNELS", channels), ("_ROWS", rows), ("_STEPS", steps)):
             monkeypatch.setattr(triton_refiner, name, value)
         check(2, 2, 3, 9)
+
+    @pytest.mark.parametrize("heads, ratio, kernel", [(12, 2, 5), (3, 1, 5), (16, 2, 3)])
+    def test_several_strips(self, monkeypatch, heads, ratio, kernel):
+        monkeypatch.setattr(triton_refiner, "_ROWS", 3)
+        monkeypatch.setattr(triton_refiner, "_LANES", 16)
+        check(heads, ratio, kernel, 7, images=2)
+
+    def test_a_kernel_that_looks_at_no_neighbour(self):
+        check(4, 3, 1, 7)
+
+    def test_a_single_token(self):
+        """Its map is constant, so that only running statistics make sense of it."""
+        refinement, maps = make_refinement().eval().to(DEVICE), make_maps(2, tokens=1).to(DEVICE)
+        with torch.no_grad():
+            assert_close(triton_refine(refinement, maps), eager_refine(refinement, maps))
+
+    def test_maps_that_are_nearly_uniform(self):
+        """As at the start of a training: their values differ by far less than they are."""
+        refinement = make_refinement().to(DEVICE)
+        maps = (0.01 * torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(0))).softmax(-1).to(DEVICE)
+        ours, eager, exact = (
+            step(triton_refine, refinement, maps), step(eager_refine, refinement, maps), exact_step(refinement, maps)
+        )  # fmt: skip
+        of_ours, of_eager = differences(ours, exact), differences(eager, exact)
+        assert all(of_ours[name] <= max(3 * of_eager[name], 1e-5) for name in of_ours), (of_ours, of_eager)
+
+    def test_vectors_that_are_not_contiguous(self):
+        refinement, maps = make_refinement().eval().to(DEVICE), make_maps(1, tokens=5).to(DEVICE)
+        refinement.local_attention_norm.running_var = torch.full((1,), 2.0, device=DEVICE).expand(12)
+        refinement.output_norm.weight.data = torch.arange(8.0, device=DEVICE)[::2]
+        with torch.no_grad():
+            assert_close(triton_refine(refinement, maps), eager_refine(refinement, maps))
 
     def test_autocast(self):
         refinement, maps = make_refinement().to(DEVICE), make_maps(1, tokens=7, dtype=torch.float16).to(DEVICE)
@@ -174,17 +209,12 @@ def test_in_the_interpreter(part):
 
 
 IN_MAPS_TYPE = ("maps", "packed", "gradient", "reduced", "reduced_gradient", "exchange", "output")
-VECTORS = (
-    "weight",
-    "bias",
-    "local",
-    "local_bias",
-    "reduction",
-    "gain",
-    "offset",
-    "coefficients",
-    "second_norm",
-    "mixing",
+EXACT = (
+    "weight", "bias", "local", "local_bias", "reduction", "gain", "offset", "coefficients", "second_norm", "mixing",
+    "mean", "centre",
+)  # fmt: skip
+WARPS = dict(
+    join_kernel=8, combine_kernel=4, outer_sums_kernel=4, reduced_gradient_kernel=4, finish_kernel=4, fold_kernel=4
 )
 
 
@@ -192,6 +222,10 @@ def _compile(kernel, capability: int, maps: str, **constants) -> None:
     """Compiles a kernel for a GPU that needn't be there, down to machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
+
+    in_evaluation = (
+        kernel.__name__ == "fold_kernel" or kernel.__name__ == "project_kernel" and not constants["MOMENTS"]
+    )
 
     def kind(parameter) -> str:
         name = parameter.name
@@ -201,9 +235,11 @@ def _compile(kernel, capability: int, maps: str, **constants) -> None:
             return "i32"
         if name == "scale" or name[:-1] == "eps":
             return "fp32"
-        if name in IN_MAPS_TYPE and kernel.__name__ != "join_kernel":
+        if kernel.__name__ == "join_kernel":
+            return "*fp64" if name == "output" else "*fp32"
+        if name in IN_MAPS_TYPE:
             return f"*{maps}"
-        return "*fp64" if name in VECTORS or kernel.__name__ == "join_kernel" and name == "output" else "*fp32"
+        return "*fp64" if name in EXACT and not in_evaluation else "*fp32"
 
     source = triton.compiler.ASTSource(
         fn=kernel,
@@ -215,8 +251,10 @@ def _compile(kernel, capability: int, maps: str, **constants) -> None:
             (i,): [["tt.divisibility", 16]] for i, parameter in enumerate(kernel.params) if kind(parameter)[0] == "*"
         },
     )
-    options = dict(num_warps=triton_refiner._WARPS)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    warps = WARPS.get(kernel.__name__, triton_refiner._WARPS)
+    if kernel.__name__ == "pack_kernel":
+        warps = 1 if constants["MOMENTS"] else 4
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=warps))
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= 99 * 1024  # what any GPU from Ampere on grants a program
 

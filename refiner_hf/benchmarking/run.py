@@ -184,10 +184,11 @@ def measure(case: Case, options: BenchmarkOptions, results: dict[str, Any]) -> I
                 rows[name] |= peak_memory_in_child(case, name)
                 yield f"{name}, memory: {_in_words(rows[name], 'memory')}"
     # Whoever fails alone, or is killed there, isn't let into this process.
-    able = [name for name in rows if "error" not in rows[name]]
+    able = [name for name in names if "error" not in rows[name]]
     if any("seconds" not in rows[name] for name in able):
-        # All of them, those too that were timed before: what is compared is measured together.
-        steps = {name: partial(make_step, case, name) for name in contender_names(case.part, case.device, able)}
+        # Those too that were timed before: what is compared is measured together.
+        before = [name for name in rows if name not in able and "seconds" in rows[name]]
+        steps = {name: partial(make_step, case, name) for name in able + before}
         timed = time_in_turns(steps, options.rounds, case.device)
         for name, row in timed.items():
             rows[name] = row | {key: value for key, value in rows[name].items() if key != "seconds"}

@@ -47,6 +47,7 @@ def test_contenders_are_of_one_size():
         assert getattr(vit, name) == getattr(plain, name) == getattr(ours, name)
     assert (vit._attn_implementation, set(plain.attention_types)) == ("sdpa", {"plain"})
     assert contender_names("model", "cpu")[0] == BASE
+    assert contender_names("model", "cpu", [PLAIN]) == [BASE, PLAIN]
     assert "triton" not in contender_names("op", "cpu")
 
 
@@ -241,6 +242,16 @@ def test_who_joins_later_is_timed_with_all_the_others(quick, tmp_path):
     assert quick[3:] == [["eager", "auto"]] * 3
     main([*words, "--contenders", "auto"])
     assert len(quick) == 6
+
+
+def test_a_base_that_failed_alone_is_not_timed(quick, tmp_path, monkeypatch):
+    peak = run.peak_memory_in_child
+    monkeypatch.setattr(
+        run, "peak_memory_in_child", lambda c, n: {"error": "out of memory"} if n == BASE else peak(c, n)
+    )
+    main([*WORDS, "--device", "cpu", "--part", "op", "--output_dir", str(tmp_path)])
+    assert quick == [["auto"]] * 3
+    assert "| tiny 32 | eager | 2 | out of memory |" in (tmp_path / "cpu.md").read_text()
 
 
 def test_one_record_holds_several_batches(quick, tmp_path):

@@ -134,15 +134,19 @@ class TestWhatArrives:
         published = json.loads(files["trainer_state.json"])
         assert published == {"best_model_checkpoint": "checkpoint-3", "b": "best", "c": "d/e"}
 
+    def published_card(self, hub, token, folder, text: str) -> str:
+        """What becomes of the folder's card."""
+        (folder / "README.md").write_text(text)
+        publish_folder(folder, "alice/model", token=token)
+        return hub.repositories["alice/model"].files()["README.md"].decode()
+
     def test_examples_of_ones_own_stay(self, hub, token, folder):
         text = (
             "---\nlicense: mit\n---\n```python\nfrom transformers import pipeline\n\n"
             'teacher = pipeline("image-classification", model="google/vit-base-patch16-224", device=0)\n'
             'print(teacher("photo.jpg", top_k=5))\n```\n'
         )
-        (folder / "README.md").write_text(text)
-        publish_folder(folder, "alice/model", token=token)
-        assert hub.repositories["alice/model"].files()["README.md"].decode() == text
+        assert self.published_card(hub, token, folder, text) == text
 
     def test_the_card_of_the_folder_with_the_repositorys_name_in_its_example(self, hub, token, folder):
         text = (
@@ -150,10 +154,7 @@ class TestWhatArrives:
             'from transformers import pipeline\n\nclassify = pipeline("image-classification", model="a folder")\n'
             'print(classify("photo.jpg", top_k=5))\n```\n\n```python\nmodel="a folder"\n```\n'
         )
-        (folder / "README.md").write_text(text)
-        publish_folder(folder, "alice/model", token=token)
-        card = hub.repositories["alice/model"].files()["README.md"].decode()
-        assert card == text.replace(
+        assert self.published_card(hub, token, folder, text) == text.replace(
             '"image-classification", model="a folder"', '"image-classification", model="alice/model"'
         )
 

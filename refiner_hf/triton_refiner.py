@@ -46,6 +46,8 @@ _LANES, _WARPS, _ROWS, _CHANNELS = 32, 2, 32, 16
 # take so many; partial results that are joined at once. Bytes of the exchanged gradient.
 _PLAIN, _PACKED, _STEPS, _JOINED, _EXCHANGE = 1024, 64, 8, 512, 128 * 2**20
 _MAX_HEADS = 16
+# Bytes on a chip for what is loaded ahead: Ampere and Ada grant a program 99 KB, and there is more to hold.
+_AHEAD = 75 * 1024
 
 
 def why_not_triton(refinement: nn.Module, attention_map: torch.Tensor) -> str | None:
@@ -208,6 +210,7 @@ class TritonPasses:
         together = min(self.images, max(1, _EXCHANGE // (math.prod(shape) * self.maps.itemsize)))
         exchange = self.maps.new_zeros(together, *shape)  # around the maps it stays so
         constants = self._constants(expansion, weight)
+        stages = _stages(shape[-1], self.kernel_size, self.padded_heads, self.maps.itemsize)
         with _on(self.maps):
             for start in range(0, self.images, together):
                 images = slice(start, min(start + together, self.images))
@@ -222,7 +225,7 @@ class TritonPasses:
                 )
                 expansion_backward_kernel[self.blocks, count](
                     *arguments, weight, centre, part[images], None if sums is None else sums[of_these], self.size,
-                    BLOCKS=channel_blocks, **constants,
+                    BLOCKS=channel_blocks, num_stages=stages, **constants,
                 )  # fmt: skip
         weight_gradient = _added(local_sums).view_as(weight)
         if expansion is None:
@@ -310,6 +313,11 @@ class TritonPasses:
 
 def _of(expansion: Expansion | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return (None, None) if expansion is None else (expansion.weight.contiguous(), expansion.bias)
+
+
+def _stages(expanded: int, kernel_size: int, padded_heads: int, itemsize: int) -> int:
+    """How many steps of the expansion's backward pass are loaded at a time: what the smallest GPU has room for."""
+    return max(1, min(3, _AHEAD // (_LANES * itemsize * (expanded * kernel_size + padded_heads))))
 
 
 def _precision() -> str:

@@ -254,7 +254,12 @@ def _compile(kernel, capability: int, maps: str, **constants) -> None:
     warps = WARPS.get(kernel.__name__, triton_refiner._WARPS)
     if kernel.__name__ == "pack_kernel":
         warps = 1 if constants["MOMENTS"] else 4
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(num_warps=warps))
+    options = dict(num_warps=warps)
+    if kernel.__name__ == "expansion_backward_kernel":
+        expanded = constants["BLOCKS"] * constants["CHANNELS"]
+        itemsize = 4 if maps == "fp32" else 2
+        options["num_stages"] = triton_refiner._stages(expanded, constants["K"], constants["HP"], itemsize)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared <= 99 * 1024  # what any GPU from Ampere on grants a program
 

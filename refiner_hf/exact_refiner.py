@@ -237,7 +237,7 @@ class _Refine(torch.autograd.Function):
 
         # The two outer norms. y^ = inverse4 (scale3 (z3 - mean3) + (A - centre) + rest), z3^ = inverse3 (z3 - mean3),
         # where rest = bias3 + centre - mean4 is 0 with batch statistics.
-        sum_d, sum_da, sum_dz = sums = scale * passes.outer_sums(gradient, reduced, torch.stack((centre, mean3)))
+        sum_d, sum_da, sum_dz = scale * passes.outer_sums(gradient, reduced, torch.stack((centre, mean3)))
         d_bias4, d_gain4 = sum_d, torch.addcmul(sum_da, scale3, sum_dz)
         if not batch:
             d_gain4 = torch.addcmul(d_gain4, bias3 + centre - mean4, sum_d)
@@ -258,7 +258,7 @@ class _Refine(torch.autograd.Function):
             dz3[2] -= correction
             dz3[3].addcmul_(correction, mean3)
         else:
-            dy = torch.zeros(4, heads, dtype=sums.dtype, device=sums.device)
+            dy = sum_d.new_zeros(4, heads)
             dy[0] = scale * scale4
             d_bias3, d_gain3 = scale4 * sum_d, scale4 * inverse3 * sum_dz
             dz3 = scale3 * dy

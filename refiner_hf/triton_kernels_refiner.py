@@ -181,6 +181,12 @@ def _next(rows):
 
 
 @_jit
+def _completes(step, row, side, K: tl.constexpr):
+    """Whether the first of the rows under way is a lane's own, complete with this step, and within the map."""
+    return (step >= K - 1) & (row < side)
+
+
+@_jit
 def _convolved(
     rows, packed, halves, taps, h, p, inside,
     HP: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr, PRECISION: tl.constexpr,
@@ -290,7 +296,7 @@ def local_moments_kernel(
     for step in range(ROWS + K - 1):
         row = first + step
         rows = _convolved(rows, packed, halves, taps, h, row * side + column, row < side, HP, K, EXPANDS, PRECISION)
-        complete = (step >= K - 1) & (row < side)
+        complete = _completes(step, row, side, K)
         beside = tl.where(complete[:, None], rows[0] - mean, 0.0)
         mean += beside / tl.maximum(step - (K - 2), 1)
         scatter += beside * (rows[0] - mean)
@@ -347,7 +353,7 @@ def project_kernel(
             z3 = tl.dot(h2.to(packed.dtype.element_ty), weights[block][3], acc=z3, input_precision=PRECISION)
             after = after + (_next(under_way[block]),)
         under_way = after
-        complete = (step >= K - 1) & (row < side)
+        complete = _completes(step, row, side, K)
         own = _load_packed(packed, h, p - (K // 2) * side + K // 2, complete, HP).to(tl.float32)
         if MOMENTS:
             beside_z = tl.where(complete[:, None], z3 - mean_z, 0.0)
@@ -502,7 +508,7 @@ def reduction_backward_kernel(
     for step in range(ROWS + K - 1):
         row = first + step
         rows = _convolved(rows, packed, halves, taps, h, row * side + column, row < side, HP, K, EXPANDS, PRECISION)
-        complete = (step >= K - 1) & (row < side)
+        complete = _completes(step, row, side, K)
         # Zero where nothing is complete, and all sums have it.
         dz3 = _load_packed(reduced_gradient, h, (row - (K - 1)) * N + column, complete, HP)
         dn2, normalised, h2 = _second_norm_gradient(rows[0], dz3, back, local_bias, gain, offset, e, E, PRECISION)
@@ -539,7 +545,7 @@ def local_gradient_kernel(
         row = first + step
         p = row * side + column
         rows = _convolved(rows, packed, halves, taps, h, p, row < side, HP, K, EXPANDS, PRECISION)
-        complete = (step >= K - 1) & (row < side)
+        complete = _completes(step, row, side, K)
         dz3 = _load_packed(reduced_gradient, h, (row - (K - 1)) * N + column, complete, HP)
         dn2, normalised, _ = _second_norm_gradient(rows[0], dz3, back, local_bias, gain, offset, e, E, PRECISION)
         dz2 = _vector(second_norm, e, E)[None, :] * dn2 + _vector(second_norm + E, e, E)[None, :] * normalised
@@ -626,7 +632,7 @@ def expansion_backward_kernel(
                     shares = shares + (under_way[block][down] + taps[down * K + K - 1 - shift] * dz2,)
                 after = after + (shares,)
             under_way = after
-        complete = (step >= K - 1) & (row < side)
+        complete = _completes(step, row, side, K)
         there = part + ((row - (K - 1)) * N + column)[:, None] * H
         if EXPANDS:
             own = _load_packed(packed, h, p - (K // 2) * side + K // 2, complete, HP)

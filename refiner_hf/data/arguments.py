@@ -30,6 +30,25 @@ class DataArguments:
     label_column_name: str | None = field(
         default=None, metadata={"help": "Column of the labels. Found by its type or name where not given."}
     )
+    unreadable_images: str = field(
+        default="stop",
+        metadata={
+            "help": "All images are opened once before anything else. If some can't be: stop and list them, or skip "
+            "them and list them in a file.",
+            "choices": ["stop", "skip"],
+        },
+    )
+    label_map_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Token labelling: folder of the training images' label maps, made by refiner-label-maps, or of "
+            "published .pt files."
+        },
+    )
+    transposed_label_maps: bool = field(
+        default=False,
+        metadata={"help": "Crop label maps as the reference's code does, with x and y exchanged, for its numbers."},
+    )
 
     def __post_init__(self):
         if self.dataset_name and (self.train_dir or self.validation_dir):
@@ -66,9 +85,27 @@ class AugmentationArguments:
     random_erasing: float = field(
         default=0.0, metadata={"help": "Share of training images in which a random box is replaced by noise."}
     )
+    mixup: float = field(
+        default=0.0,
+        metadata={"help": "Blend a batch with itself in reverse order, by a share from Beta(mixup, mixup). 0: don't."},
+    )
+    cutmix: float = field(
+        default=0.0,
+        metadata={
+            "help": "Swap a box in place of blending, its share from Beta(cutmix, cutmix). With both: by turns."
+        },
+    )
+    repeated_augmentation: int = field(
+        default=1, metadata={"help": "How often an image comes in an epoch, each time augmented differently."}
+    )
 
     def __post_init__(self):
         if not 0 < self.crop_min_scale <= 1:
             raise ValueError(f"--crop_min_scale must be in (0, 1], got {self.crop_min_scale}.")
         if not 0 <= self.random_erasing <= 1:
             raise ValueError(f"--random_erasing must be in [0, 1], got {self.random_erasing}.")
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}.")
+        if self.repeated_augmentation < 1:
+            raise ValueError(f"--repeated_augmentation must be at least 1, got {self.repeated_augmentation}.")

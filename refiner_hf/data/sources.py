@@ -51,8 +51,6 @@ def load_image_data(args: DataArguments, *, need_train: bool, need_evaluation: b
         `ValueError`: no such folder, no training set, no image or label column; the message lists what is there.
     """
     splits, name = _load_splits(args)
-    if isinstance(train := splits.get("train"), IterableDataset):
-        splits["train"] = train.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
     evaluation_split = next((split for split in _EVALUATION_SPLITS if split in splits), None)
     train, evaluation = splits.get("train"), splits.get(evaluation_split)
     if train is None and need_train:
@@ -60,9 +58,9 @@ def load_image_data(args: DataArguments, *, need_train: bool, need_evaluation: b
     if evaluation is None and train is None:
         raise ValueError(f"{name} has neither a train, a validation nor a test split, but {sorted(splits)}.")
 
-    train, names = _standard_columns(train, args) if train is not None else (None, None)
+    train, names = _standard_columns(train, args, need_train) if train is not None else (None, None)
     if evaluation is not None:
-        evaluation, evaluation_names = _standard_columns(evaluation, args)
+        evaluation, evaluation_names = _standard_columns(evaluation, args, need_evaluation)
         names = names or evaluation_names
         evaluation = _relabel(evaluation, evaluation_names, names)
     elif need_evaluation:
@@ -103,6 +101,11 @@ def _load_folder(folder: str) -> Dataset:
     # Files are given by pattern, as the training split: left to itself, `datasets` sorts them into splits by what
     # their names look like ("test_1.jpg", a label called "train"), and drops the rest.
     inside = glob.escape(str(path.resolve()))
+    empty = sorted(
+        f.name for f in path.glob("[!.]*") if f.is_dir() and not any(file.is_file() for file in f.rglob("*"))
+    )
+    if empty:
+        raise ValueError(f"In {folder} there are labels without images: {', '.join(empty)}. Add some, or remove them.")
     if any(path.rglob("*.parquet")):
         return load_dataset("parquet", data_files={"train": f"{inside}/**/*.parquet"}, split="train")
     if not any(file.is_file() for file in path.glob("*/*")):
@@ -114,7 +117,7 @@ def _load_folder(folder: str) -> Dataset:
 
 
 def _standard_columns(
-    data: Dataset | IterableDataset, args: DataArguments
+    data: Dataset | IterableDataset, args: DataArguments, check_labels: bool
 ) -> tuple[Dataset | IterableDataset, list[str]]:
     """The data with the columns `image` and `labels` only, and the labels' names."""
     features = data.features
@@ -130,11 +133,13 @@ def _standard_columns(
     if not isinstance(features[label], ClassLabel):
         data = _as_class_label(data, label, features[label])
     names = data.features[label].names
-    data = data.select_columns([image, label])
+    if check_labels:
+        _check_labels(data, label, len(names))
+    # First of all, since renaming a stream's columns decodes its images and encodes them anew. They are decoded by our
+    # own transform, which can name a file that is damaged.
+    data = data.cast_column(image, Image(decode=False)).select_columns([image, label])
     renames = {old: new for old, new in ((image, IMAGE_COLUMN), (label, LABEL_COLUMN)) if old != new}
-    data = data.rename_columns(renames) if renames else data
-    # Decoded by our own transform, which can name a file that is damaged.
-    return data.cast_column(IMAGE_COLUMN, Image(decode=False)), names
+    return data.rename_columns(renames) if renames else data, names
 
 
 def _only_column(features, is_wanted, option: str) -> str:
@@ -161,6 +166,20 @@ def _as_class_label(data, column: str, feature):
             )
         return data.cast_column(column, ClassLabel(names=[str(i) for i in range(max(values) + 1)]))
     return data.class_encode_column(column)
+
+
+def _check_labels(data: Dataset | IterableDataset, column: str, count: int) -> None:
+    """A stream's are looked at when they come."""
+    if isinstance(data, IterableDataset) or len(data) == 0:
+        return
+    labels = data.with_format("pandas")[column]
+    wrong = labels[~labels.between(0, count - 1)]  # missing ones too
+    if len(wrong):
+        some = sorted({str(label) for label in wrong})[:5]
+        raise ValueError(
+            f"{len(wrong)} images have labels outside 0..{count - 1} (-1 is how unlabelled test sets say so): "
+            f"{', '.join(some)}. The first is row {wrong.index[0]}."
+        )
 
 
 def _relabel(data, names: list[str], wanted: list[str]):
@@ -200,3 +219,8 @@ def at_most(data: Dataset | IterableDataset | None, number: int | None, seed: in
     if isinstance(data, IterableDataset):
         return data.take(number)
     return data.shuffle(seed=seed).select(range(min(number, len(data))))
+
+
+def shuffled(data: Dataset | IterableDataset, seed: int) -> Dataset | IterableDataset:
+    """A stream whose next image is drawn among a thousand; anything else as it is."""
+    return data.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER) if isinstance(data, IterableDataset) else data

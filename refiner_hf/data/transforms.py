@@ -4,19 +4,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset, Image, IterableDataset
+from datasets import Dataset, IterableDataset
 from PIL import Image as PILImage
-from timm.data import create_transform
-from transformers.utils import logging
 
-from ..image_processing_pil_refiner import to_8_bit_rgb
 from ..image_processing_refiner import RefinerImageProcessor
-from .arguments import AugmentationArguments
+from .augmentation import Augment
+from .images import EncodedImage, decode_image
+from .label_maps import BOX, FLIPPED, MAP_CLASSES, MAP_SCORES, LabelMaps
 from .sources import IMAGE_COLUMN, LABEL_COLUMN, pick_label
-
-
-logger = logging.get_logger(__name__)
 
 
 class PrepareImages:
@@ -44,36 +41,39 @@ class PrepareImages:
         return prepared
 
 
+class PrepareTraining:
+    """
+    An encoded row to what a training step needs: `pixel_values` and `labels`, and with label maps what
+    [`~refiner_hf.training.targets.dense_targets`] takes.
+
+    Args:
+        augment ([`Augment`]): an image to a random view of it.
+        label_ids (`list[int]`, *optional*): the model's number of each of the data's labels, where they differ.
+        label_maps ([`LabelMaps`], *optional*): what a teacher sees in the images.
+    """
+
+    def __init__(self, augment: Augment, label_ids: list[int] | None = None, label_maps: LabelMaps | None = None):
+        self.augment, self.label_ids, self.label_maps = augment, label_ids, label_maps
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        view = self.augment(EncodedImage(row[IMAGE_COLUMN]))
+        label = row[LABEL_COLUMN]
+        prepared = {
+            "pixel_values": view.pixels,
+            LABEL_COLUMN: label if self.label_ids is None else pick_label(self.label_ids, label),
+        }
+        if self.label_maps is not None:
+            label_map = self.label_maps(row[IMAGE_COLUMN])
+            classes = label_map.classes
+            if self.label_ids is not None:
+                classes = np.asarray(self.label_ids, classes.dtype)[classes]
+            prepared |= {MAP_SCORES: label_map.scores, MAP_CLASSES: classes, BOX: view.box, FLIPPED: view.flipped}
+        return prepared
+
+
 def evaluation_pixels(processor: RefinerImageProcessor) -> Callable[[list[PILImage.Image]], list[torch.Tensor]]:
     """Images as the processor prepares them, one by one the same as in a pipeline."""
     return partial(_process, processor)
-
-
-def training_pixels(
-    processor: RefinerImageProcessor, augmentation: AugmentationArguments
-) -> Callable[[list[PILImage.Image]], list[torch.Tensor]]:
-    """Augmented images at the processor's size and normalisation."""
-    try:
-        transform = _timm_transform(processor, augmentation)
-    except (AssertionError, ValueError) as error:
-        raise ValueError(f"timm doesn't know the augmentation --auto_augment {augmentation.auto_augment}.") from error
-    return partial(_augment, transform)
-
-
-def _timm_transform(processor: RefinerImageProcessor, augmentation: AugmentationArguments) -> Callable:
-    return create_transform(
-        input_size=(3, processor.size["height"], processor.size["width"]),
-        is_training=True,
-        scale=(augmentation.crop_min_scale, 1.0),
-        hflip=0.5 if augmentation.horizontal_flip else 0.0,
-        color_jitter=augmentation.color_jitter or None,
-        auto_augment=augmentation.auto_augment,
-        interpolation="bicubic",
-        mean=processor.image_mean,
-        std=processor.image_std,
-        re_prob=augmentation.random_erasing,
-        re_mode="pixel",
-    )
 
 
 # At module level and not inline: dataloader workers that are spawned get these pickled.
@@ -81,35 +81,11 @@ def _process(processor: RefinerImageProcessor, images: list[PILImage.Image]) -> 
     return list(processor(images, return_tensors="pt")["pixel_values"])
 
 
-def _augment(transform: Callable, images: list[PILImage.Image]) -> list[torch.Tensor]:
-    return [transform(image) for image in images]
-
-
 def with_transform(data: Dataset | IterableDataset, transform: PrepareImages) -> Dataset | IterableDataset:
     """Applies `transform` as rows are read."""
     if isinstance(data, IterableDataset):
         return data.map(transform, batched=True, batch_size=32, remove_columns=[IMAGE_COLUMN])
     return data.with_transform(transform)
-
-
-def decode_image(encoded: dict[str, Any]) -> PILImage.Image:
-    """
-    An image as `datasets` stores it (bytes or a path) as an upright 8-bit RGB image.
-
-    Raises:
-        `ValueError`: not an image, or a damaged one; the message names the file.
-    """
-    try:
-        image = Image().decode_example(encoded)
-        if image.mode.startswith("I"):
-            logger.warning_once(
-                "There are 16-bit images among the data. They are scaled to 8 bits here and in the image processor, "
-                "but transformers' pipelines clip them when they open a file: hand those to the processor yourself."
-            )
-        return to_8_bit_rgb(image)
-    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
-        name = encoded.get("path") or "(without a file name)"
-        raise ValueError(f"The image {name} can't be read ({error}). Mend or remove it.") from error
 
 
 def match_labels(data_labels: list[str], model_labels: list[str]) -> list[int] | None:

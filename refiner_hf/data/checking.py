@@ -1,0 +1,61 @@
+"""Images that can't be read, found before a training and not in the middle of it."""
+
+import os
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, Value
+
+from .images import UnreadableImageError, decode_image
+from .sources import IMAGE_COLUMN
+
+
+_FEW = 2000  # images that one process opens about as fast as several
+_MOST_NAMED = 20  # in an error's message
+
+
+def find_unreadable(data: Dataset, what: str) -> tuple[Dataset, list[str]]:
+    """
+    Opens every image once, with a progress bar; `datasets` remembers the answer for the next time.
+
+    Args:
+        data (`datasets.Dataset`): encoded rows.
+        what (`str`): what the images are, for the progress bar.
+
+    Returns:
+        the rows whose image can be read, and what is wrong with each of the others.
+    """
+    reasons = data.map(
+        _what_is_wrong,
+        input_columns=IMAGE_COLUMN,
+        remove_columns=data.column_names,
+        features=Features({"reason": Value("string")}),
+        num_proc=os.cpu_count() if len(data) > _FEW else None,
+        desc=f"Opening the {what} images",
+    )["reason"]
+    reasons = np.asarray(reasons)
+    unreadable = reasons != ""
+    if not unreadable.any():
+        return data, []
+    return data.select(np.flatnonzero(~unreadable)), reasons[unreadable].tolist()
+
+
+def stop_for(reasons: list[str]) -> None:
+    """
+    Raises:
+        `ValueError`: there are `reasons`; the message has the first ones.
+    """
+    if reasons:
+        more = f"\nand {len(reasons) - _MOST_NAMED} more" if len(reasons) > _MOST_NAMED else ""
+        raise ValueError(
+            f"{len(reasons)} images can't be read. Mend or remove them, or leave them out by "
+            "--unreadable_images skip:\n" + "\n".join(reasons[:_MOST_NAMED]) + more
+        )
+
+
+def _what_is_wrong(image: dict[str, Any]) -> dict[str, str]:
+    try:
+        decode_image(image)
+    except UnreadableImageError as error:
+        return {"reason": str(error)}
+    return {"reason": ""}

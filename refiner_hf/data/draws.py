@@ -1,0 +1,91 @@
+"""
+Which training image comes when, and with which random numbers.
+
+Both follow from the run's seed, the epoch and the place in it, and from nothing else: a run that is taken up again in
+the middle of an epoch, with however many worker processes, sees the images that it would have seen, augmented alike.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+
+
+Draw = tuple[int, int]  # number of a row, seed of its random numbers
+
+
+class DrawSampler(Sampler[Draw]):
+    """
+    The rows of an epoch in random order, each with a seed of its own.
+
+    Every process deals the whole epoch; accelerate gives each its share.
+
+    Args:
+        images ([`DrawnImages`]): whose rows; they know the epoch.
+        seed (`int`): of the run.
+    """
+
+    def __init__(self, images: "DrawnImages", seed: int):
+        self.images, self.seed = images, seed
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[Draw]:
+        epoch, length = self.images.epoch, len(self.images)
+        order = torch.randperm(length, generator=torch.Generator().manual_seed(seed_of(self.seed, epoch)))
+        rows = order.repeat_interleave(self.images.repeats)[:length].tolist()
+        return ((row, seed_of(self.seed, epoch, place)) for place, row in enumerate(rows))
+
+
+class DrawnImages(torch.utils.data.Dataset):
+    """
+    Training rows by [`Draw`].
+
+    Args:
+        data (`datasets.Dataset`): encoded rows.
+        prepare: an encoded row to what the model takes; its random numbers are those of the draw.
+        repeats (`int`, *optional*, defaults to 1): how often a row comes in an epoch, one time after the other and
+            augmented differently, while the others wait for another epoch (repeated augmentation, Hoffer et al. 2020,
+            arXiv 1901.09335).
+    """
+
+    def __init__(self, data: Dataset, prepare: Callable[[dict[str, Any]], dict[str, Any]], repeats: int = 1):
+        self.data, self.prepare, self.repeats, self.epoch = data, prepare, repeats, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch is dealt next; the Trainer's data loader calls this."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+        row, seed = draw
+        with random_numbers_of(seed):
+            return self.prepare(self.data[row])
+
+
+def seed_of(*numbers: int) -> int:
+    """One seed of several numbers, such that seeds of neighbouring numbers have nothing to do with each other."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+@contextmanager
+def random_numbers_of(seed: int) -> Iterator[None]:
+    """Within, random numbers of `random`, `numpy` and torch are those of `seed`; outside they go on as they were."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])

@@ -1,0 +1,96 @@
+"""Images as `datasets` stores them, decoded."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from datasets.utils.file_utils import is_local_path, xopen
+from PIL import Image as PILImage
+from PIL import ImageOps
+from transformers.utils import logging
+
+from ..image_processing_pil_refiner import to_8_bit_rgb
+
+
+logger = logging.get_logger(__name__)
+
+_ORIENTATION = 0x0112  # EXIF tag
+_ON_THE_SIDE = (5, 6, 7, 8)  # its values that exchange width and height
+
+
+class UnreadableImageError(ValueError):
+    """What should be an image isn't one, or is damaged."""
+
+
+class EncodedImage:
+    """
+    An image whose header has been read: `size` is (width, height) of the upright image.
+
+    Args:
+        encoded (`dict`): `bytes`, or else a `path`, as in a column of `datasets` that isn't decoded.
+
+    Raises:
+        [`UnreadableImageError`]: it has no header of an image; the message names the file.
+    """
+
+    def __init__(self, encoded: dict[str, Any]):
+        self.name = encoded.get("path") or "(without a file name)"
+        with self._named():
+            self._image = PILImage.open(BytesIO(read_bytes(encoded)))
+            self._orientation = self._image.getexif().get(_ORIENTATION, 1)
+        width, height = self._image.size
+        self.size = (height, width) if self._orientation in _ON_THE_SIDE else (width, height)
+
+    def decode(self, at_least: tuple[float, float] | None = None) -> PILImage.Image:
+        """
+        The upright 8-bit RGB image.
+
+        Args:
+            at_least (`tuple[float, float]`, *optional*): width and height. A JPEG may then be decoded at a half, a
+                quarter or an eighth of its size, but no smaller than this, which is much faster for large photos.
+
+        Raises:
+            [`UnreadableImageError`]: it is damaged; the message names the file.
+        """
+        with self._named():
+            if at_least is not None:
+                width, height = at_least[::-1] if self._orientation in _ON_THE_SIDE else at_least
+                self._image.draft(None, (round(width), round(height)))
+            image = ImageOps.exif_transpose(self._image) if self._orientation != 1 else self._image
+            if image.mode.startswith("I"):
+                logger.warning_once(
+                    "There are 16-bit images among the data. They are scaled to 8 bits here and in the image "
+                    "processor, but transformers' pipelines clip them when they open a file: hand those to the "
+                    "processor yourself."
+                )
+            return to_8_bit_rgb(image)
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+            raise UnreadableImageError(f"The image {self.name} can't be read ({error}). Mend or remove it.") from error
+
+
+def decode_image(encoded: dict[str, Any]) -> PILImage.Image:
+    """
+    An image as `datasets` stores it (bytes or a path) as an upright 8-bit RGB image.
+
+    Raises:
+        [`UnreadableImageError`]: not an image, or a damaged one; the message names the file.
+    """
+    return EncodedImage(encoded).decode()
+
+
+def read_bytes(encoded: dict[str, Any]) -> bytes:
+    """What is in an image's file, wherever it lies."""
+    if encoded.get("bytes") is not None:
+        return encoded["bytes"]
+    path = encoded["path"]
+    if is_local_path(path):
+        return Path(path).read_bytes()
+    with xopen(path, "rb") as file:
+        return file.read()

@@ -40,7 +40,7 @@ import refiner_hf
 assert refiner_hf.__file__.startswith(sys.argv[1]), refiner_hf.__file__
 from refiner_hf.commands import convert_checkpoint, push_to_hub
 from refiner_hf.commands.parsing import recipe_names
-assert recipe_names() == ["digits", "fine_tune", "from_scratch"]
+assert {"digits", "fine_tune", "from_scratch", "imagenet_s_224"} <= set(recipe_names())
 from refiner_hf.hub.card import TEMPLATE
 assert TEMPLATE.exists()
 """
@@ -58,4 +58,5 @@ def test_the_wheel_works_installed_and_imports_what_it_needs_only(wheel, tmp_pat
     )
     assert run.returncode == 0, run.stderr
     commands = {"refiner-benchmark", "refiner-train", "refiner-convert", "refiner-show", "refiner-push"}
+    commands |= {"refiner-label-maps"}
     assert {path.name for path in (site / "bin").iterdir()} == commands

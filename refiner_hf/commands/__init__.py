@@ -39,3 +39,8 @@ def push() -> None:
 def benchmark() -> None:
     """`refiner-benchmark`"""
     _run("benchmark")
+
+
+def label_maps() -> None:
+    """`refiner-label-maps`"""
+    _run("make_label_maps")

@@ -1,8 +1,9 @@
 """
 Train, fine-tune or evaluate a Refiner.
 
-The first word may name a recipe (digits, from_scratch, fine_tune) or a YAML or JSON file of options; options after it
-win. Without any, a small Refiner learns scikit-learn's digits. A run that broke off goes on when started again.
+The first word may name a recipe (digits, from_scratch, fine_tune, imagenet_s_224 and others in refiner_hf/recipes/) or
+a YAML or JSON file of options; options after it win. Without any, a small Refiner learns scikit-learn's digits. A run
+that broke off goes on when started again.
 
     refiner-train                                                     # digits, under two minutes on 2 CPU cores
     refiner-train from_scratch --train_dir photos --output_dir out    # photos/LABEL/*.jpg
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> RunResult:
     arguments = parse_arguments(argv, description=f"refiner_hf {refiner_hf.__version__}.{__doc__}")
     try:
         result = run(*arguments)
-    except (ValueError, OSError, StrictDataclassError) as error:
+    except (ValueError, OSError, FloatingPointError, StrictDataclassError) as error:
         sys.exit(f"Error: {error}")
     if arguments[-1].should_save:
         report(result, arguments[1])
@@ -41,6 +42,8 @@ def report(result: RunResult, data_args: DataArguments) -> None:
         print(f"Accuracy on {result.data.evaluation_split}: {result.metrics['eval_accuracy']:.2%}", end="")
         top5 = result.metrics.get("eval_top5_accuracy")
         print(f" (top-5 {top5:.2%})" if top5 is not None else "")
+        if (averaged := result.metrics.get("eval_ema_accuracy")) is not None:
+            print(f"That of the averaged weights (in the folder ema): {averaged:.2%}")
         if data_args.embedded:
             from ..data.digits import logistic_regression_accuracy
 

@@ -1,0 +1,173 @@
+"""Makes label maps of a data set, shard by shard."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, Sequence, Value
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from ..data.images import decode_image
+from ..data.label_maps import CLASSES, FACTS_FILE, KEY, SCORES, key_of
+from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN
+from .teachers import Teacher
+
+
+logger = logging.get_logger(__name__)
+
+
+class _ForTeacher(torch.utils.data.Dataset):
+    """Encoded rows to (key, pixels, label)."""
+
+    def __init__(self, data: Dataset, teacher: Teacher):
+        self.data, self.prepare = data, teacher.prepare
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, row: int) -> tuple[int, torch.Tensor, int]:
+        row = self.data[row]
+        return key_of(row[IMAGE_COLUMN]), self.prepare(decode_image(row[IMAGE_COLUMN])), row[LABEL_COLUMN]
+
+
+def make_label_maps(
+    data: Dataset,
+    labels: list[str],
+    teacher: Teacher,
+    folder: Path,
+    *,
+    teacher_name: str,
+    top_k: int = 5,
+    batch_size: int = 64,
+    shard_size: int = 10_000,
+    num_workers: int = 0,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """
+    Writes `label_maps-00000.parquet` and so on, and `label_maps.json`. Where it broke off, it goes on with the first
+    shard that isn't there.
+
+    Args:
+        data (`datasets.Dataset`): encoded rows.
+        labels (`list[str]`): the data's labels. The maps' classes are numbered like these.
+        teacher ([`Teacher`]), teacher_name (`str`): who says what is where, and its name for the record.
+        folder (`Path`): where to write; holds nothing, or what is to go on.
+        top_k (`int`): how many classes of each place are kept.
+        batch_size (`int`), num_workers (`int`), device (`str`): how the teacher is run.
+        shard_size (`int`): images in a file.
+
+    Returns:
+        the facts in `label_maps.json`.
+
+    Raises:
+        `ValueError`: the teacher's labels aren't the data's, or the folder holds other maps.
+        `OSError`: the folder can't be written.
+    """
+    columns = match_teacher(teacher.labels, teacher.num_labels, labels)
+    top_k = min(top_k, len(labels))
+    facts: dict[str, Any] = {
+        "teacher": teacher_name,
+        "labels": labels,
+        "images": len(data),
+        "image_size": list(teacher.size),
+        "top_k": top_k,
+        "shard_size": shard_size,
+    }
+    begun = _begin(folder, facts)
+    teacher.model.to(device)
+    shards = math.ceil(len(data) / shard_size)
+    agreeing = begun.get("agreeing", 0)
+    with tqdm(total=len(data), unit="image", desc="Label maps") as progress:
+        for shard in range(shards):
+            rows = range(shard * shard_size, min((shard + 1) * shard_size, len(data)))
+            if shard < begun.get("shards", 0):
+                progress.update(len(rows))
+                continue
+            loader = DataLoader(_ForTeacher(data.select(rows), teacher), batch_size, num_workers=num_workers)
+            content: dict[str, list] = {KEY: [], SCORES: [], CLASSES: []}
+            for keys, pixels, truth in loader:
+                scores = _scores(teacher, pixels.to(device), columns)
+                best = scores.topk(top_k, dim=1)
+                agreeing += int((scores.float().softmax(1).mean((2, 3)).argmax(1).cpu() == truth).sum())
+                content[KEY] += keys.tolist()
+                content[SCORES] += list(best.values.half().flatten(1).cpu().numpy())
+                content[CLASSES] += list(best.indices.short().flatten(1).cpu().numpy())
+                progress.update(len(keys))
+            grid = {"rows": scores.shape[2], "columns": scores.shape[3]}
+            _write_shard(folder / f"label_maps-{shard:05}.parquet", content, top_k * scores.shape[2] * scores.shape[3])
+            facts |= {**grid, "shards": shard + 1, "agreeing": agreeing}
+            _write(folder / FACTS_FILE, facts)
+    facts = {**begun, **facts, "finished": True}
+    _write(folder / FACTS_FILE, facts)
+    return facts
+
+
+def match_teacher(teacher_labels: list[str] | None, count: int, labels: list[str]) -> list[int] | None:
+    """
+    Which of the teacher's `count` labels is each of the data's; `None` where they are the same.
+
+    Raises:
+        `ValueError`: neither do their names fit nor their number.
+    """
+    if teacher_labels == labels:
+        return None
+    if teacher_labels is not None and set(labels) <= set(teacher_labels):
+        return [teacher_labels.index(label) for label in labels]
+    if count == len(labels):
+        logger.warning(
+            f"The teacher's labels are called otherwise than the data's: taking its first for {labels[0]!r}, its last "
+            f"for {labels[-1]!r}. Look at how often it agrees."
+        )
+        return None
+    raise ValueError(
+        f"The teacher knows {count} labels, such as {(teacher_labels or ['(without names)'])[:3]}, and the data has "
+        f"{len(labels)}, such as {labels[:3]}. Fine-tune the teacher on the data's labels, or name these like its own."
+    )
+
+
+@torch.no_grad()
+def _scores(teacher: Teacher, pixels: torch.Tensor, columns: list[int] | None) -> torch.Tensor:
+    scores = teacher(pixels)
+    return scores if columns is None else scores[:, columns]
+
+
+def _begin(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """What is in the folder already."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / FACTS_FILE).exists():
+            begun = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        elif any(folder.iterdir()):
+            raise ValueError(f"{folder} isn't empty and holds no label maps. Give another --output_dir.")
+        else:
+            begun = {}
+            _write(folder / FACTS_FILE, facts)
+    except OSError as error:
+        raise OSError(f"The folder {folder} can't be written: {error}. Give another --output_dir.") from error
+    changed = [name for name, value in facts.items() if begun and begun.get(name) != value]
+    if changed:
+        raise ValueError(f"{folder} holds label maps with another {', '.join(changed)}. Give another --output_dir.")
+    return begun
+
+
+def _write_shard(file: Path, content: dict[str, list], length: int) -> None:
+    features = Features(
+        {
+            KEY: Value("int64"),
+            SCORES: Sequence(Value("float16"), length=length),
+            CLASSES: Sequence(Value("int16"), length=length),
+        }
+    )
+    unfinished = file.with_suffix(".unfinished")
+    Dataset.from_dict(content, features=features).to_parquet(str(unfinished))
+    unfinished.replace(file)
+
+
+def _write(file: Path, facts: dict[str, Any]) -> None:
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(file)

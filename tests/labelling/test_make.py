@@ -1,0 +1,133 @@
+"""Label maps of a folder of photos, made, taken up again, and trained with."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from refiner_hf import RefinerConfig, RefinerForImageClassification, RefinerImageProcessor
+from refiner_hf.commands.make_label_maps import main
+from refiner_hf.commands.train import main as train
+from refiner_hf.data.label_maps import open_label_maps
+from refiner_hf.labelling import make
+from refiner_hf.labelling.make import match_teacher
+
+from ..images import write_folder
+from ..training.test_run import QUICK
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return write_folder(tmp_path / "photos", per_label=5)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A classifier that tells red, green and blue: its tokens are its pixels' means, its scores what is strongest."""
+    folder = tmp_path_factory.mktemp("teacher")
+    names = dict(enumerate(["blue", "green", "red"]))
+    config = RefinerConfig(
+        image_size=16, patch_size=4, hidden_size=12, num_hidden_layers=1, num_attention_heads=2, use_conv_stem=False,
+        attention_types=["plain"], id2label=names, label2id={name: i for i, name in names.items()},
+    )  # fmt: skip
+    model = RefinerForImageClassification(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.refiner.norm.weight.fill_(1)
+        projection = model.refiner.embeddings.patch_embeddings.projection.weight
+        for channel in range(3):
+            projection[channel, channel] = 1 / 16
+            model.classifier.weight[2 - channel, channel] = 5
+    model.save_pretrained(folder)
+    RefinerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+def options(teacher, photos, out, *more):
+    return [
+        "--teacher", str(teacher), "--train_dir", str(photos), "--output_dir", str(out), "--num_workers", "0",
+        "--batch_size", "4", "--shard_size", "6", "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+def test_made_and_found(teacher, photos, tmp_path, capsys):
+    two = Image.new("RGB", (40, 40), (200, 50, 40))
+    two.paste((40, 60, 200), (30, 0, 40, 40))
+    two.save(photos / "red" / "two.png")
+    main(options(teacher, photos, tmp_path / "maps", "--top_k", "2"))
+    said = capsys.readouterr().out
+    assert "Label maps of 16 images, 4 x 4 places" in said and "gives 100.0% of the images" in said
+    assert len(list((tmp_path / "maps").glob("*.parquet"))) == 3 and not list((tmp_path / "maps").glob("*.unfinished"))
+    maps = open_label_maps(str(tmp_path / "maps"), ["blue", "green", "red"])
+    scores, classes = maps({"path": str(photos / "red" / "two.png"), "bytes": None})
+    assert scores.dtype == np.float16 and classes.dtype == np.int16 and scores.shape == (2, 4, 4)
+    assert (classes[0] == [2, 2, 2, 0]).all() and (scores[0] >= scores[1]).all()
+
+
+def test_goes_on_where_it_broke_off(teacher, photos, tmp_path, monkeypatch, capsys):
+    main(options(teacher, photos, tmp_path / "unbroken"))
+    calls, write = [], make._write_shard
+
+    def break_off(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(*args)
+
+    monkeypatch.setattr(make, "_write_shard", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        main(options(teacher, photos, tmp_path / "broken"))
+    with pytest.raises(ValueError, match="aren't finished"):
+        open_label_maps(str(tmp_path / "broken"), ["blue", "green", "red"])
+    monkeypatch.setattr(make, "_write_shard", write)
+    main(options(teacher, photos, tmp_path / "broken"))
+    for file in (tmp_path / "unbroken").iterdir():
+        assert (tmp_path / "broken" / file.name).read_bytes() == file.read_bytes(), file.name
+    with pytest.raises(SystemExit, match="label maps with another top_k"):
+        main(options(teacher, photos, tmp_path / "broken", "--top_k", "1"))
+
+
+def test_bad_input(teacher, photos, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="isn't empty and holds no label maps"):
+        main(options(teacher, photos, tmp_path / "notes"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="can't be written"):
+        main(options(teacher, photos, tmp_path / "file" / "maps"))
+    with pytest.raises(SystemExit, match="Error"):
+        main(options(tmp_path / "no_model", photos, tmp_path / "maps"))
+    other = write_folder(tmp_path / "other", 2, ("cat", "dog"))
+    with pytest.raises(SystemExit, match="knows 3 labels, such as .* and the data has 2"):
+        main(options(teacher, other, tmp_path / "maps"))
+
+
+def test_whose_labels_are_whose(monkeypatch):
+    said = []
+    monkeypatch.setattr(make.logger, "warning", said.append)
+    assert match_teacher(["a", "b"], 2, ["a", "b"]) is None
+    assert match_teacher(["a", "b", "c"], 3, ["c", "a"]) == [2, 0]
+    assert not said
+    assert match_teacher(["n01", "n02"], 2, ["cat", "dog"]) is None and match_teacher(None, 2, ["cat", "dog"]) is None
+    assert len(said) == 2 and "Look at how often it agrees" in said[0]
+    for names in (None, ["a", "b", "c"]):
+        with pytest.raises(ValueError, match="The teacher knows 3 labels"):
+            match_teacher(names, 3, ["cat", "dog"])
+
+
+def test_trained_with(teacher, photos, tmp_path):
+    main(options(teacher, photos, tmp_path / "maps"))
+    result = train(
+        ["--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "out"), "--label_map_dir",
+         str(tmp_path / "maps"), "--mixup", "0.8", "--cutmix", "1.0", "--config_overrides",
+         json.dumps({"image_size": 16, "patch_size": 4, "hidden_size": 24, "num_hidden_layers": 2,
+                     "num_attention_heads": 2, "token_mixing": True, "use_dense_head": True})]
+    )  # fmt: skip
+    assert result.metrics["eval_loss"] > 0
+    with pytest.raises(SystemExit, match="holds no label maps"):
+        train(
+            ["--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "no"), "--label_map_dir", str(photos)]
+        )

@@ -8,6 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from refiner_hf import RefinerConfig, RefinerForImageClassification
@@ -62,6 +65,17 @@ def train_twice(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) ->
     return {name: value.cpu() for name, value in results.items()}
 
 
+def train_sharded(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same under FSDP2: every layer, and the rest, sharded over the processes."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for layer in model.refiner.layers:
+        fully_shard(layer, mesh=mesh)
+    results = train_twice(fully_shard(model, mesh=mesh), pixels, labels)
+    dist.all_reduce(results["losses"])
+    results["losses"] /= WORLD
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in results.items()}
+
+
 def process(rank: int, folder: Path, device: str, cases: list[tuple], dtype: torch.dtype) -> None:
     """What each of the processes runs: every case, its results into a file."""
     torch.set_num_threads(1)
@@ -77,6 +91,8 @@ def process(rank: int, folder: Path, device: str, cases: list[tuple], dtype: tor
         dist.all_reduce(result["losses"])
         result["losses"] /= WORLD
         results.append(result)
+    if device == "cpu":  # gloo shards nothing that lies on a GPU
+        results.append(train_sharded(make_model("blocked", "released", dtype=dtype), pixels, labels))
     # Unsynchronized, each goes its own way.
     model = make_model("eager", "released", synchronized=False, dtype=dtype).to(device)
     results.append(train_twice(DistributedDataParallel(model, broadcast_buffers=False), pixels, labels))
@@ -112,6 +128,16 @@ def test_equals_one_process_with_the_joined_batch(results, implementation, layou
             # The maps themselves are rounded to float32. What a norm or softmax takes out again has no gradient.
             if value.abs().max() > 1e-6:
                 assert_close(result[name], value, 1e-5, name)
+
+
+def test_sharded_equals_one_process_with_the_joined_batch(results):
+    """FSDP2 shards no buffers: synchronized norms keep them the same in every process."""
+    joined = train_twice(make_model("eager", "released"), *batch())
+    for of_rank in results:
+        assert of_rank[-2].keys() == joined.keys()
+        for name, value in joined.items():
+            if value.abs().max() > 1e-6:
+                assert_close(of_rank[-2][name], value, 1e-5, name)
 
 
 @pytest.mark.gpu

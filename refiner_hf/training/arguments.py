@@ -69,8 +69,39 @@ class RefinerTrainingArguments(TrainingArguments):
             "and save. 0 uses the running averages."
         },
     )
+    synchronize_norms: bool = field(
+        default=True,
+        metadata={"help": "With several processes, normalise with the statistics of all their batches together."},
+    )
     freeze_norms: bool = field(
         default=False, metadata={"help": "Keep the batch norms' statistics as they are (fine-tuning, small batches)."}
+    )
+    learning_rate_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "How many images a step has that --learning_rate is meant for. It is scaled in proportion to "
+            "how many it really has (processes x images of each x accumulation). Default: the rate is taken as it is."
+        },
+    )
+    cooldown_steps: float = field(
+        default=0,
+        metadata={
+            "help": "Steps at the end, or below 1 their share of all steps, through which the learning rate stays "
+            "where the schedule, --warmup_steps included, has ended before."
+        },
+    )
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Each layer's learning rate is this times that of the layer after it."}
+    )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={
+            "help": "Average the weights, with so much of the average left after each step. It is evaluated and saved "
+            "(in the folder ema) beside the raw weights. 0 makes none."
+        },
+    )
+    ema_warmup: bool = field(
+        default=True, metadata={"help": "Let the average forget the first weights fast: 1 - (1 + step)^(-2/3)."}
     )
     with_code: bool = field(
         default=False,
@@ -101,6 +132,17 @@ class RefinerTrainingArguments(TrainingArguments):
             raise ValueError("--remove_unused_columns would drop the images before they are read; leave it off.")
         if not 0 <= self.label_smoothing_factor < 1:
             raise ValueError(f"--label_smoothing_factor must be in [0, 1), got {self.label_smoothing_factor}.")
-        for name in ("norm_statistics_images", "example_pictures"):
+        for name in ("norm_statistics_images", "example_pictures", "cooldown_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}.")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"--layer_decay must be in (0, 1], got {self.layer_decay}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"--ema_decay must be in [0, 1), got {self.ema_decay}.")
+        if self.learning_rate_batch_size is not None and self.learning_rate_batch_size < 1:
+            raise ValueError(f"--learning_rate_batch_size must be at least 1, got {self.learning_rate_batch_size}.")
+
+    def get_cooldown_steps(self, num_training_steps: int) -> int:
+        """Steps at the end through which the learning rate stays where it is; like `get_warmup_steps`."""
+        share = num_training_steps if self.cooldown_steps < 1 else 1
+        return min(round(share * self.cooldown_steps), num_training_steps)

@@ -19,6 +19,7 @@ from ..hub.card import (
     versions,
 )
 from ..modeling_refiner import RefinerForMaskedImageModeling
+from .ema import FOLDER as EMA_FOLDER
 
 
 RUN_FILE = "training_arguments.json"
@@ -38,7 +39,7 @@ _NOT_IN_CARD = {
     "distributed_state", "label_names", "train_batch_size",
     "eval_batch_size", "per_device_eval_batch_size",
     "verify_push", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "project",
-    "trackio_space_id", "accelerator_config",
+    "trackio_space_id", "accelerator_config", "ignore_data_skip", "dataloader_persistent_workers",
 }  # fmt: skip
 _ALWAYS_IN_CARD = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
@@ -117,7 +118,9 @@ def last_measured(trainer: Trainer) -> dict[str, float]:
     entries = state.log_history
     if trainer.args.load_best_model_at_end and not trainer.is_in_train and state.best_global_step:
         # The weights are those of the best evaluation, not of the last.
-        entries = [e for e in entries if "eval_loss" not in e or e["step"] <= state.best_global_step]
+        entries = [
+            e for e in entries if not any(k.startswith("eval_") for k in e) or e["step"] <= state.best_global_step
+        ]
     return {key: value for entry in entries for key, value in entry.items() if key.startswith(("eval_", "train_"))}
 
 
@@ -130,6 +133,9 @@ def _results(trainer: Trainer, measured: dict[str, float], metrics: dict, data: 
     if "eval_loss" not in measured:
         return ""
     rows = [(text, f"{value:.2%}") for text, value in metrics.values()]
+    for key, (_, text) in _METRICS.items():
+        if (averaged := measured.get(key.replace("eval_", "eval_ema_"))) is not None:
+            rows.append((f"{text} of the averaged weights, in the folder `{EMA_FOLDER}`", f"{averaged:.2%}"))
     masked = isinstance(trainer.model, RefinerForMaskedImageModeling)
     name = "Mean absolute difference of the hidden pixels, in the scale of the processor" if masked else "Loss"
     rows.append((name, f"{measured['eval_loss']:.4f}"))

@@ -8,8 +8,8 @@ from typing import Any
 from PIL import Image
 from transformers import Trainer, pipeline
 
+from ..data.images import decode_image
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN, ImageData
-from ..data.transforms import decode_image
 from ..hub.card import make_card
 from ..hub.code import add_code, without_code
 from ..hub.files import without_paths, write_json

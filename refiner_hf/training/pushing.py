@@ -24,7 +24,7 @@ from .card import last_measured, training_facts
 logger = logging.get_logger(__name__)
 
 # Beginnings of the names that a model, its processor or an adapter is saved under; the rest is the Trainer's.
-_MODEL_FILES = ("adapter", "config", "model", "preprocessor", CARD)
+_MODEL_FILES = ("adapter", "config", "model", "preprocessor", "ema/", CARD)
 # And of what is needed to go on from a checkpoint, beside these and `trainer_state.json`.
 _STATE_FILES = ("optimizer", "scheduler", "scaler", "rng_state")
 # Folders of links to a checkpoint that is being pushed. Names with _ in front are never published.

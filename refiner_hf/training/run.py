@@ -1,41 +1,47 @@
 """A whole run: data, model, training, evaluation, and the finished folder."""
 
 import csv
-import json
-import os
-import shlex
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, default_data_collator, set_seed
+from datasets import Dataset, IterableDataset
+from timm.data import Mixup
+from transformers import default_data_collator, set_seed
 from transformers.utils import logging
 
 from ..configuration_refiner import RefinerConfig
 from ..data.arguments import AugmentationArguments, DataArguments
-from ..data.sources import ImageData, at_most, load_image_data
-from ..data.transforms import PrepareImages, evaluation_pixels, match_labels, training_pixels, with_transform
+from ..data.augmentation import Augment
+from ..data.checking import find_unreadable, stop_for
+from ..data.draws import DrawnImages
+from ..data.label_maps import open_label_maps
+from ..data.sources import ImageData, at_most, load_image_data, shuffled
+from ..data.streams import StreamedImages, StreamPosition
+from ..data.transforms import PrepareImages, PrepareTraining, evaluation_pixels, with_transform
 from ..hub.card import CardFacts, make_card
-from ..hub.files import without_paths, write_json
+from ..hub.files import write_json
 from ..hub.publish import Published
 from ..hub.repository import PublishError, patiently, prepare_repository
 from ..hub.verification import verify
-from ..image_processing_refiner import RefinerImageProcessor
 from ..modeling_refiner import RefinerForImageClassification
 from .arguments import ModelArguments, RefinerTrainingArguments
 from .card import RUN_FILE
+from .ema import EmaCallback
 from .folder import CONFUSION_MATRIX, Example, finish_folder
+from .loading import load_model, load_processor
 from .metrics import ClassificationMetrics, rank_labels
+from .optimization import scaled_learning_rate
+from .output_folder import prepare_output_folder, push_command, repository
+from .saving import writing
 from .statistics import NormStatisticsCallback
+from .targets import TrainingTargets
 from .trainer import RefinerTrainer
 
 
 logger = logging.get_logger(__name__)
 
-FINISHED_FILE = "train_results.json"
-# Options that may differ when a run is taken up again.
-_MAY_CHANGE = {"cache_dir", "refine_implementation", "max_eval_samples"}
+UNREADABLE_FILE = "_unreadable_images.txt"  # names with _ in front are never published
 
 
 @dataclass
@@ -79,10 +85,10 @@ def run(
     if training_args.push_to_hub and not training_args.do_train:
         raise ValueError("An evaluation leaves nothing to push. Use refiner-push to publish the model's folder.")
     arguments = _as_dict(model_args, data_args, augmentation_args, training_args)
-    checkpoint = _prepare_output_folder(training_args, arguments)
+    checkpoint = prepare_output_folder(training_args, arguments)
     if training_args.push_to_hub and training_args.should_save:
         training_args.hub_model_id = prepare_repository(
-            _repository(training_args),
+            repository(training_args),
             private=training_args.hub_private_repo,
             branch=training_args.hub_revision,
             token=training_args.hub_token,
@@ -90,43 +96,72 @@ def run(
         if training_args.weights_license:
             _check_license(training_args)
     set_seed(training_args.seed)
-    data = load_image_data(
-        data_args, need_train=training_args.do_train, need_evaluation=training_args.do_eval, seed=training_args.seed
-    )
+    with training_args.main_process_first(desc="loading the data"):  # the others find it in the cache of `datasets`
+        data = load_image_data(
+            data_args,
+            need_train=training_args.do_train,
+            need_evaluation=training_args.do_eval,
+            seed=training_args.seed,
+        )
+        if not data_args.embedded:
+            _look_at_images(data, data_args, training_args)
     model, label_ids = load_model(model_args, data.labels, keep_labels=not training_args.do_train)
     processor = load_processor(model_args, model.config)
 
+    label_ids = label_ids or list(range(len(data.labels)))  # a stream's labels are checked when they come
     for_evaluation = PrepareImages(evaluation_pixels(processor), label_ids)
-    for_training = PrepareImages(training_pixels(processor, augmentation_args), label_ids)
-    train, evaluation = data.train, data.evaluation
     metrics = ClassificationMetrics(model.config.num_labels)
-    callbacks = []
+    train, callbacks = None, []
     if training_args.do_train:
-        _check_length(train, training_args)
+        _check_training(data, model, data_args, augmentation_args, training_args)
+        label_maps = open_label_maps(data_args.label_map_dir, data.labels) if data_args.label_map_dir else None
+        prepare = PrepareTraining(Augment(processor, augmentation_args), label_ids, label_maps)
+        train = _training_images(data.train, prepare, data_args, augmentation_args, training_args, checkpoint)
+        ema = EmaCallback(training_args.ema_decay, training_args.ema_warmup) if training_args.ema_decay else None
+        callbacks += [ema] if ema else []
         if training_args.freeze_norms:
             model.freeze_norms()
-        elif training_args.norm_statistics_images:
-            # Always the same training images.
-            some = at_most(train, training_args.norm_statistics_images, training_args.seed)
-            for_statistics = with_transform(some, for_evaluation)
-            callbacks.append(NormStatisticsCallback(for_statistics, training_args.per_device_eval_batch_size))
+        else:
+            if training_args.world_size > 1 and training_args.synchronize_norms:
+                model.synchronize_norms()
+            if training_args.norm_statistics_images:
+                # Always the same training images.
+                some = at_most(
+                    shuffled(data.train, training_args.seed), training_args.norm_statistics_images, training_args.seed
+                )
+                for_statistics = with_transform(some, for_evaluation)
+                batch_size = training_args.per_device_eval_batch_size
+                callbacks.append(NormStatisticsCallback(for_statistics, batch_size, ema=ema))
         if training_args.should_save:
             write_json(Path(training_args.output_dir) / RUN_FILE, arguments)
+        images = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+        training_args.learning_rate = scaled_learning_rate(
+            training_args.learning_rate, images, training_args.learning_rate_batch_size
+        )
 
     trainer = RefinerTrainer(
         model=model,
         args=training_args,
-        train_dataset=with_transform(train, for_training) if training_args.do_train else None,
-        eval_dataset=with_transform(evaluation, for_evaluation) if training_args.do_eval else None,
+        train_dataset=train,
+        eval_dataset=with_transform(data.evaluation, for_evaluation) if training_args.do_eval else None,
         processing_class=processor,
         data_collator=default_data_collator,
         compute_metrics=metrics,
         preprocess_logits_for_metrics=rank_labels,
         callbacks=callbacks,
+        make_targets=TrainingTargets(
+            training_args.label_smoothing_factor,
+            Mixup(augmentation_args.mixup, augmentation_args.cutmix, label_smoothing=0.0)
+            if augmentation_args.mixup or augmentation_args.cutmix
+            else None,
+            data_args.transposed_label_maps,
+        ),
     )
 
     measured: dict[str, float] = {}
     if training_args.do_train:
+        # Every process drops other paths and mixes otherwise. (The order of the images has a seed of its own.)
+        set_seed(training_args.seed + training_args.process_index)
         measured |= trainer.train(resume_from_checkpoint=checkpoint).metrics
         if checkpoint:
             # Times and mean loss cover the last part of the run only; the card shall not claim them for the whole.
@@ -140,7 +175,8 @@ def run(
             _write_confusion_matrix(metrics.confusion_matrix, model.config, training_args.output_dir)
     examples = []
     if training_args.do_train:
-        trainer.save_model(_internal_call=True)  # the folder is pushed when it is finished
+        with writing(f"The model in {training_args.output_dir}"):
+            trainer.save_model(_internal_call=True)  # the folder is pushed when it is finished
         trainer.save_state()
         if trainer.is_world_process_zero():
             examples = finish_folder(trainer, data, arguments, measured, metrics.confusion_matrix)
@@ -165,152 +201,74 @@ def _publish(trainer: RefinerTrainer) -> Published | None:
     except (PublishError, ValueError, KeyboardInterrupt) as error:
         raise PublishError(
             f"Training is finished and its folder is whole, but: {str(error) or 'interrupted.'}\n"
-            f"To push it again: {_push_command(args)}"
+            f"To push it again: {push_command(args)}"
         ) from error
     return published
 
 
-def _repository(args: RefinerTrainingArguments) -> str:
-    return args.hub_model_id or Path(args.output_dir).resolve().name
+def _look_at_images(data: ImageData, data_args: DataArguments, args: RefinerTrainingArguments) -> None:
+    """Opens every image that isn't a stream's, and does with unreadable ones what the user wants."""
+    reasons = []
+    for name, images in (("training", data.train), ("evaluation", data.evaluation)):
+        if isinstance(images, Dataset) and (args.do_train if name == "training" else args.do_eval):
+            images, wrong = find_unreadable(images, name)
+            reasons += wrong
+            setattr(data, "train" if name == "training" else "evaluation", images)
+    if data_args.unreadable_images == "stop":
+        stop_for(reasons)
+    elif reasons and args.should_save:
+        file = Path(args.output_dir) / UNREADABLE_FILE
+        file.write_text("\n".join(reasons) + "\n", encoding="utf-8")
+        logger.warning(f"{len(reasons)} images can't be read and are left out; {file} lists them.")
 
 
-def _push_command(args: RefinerTrainingArguments) -> str:
-    words = ["refiner-push", "--folder", args.output_dir, "--repo_id", _repository(args)]
-    words += ["--branch", args.hub_revision] if args.hub_revision else []
-    return shlex.join(words + ["--verify"] * args.verify_push)
-
-
-def load_model(
-    args: ModelArguments, labels: list[str], *, keep_labels: bool
-) -> tuple[RefinerForImageClassification, list[int] | None]:
-    """
-    A new network for `labels`, or a checkpoint's, fitted to them.
-
-    A checkpoint with the same labels keeps its heads and its label order, whatever order the data has. With other
-    labels its heads are replaced, with a warning, unless `keep_labels`.
-
-    Returns:
-        the model, and its number of each of the data's labels (`None` where they are the same).
-
-    Raises:
-        `ValueError`: the checkpoint isn't a Refiner's; or, with `keep_labels`, labels that it doesn't know.
-    """
-    sizes = {} if args.image_size is None else {"image_size": args.image_size}
-    if args.model_name_or_path is None:
-        new = getattr(RefinerConfig, args.model_size)
-        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-        config = new(**names, **args.overrides | sizes)
-        return RefinerForImageClassification(config, args.refine_implementation), None
-
-    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
-    config = AutoConfig.from_pretrained(args.model_name_or_path, **hub)
-    if not isinstance(config, RefinerConfig):
-        raise ValueError(f"{args.model_name_or_path} is a {config.model_type!r} model, not a Refiner.")
-    try:
-        model = RefinerForImageClassification.from_pretrained(
-            args.model_name_or_path,
-            refine_implementation=args.refine_implementation,
-            **hub,
-            **args.overrides | sizes,
-        )
-    except RuntimeError as error:
-        raise ValueError(f"The weights of {args.model_name_or_path} don't fit the network: {error}") from error
-    model_labels = model.config.label_names
-    if keep_labels or set(labels) == set(model_labels):
-        return model, match_labels(labels, model_labels)
-    logger.warning(
-        f"The data's {len(labels)} labels are not the checkpoint's {len(model_labels)}: its classifiers are replaced "
-        "by new ones."
-    )
-    model.reset_classifier(labels)
-    return model, None
-
-
-def load_processor(args: ModelArguments, config: RefinerConfig) -> RefinerImageProcessor:
-    """The checkpoint's image processor, or a new one, at the model's image size."""
-    height, width = config.image_height_width
-    changes: dict[str, Any] = {"size": {"height": height, "width": width}}
-    if args.crop_pct is not None:
-        changes["crop_pct"] = args.crop_pct
-    if args.model_name_or_path is None:
-        return RefinerImageProcessor(**changes)
-    try:
-        return RefinerImageProcessor.from_pretrained(
-            args.model_name_or_path,
-            cache_dir=args.cache_dir,
-            revision=args.model_revision,
-            token=args.token,
-            **changes,
-        )
-    except OSError:
-        logger.warning(f"{args.model_name_or_path} has no image processor; taking the standard one.")
-        return RefinerImageProcessor(**changes)
-
-
-def _prepare_output_folder(args: RefinerTrainingArguments, arguments: dict[str, Any]) -> str | None:
-    """Checks that the folder can be written and holds nothing to lose. Returns the checkpoint to go on from."""
-    folder = Path(args.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"The output folder {folder} can't be written: {error}. Give another --output_dir.") from error
-    if (folder / FINISHED_FILE).exists():
-        push = f" To publish it: {_push_command(args)}" if args.push_to_hub else ""
-        raise ValueError(f"{folder} holds a finished training run. Give another --output_dir.{push}")
-    if not args.do_train:
-        return None
-    if args.resume_from_checkpoint and args.resume_from_checkpoint not in ("True", "true"):
-        if not os.path.isdir(args.resume_from_checkpoint):
-            raise ValueError(f"There is no checkpoint {args.resume_from_checkpoint}.")
-        return args.resume_from_checkpoint
-    if any(folder.iterdir()) and not (folder / RUN_FILE).exists():
-        raise ValueError(f"{folder} isn't empty and holds no training run of ours. Give another --output_dir.")
-    checkpoint = _last_whole_checkpoint(folder)
-    if checkpoint:
-        _check_same_run(folder, arguments)
-        logger.warning(f"Going on from {checkpoint}.")
-    elif args.resume_from_checkpoint:
-        raise ValueError(f"There is no checkpoint in {folder} to resume from.")
-    return checkpoint
-
-
-def _check_same_run(folder: Path, arguments: dict[str, Any]) -> None:
-    """A run may go on for longer or on other hardware, but with the network and the data that it began with."""
-    begun = without_paths(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
-    arguments = without_paths(arguments)
-    changed = [
-        f"{name} was {begun[group].get(name)!r} and is now {value!r}"
-        for group in ("model", "data", "augmentation")
-        for name, value in arguments[group].items()
-        if name not in _MAY_CHANGE and begun[group].get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{folder} holds a run that broke off, but its options differ: {'; '.join(changed)}. Start it with the "
-            "same options to go on, or give another --output_dir."
-        )
-
-
-def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: the Trainer writes its state last."""
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-            return str(checkpoint)
-        except (OSError, ValueError):
-            logger.warning(f"{checkpoint} is incomplete (the run broke off while saving it); leaving it aside.")
-    return None
-
-
-def _check_length(train, args: RefinerTrainingArguments) -> None:
-    if not hasattr(train, "__len__"):
+def _check_training(
+    data: ImageData,
+    model: RefinerForImageClassification,
+    data_args: DataArguments,
+    augmentation_args: AugmentationArguments,
+    args: RefinerTrainingArguments,
+) -> None:
+    """What options, data and model can't do together."""
+    if not hasattr(data.train, "__len__"):
         if args.max_steps <= 0:
             raise ValueError("A stream has no known length: give --max_steps, the number of training steps.")
-    elif len(train) == 0:
+        if augmentation_args.repeated_augmentation > 1:
+            raise ValueError("--repeated_augmentation needs a data set of known length, not a stream.")
+    elif len(data.train) == 0:
         raise ValueError("There are no training images.")
+    mixed = augmentation_args.mixup or augmentation_args.cutmix
+    if mixed and args.per_device_train_batch_size % 2:
+        raise ValueError("--mixup and --cutmix need an even --per_device_train_batch_size.")
+    if data_args.label_map_dir and not model.config.use_dense_head:
+        logger.warning(
+            "There are label maps, but no dense head for their patches: only the class token learns of them."
+        )
+
+
+def _training_images(
+    train: Dataset | IterableDataset,
+    prepare: PrepareTraining,
+    data_args: DataArguments,
+    augmentation_args: AugmentationArguments,
+    args: RefinerTrainingArguments,
+    checkpoint: str | None,
+) -> DrawnImages | StreamedImages:
+    if isinstance(train, Dataset):
+        return DrawnImages(train, prepare, augmentation_args.repeated_augmentation)
+    args.ignore_data_skip = True  # a stream goes on where it was, without reading up to there
+    rank = args.process_index
+    position = StreamPosition.load(checkpoint, rank) if checkpoint else None
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return StreamedImages(
+        train,
+        prepare,
+        seed,
+        rank=rank,
+        world_size=args.world_size,
+        skip_unreadable=data_args.unreadable_images == "skip",
+        position=position,
+    )
 
 
 def _as_dict(model_args, data_args, augmentation_args, training_args: RefinerTrainingArguments) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, default_data_collator
 
+from .ema import EmaCallback
+
 
 @torch.no_grad()
 def reestimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor | dict[str, torch.Tensor]]) -> int:
@@ -79,9 +81,18 @@ class NormStatisticsCallback(TrainerCallback):
         batch_size (`int`): images per forward pass.
         data_collator (*optional*): makes a batch of rows, by default transformers' own. For masked image modelling,
             the one of the training: under masks the norms see other maps than without.
+        ema ([`EmaCallback`], *optional*): its average of the weights gets statistics of its own. It must come before
+            this callback among the Trainer's.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, data_collator: Callable = default_data_collator):
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        data_collator: Callable = default_data_collator,
+        ema: EmaCallback | None = None,
+    ):
+        self.ema = ema
         # A loader draws a number each time it is gone through; from a generator of its own, so that training goes on
         # with the very random numbers it would have had.
         self.loader = DataLoader(dataset, batch_size=batch_size, collate_fn=data_collator, generator=torch.Generator())
@@ -96,7 +107,8 @@ class NormStatisticsCallback(TrainerCallback):
         self._refresh(model)
 
     def _refresh(self, model: nn.Module) -> None:
-        device = next(model.parameters()).device
-        with torch.random.fork_rng(devices=[]):  # a collator may draw masks
-            batches = ({k: v.to(device) for k, v in batch.items() if k != "labels"} for batch in self.loader)
-            reestimate_norm_statistics(model, batches)
+        for each in (model,) if self.ema is None else (model, self.ema.model):
+            device = next(each.parameters()).device
+            with torch.random.fork_rng(devices=[]):  # a collator may draw masks
+                batches = ({k: v.to(device) for k, v in batch.items() if k != "labels"} for batch in self.loader)
+                reestimate_norm_statistics(each, batches)

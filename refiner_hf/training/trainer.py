@@ -1,10 +1,26 @@
 """The HF Trainer, with what Refiners need of it."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
-from ..modeling_refiner import RefinerForMaskedImageModeling
+from ..data.draws import DrawnImages, DrawSampler
+from ..data.streams import StreamedImages, StreamPosition, collate_streamed
+from ..modeling_refiner import RefinerForMaskedImageModeling, RefinerPreTrainedModel
+from .arguments import RefinerTrainingArguments
+from .ema import EmaCallback
+from .optimization import hold_from, layerwise_groups
 from .pushing import PushingTrainer
+from .saving import writing
+from .targets import TrainingTargets
 
 
 # Kept free of weight decay beside everything with fewer than two dimensions (norms, biases, layer scale).
@@ -16,13 +32,122 @@ class RefinerTrainer(PushingTrainer):
     [`~transformers.Trainer`] with these differences:
 
     - no weight decay on norms, biases, layer scale, class and mask token and positions, as in the reference. The stock
-      Trainer decays the last three;
+      Trainer decays the last three. `layer_decay` and `cooldown_steps` in its arguments are heeded;
     - an evaluation of masked image modelling has a loss. The stock Trainer looks for labels and finds none;
-    - `label_smoothing_factor` becomes soft labels, so that it reaches the dense head and token mixing. The stock
-      Trainer would take the model's own loss away and put one on the class logits in its place. Evaluation losses
-      are not smoothed;
+    - `make_targets` makes what a step aims at: by default, `label_smoothing_factor` becomes soft labels, so that it
+      reaches the dense head and token mixing. The stock Trainer would take the model's own loss away and put one on
+      the class logits in its place. Evaluation losses are not smoothed;
+    - training data that are [`~refiner_hf.data.draws.DrawnImages`] or [`~refiner_hf.data.streams.StreamedImages`] go
+      on exactly where a checkpoint was made. An [`~refiner_hf.training.ema.EmaCallback`] among its callbacks is
+      evaluated, saved and taken up again;
+    - a loss that isn't finite stops the training before it is saved over anything, and a checkpoint that can't be
+      written leaves no half of it. Logs have the images per second;
     - pushing to the Hub as [`~refiner_hf.training.pushing.PushingTrainer`] does it.
+
+    Args:
+        make_targets ([`~refiner_hf.training.targets.TrainingTargets`], *optional*): batches as they are loaded to
+            batches that the model takes.
+        Everything else as [`~transformers.Trainer`].
     """
+
+    def __init__(self, *args, make_targets: TrainingTargets | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        if isinstance(self.model, RefinerForMaskedImageModeling) and self.args.label_names is None:
+            self.label_names = ["bool_masked_pos"]  # without a label, an evaluation would have no loss
+        self.label_smoother = None  # the targets themselves are smoothed
+        self.make_targets = make_targets or TrainingTargets(self.args.label_smoothing_factor)
+        self.ema = next((c for c in self.callback_handler.callbacks if isinstance(c, EmaCallback)), None)
+        if self.ema is not None:
+            self._check_average()
+            self.ema.begin(self.model)
+        self._position: StreamPosition | None = None
+        self.add_callback(_FollowTraining(self))
+        self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+        self.begin_clock()
+
+    def begin_clock(self) -> None:
+        """Training begins, or goes on."""
+        self._logged_at, self._logged_step = time.monotonic(), self.state.global_step
+
+    def _check_average(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("An average of the weights (--ema_decay) needs them whole: not with FSDP or DeepSpeed.")
+        if self.args.bf16_full_eval or self.args.fp16_full_eval:
+            raise ValueError(
+                "An average of the weights (--ema_decay) stays in float32: not with a half --*_full_eval."
+            )
+        if not isinstance(self.model, RefinerPreTrainedModel):
+            raise ValueError("An average of the weights (--ema_decay) is one of a whole Refiner, not of an adapter.")
+
+    # ---- Data ----
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, DrawnImages):
+            return super()._get_train_sampler(train_dataset)
+        return DrawSampler(dataset, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if not isinstance(self.train_dataset, StreamedImages):
+            return _with_own_numbers(super().get_train_dataloader())
+        # Each process reads its own part already; accelerate would deal it out once more.
+        self._position = StreamPosition(
+            self.args.dataloader_num_workers, self.args.world_size, self.train_dataset.position
+        )
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=collate_streamed,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            generator=torch.Generator(),
+        )
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        # The stock Trainer would drop images of the evaluation, too.
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return _with_own_numbers(super().get_eval_dataloader(eval_dataset))
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    # ---- Steps ----
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if model.training and "labels" in inputs:
+            config = self.accelerator.unwrap_model(model).config
+            inputs = self.make_targets(inputs, config.num_labels, config.patch_grid)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
+        if self._position is not None:
+            self._position.take(inputs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._finite &= torch.isfinite(loss)  # looked at when it is logged: looking waits for a GPU
+        return loss
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        control = self.control
+        # A run that goes on from a checkpoint has no losses from before it, to log together with later ones.
+        control.should_log |= control.should_save
+        if control.should_log or control.should_evaluate:
+            self._check_finite()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _check_finite(self) -> None:
+        """Everybody's losses, and the weights, which may be spoiled by gradients alone."""
+        finite = torch.stack([self._finite, *(p.detach().isfinite().all() for p in self.model.parameters())]).all()
+        if self.accelerator.gather(finite[None]).all():
+            return
+        raise FloatingPointError(
+            f"The loss or a weight became infinite or NaN between the steps {self._logged_step} and "
+            f"{self.state.global_step}. Nothing was saved since then. Try a smaller --learning_rate, a longer "
+            "--warmup_steps, a smaller --max_grad_norm, or --bf16 instead of --fp16; the same command with the same "
+            "network and data goes on from the last checkpoint."
+        )
+
+    # ---- Optimisation ----
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [
@@ -31,27 +156,111 @@ class RefinerTrainer(PushingTrainer):
             if parameter.ndim > 1 and not name.endswith(_UNDECAYED)
         ]
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if isinstance(self.model, RefinerForMaskedImageModeling) and self.args.label_names is None:
-            self.label_names = ["bool_masked_pos"]  # without a label, an evaluation would have no loss
-        self.label_smoother = None  # `compute_loss` smooths the labels themselves
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        decay = self.args.layer_decay if isinstance(self.args, RefinerTrainingArguments) else 1
+        if new and decay < 1:
+            optimizer.param_groups[:] = layerwise_groups(optimizer.param_groups, self.model, decay)
+        return optimizer
 
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        smoothing = self.args.label_smoothing_factor
-        if smoothing and model.training and "labels" in inputs:
-            num_labels = self.accelerator.unwrap_model(model).config.num_labels
-            inputs = {**inputs, "labels": smooth_labels(inputs["labels"], num_labels, smoothing)}
-        return super().compute_loss(model, inputs, *args, **kwargs)
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        new, end = self.lr_scheduler is None, num_training_steps
+        if isinstance(self.args, RefinerTrainingArguments):
+            end -= self.args.get_cooldown_steps(num_training_steps)
+        scheduler = super().create_scheduler(end, optimizer)
+        if new and end < num_training_steps:
+            hold_from(scheduler, end)
+        return scheduler
+
+    # ---- Evaluation and logs ----
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        with self._clock_stopped():
+            averaged = {}
+            if self.ema is not None and self.model is not self.ema.model:
+                raw, self.model = self.model, self.ema.model
+                try:
+                    with self.accelerator.autocast():
+                        averaged = super().evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_ema")
+                finally:
+                    self.model = raw
+            return averaged | super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            now, steps = time.monotonic(), self.state.global_step - self._logged_step
+            images = steps * self.get_total_train_batch_size(self.args)
+            logs["images_per_second"] = round(images / (now - self._logged_at), 2)
+            self._logged_at, self._logged_step = now, self.state.global_step
+        super().log(logs, *args, **kwargs)
+
+    @contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        """What happens within doesn't count for the images per second."""
+        before = time.monotonic()
+        try:
+            yield
+        finally:
+            self._logged_at += time.monotonic() - before
+
+    # ---- Checkpoints ----
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # of an earlier run: not whole until it is written
+        with self._clock_stopped(), writing(f"The checkpoint {folder}", folder):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._check_finite()
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.ema is not None and self.args.should_save:
+            self.ema.save(output_dir or self.args.output_dir, self.processing_class)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._position is not None:
+            self._position.save(output_dir, self.args.process_index)
+        # The first process marks the checkpoint as whole, when everyone's part is there.
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.ema is not None:
+            self.ema.begin(self.model)
+            self.ema.load(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.ema is not None:
+            self.ema.load(self.state.best_model_checkpoint)
 
 
-def smooth_labels(labels: torch.Tensor, num_labels: int, smoothing: float) -> torch.Tensor:
+class _FollowTraining(TrainerCallback):
+    """Tells a trainer what it has no method of its own for."""
+
+    def __init__(self, trainer: RefinerTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.begin_clock()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if isinstance(self.trainer.train_dataset, StreamedImages):
+            state.epoch = state.global_step / state.max_steps  # a stream has no end: the whole training counts as one
+
+
+def _with_own_numbers(loader: DataLoader) -> DataLoader:
     """
-    Soft labels (images, labels): `1 - smoothing` on the given ones, `smoothing` spread evenly over all.
-
-    Args:
-        labels (`torch.Tensor`): integers (images,) or soft labels (images, labels).
+    Has a loader draw the seeds of its workers from a generator of its own: a run that goes on makes its loaders at
+    other moments than one that never stopped, and the random numbers of training shall not notice.
     """
-    if not labels.is_floating_point():
-        labels = nn.functional.one_hot(labels.long(), num_labels).float()
-    return (1 - smoothing) * labels + smoothing / num_labels
+    getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+    return loader

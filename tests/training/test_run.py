@@ -127,7 +127,7 @@ class TestFinishedFolder:
     def test_pipeline_answers_as_the_evaluation_measured(self, trained):
         folder, result = trained
         classify = pipeline("image-classification", model=str(folder))
-        from refiner_hf.data.transforms import decode_image
+        from refiner_hf.data.images import decode_image
 
         right = sum(
             classify(decode_image(row["image"]))[0]["label"] == result.data.labels[row["labels"]]
@@ -234,10 +234,10 @@ class TestFineTuning:
         )  # fmt: skip
 
     def test_other_labels_replace_the_heads_and_say_so(self, trained, tmp_path, monkeypatch):
-        from refiner_hf.training import run
+        from refiner_hf.training import loading
 
         said = []
-        monkeypatch.setattr(run.logger, "warning", said.append)
+        monkeypatch.setattr(loading.logger, "warning", said.append)
         data = write_folder(tmp_path / "data", 6, ("cat", "dog", "fox"))  # as many as before, but others
         self.fine_tune(trained[0], data, tmp_path / "out", "--learning_rate", "1e-9")
         assert any("classifiers are replaced" in line for line in said)
@@ -417,6 +417,7 @@ def test_codecarbon_itself(tmp_path, photos):
     assert emissions["emissions"] > 0 and emissions["source"] == "codecarbon"
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path, photos):
     """kill -9 after a checkpoint, then the same command again: the losses are those of an unbroken run."""
     command = [
@@ -448,10 +449,10 @@ def test_a_killed_run_goes_on(tmp_path, photos):
 
 
 def test_a_checkpoint_that_was_cut_off_is_left_aside(tmp_path, photos, monkeypatch):
-    from refiner_hf.training import run
+    from refiner_hf.training import output_folder
 
     said = []
-    monkeypatch.setattr(run.logger, "warning", said.append)
+    monkeypatch.setattr(output_folder.logger, "warning", said.append)
     options = [
         "--train_dir", str(photos), *QUICK, "--num_train_epochs", "3", "--save_strategy", "epoch", "--do_train",
         "--output_dir", str(tmp_path / "out"),
@@ -499,3 +500,33 @@ def test_help(capsys):
     said = capsys.readouterr().out
     for text in ("refiner-train fine_tune --model_name_or_path", "--train_dir", "--learning_rate", "--with_code"):
         assert text in said
+
+
+def test_curves_for_tensorboard(tmp_path, photos):
+    main(
+        ["--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK, "--report_to", "tensorboard",
+         "--logging_steps", "1", "--eval_strategy", "epoch", "--ema_decay", "0.9", "--num_train_epochs", "2"]
+    )  # fmt: skip
+    content = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("events.out.tfevents.*"))
+    for curve in ("train/loss", "train/learning_rate", "train/images_per_second", "train/grad_norm", "eval/loss",
+                  "eval/accuracy", "eval/ema_accuracy", "eval/ema_loss"):  # fmt: skip
+        assert curve.encode() in content, curve
+
+
+def test_what_is_unreadable_stops_or_is_left_out(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "photos")
+    (folder / "red" / "1.png").write_bytes((folder / "red" / "1.png").read_bytes()[:150])
+    words = ["--train_dir", str(folder), *QUICK]
+    with pytest.raises(SystemExit, match=r"1 images can't be read(.|\n)*1\.png"):
+        main([*words, "--output_dir", str(tmp_path / "stopped")])
+    result = main([*words, "--output_dir", str(tmp_path / "out"), "--unreadable_images", "skip"])
+    assert len(result.data.train) + len(result.data.evaluation) == 23
+    assert "1.png" in (tmp_path / "out" / "_unreadable_images.txt").read_text()
+
+
+def test_an_odd_batch_can_not_be_mixed(tmp_path, photos):
+    with pytest.raises(SystemExit, match="need an even --per_device_train_batch_size"):
+        main(
+            ["--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "out"), "--mixup", "1",
+             "--per_device_train_batch_size", "3"]
+        )  # fmt: skip

@@ -1,0 +1,82 @@
+"""The network and the image processor that a run begins with."""
+
+from typing import Any
+
+from transformers import AutoConfig
+from transformers.utils import logging
+
+from ..configuration_refiner import RefinerConfig
+from ..data.transforms import match_labels
+from ..image_processing_refiner import RefinerImageProcessor
+from ..modeling_refiner import RefinerForImageClassification
+from .arguments import ModelArguments
+
+
+logger = logging.get_logger(__name__)
+
+
+def load_model(
+    args: ModelArguments, labels: list[str], *, keep_labels: bool
+) -> tuple[RefinerForImageClassification, list[int] | None]:
+    """
+    A new network for `labels`, or a checkpoint's, fitted to them.
+
+    A checkpoint with the same labels keeps its heads and its label order, whatever order the data has. With other
+    labels its heads are replaced, with a warning, unless `keep_labels`.
+
+    Returns:
+        the model, and its number of each of the data's labels (`None` where they are the same).
+
+    Raises:
+        `ValueError`: the checkpoint isn't a Refiner's; or, with `keep_labels`, labels that it doesn't know.
+    """
+    sizes = {} if args.image_size is None else {"image_size": args.image_size}
+    if args.model_name_or_path is None:
+        new = getattr(RefinerConfig, args.model_size)
+        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        config = new(**names, **args.overrides | sizes)
+        return RefinerForImageClassification(config, args.refine_implementation), None
+
+    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
+    config = AutoConfig.from_pretrained(args.model_name_or_path, **hub)
+    if not isinstance(config, RefinerConfig):
+        raise ValueError(f"{args.model_name_or_path} is a {config.model_type!r} model, not a Refiner.")
+    try:
+        model = RefinerForImageClassification.from_pretrained(
+            args.model_name_or_path,
+            refine_implementation=args.refine_implementation,
+            **hub,
+            **args.overrides | sizes,
+        )
+    except RuntimeError as error:
+        raise ValueError(f"The weights of {args.model_name_or_path} don't fit the network: {error}") from error
+    model_labels = model.config.label_names
+    if keep_labels or set(labels) == set(model_labels):
+        return model, match_labels(labels, model_labels)
+    logger.warning(
+        f"The data's {len(labels)} labels are not the checkpoint's {len(model_labels)}: its classifiers are replaced "
+        "by new ones."
+    )
+    model.reset_classifier(labels)
+    return model, None
+
+
+def load_processor(args: ModelArguments, config: RefinerConfig) -> RefinerImageProcessor:
+    """The checkpoint's image processor, or a new one, at the model's image size."""
+    height, width = config.image_height_width
+    changes: dict[str, Any] = {"size": {"height": height, "width": width}}
+    if args.crop_pct is not None:
+        changes["crop_pct"] = args.crop_pct
+    if args.model_name_or_path is None:
+        return RefinerImageProcessor(**changes)
+    try:
+        return RefinerImageProcessor.from_pretrained(
+            args.model_name_or_path,
+            cache_dir=args.cache_dir,
+            revision=args.model_revision,
+            token=args.token,
+            **changes,
+        )
+    except OSError:
+        logger.warning(f"{args.model_name_or_path} has no image processor; taking the standard one.")
+        return RefinerImageProcessor(**changes)

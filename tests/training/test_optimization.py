@@ -1,0 +1,91 @@
+"""Learning rates: of layers, batch sizes, and at the end."""
+
+import pytest
+
+from refiner_hf.training.arguments import RefinerTrainingArguments
+from refiner_hf.training.optimization import scaled_learning_rate
+from refiner_hf.training.trainer import RefinerTrainer
+
+from .test_trainer import arguments
+
+
+def rates(trainer, steps):
+    """The learning rate of each step."""
+    trainer.create_optimizer_and_scheduler(steps)
+    seen = []
+    for _ in range(steps):
+        seen.append(trainer.lr_scheduler.get_last_lr()[0])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    return seen
+
+
+def test_the_papers_schedule(tiny_model, tmp_path):
+    """Up from 1e-6 in 5 epochs, a cosine down to 1e-5 until 300, ten more there; ten steps an epoch here."""
+    args = arguments(
+        tmp_path, learning_rate=5e-4, lr_scheduler_type="cosine_warmup_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": 1e-5, "warmup_lr_rate": 0.002}, warmup_steps=5 / 300, cooldown_steps=10 / 310,
+    )  # fmt: skip
+    seen = rates(RefinerTrainer(tiny_model(), args), 3100)
+    assert seen[0] == pytest.approx(1e-6)
+    assert max(seen) == pytest.approx(5e-4, rel=1e-3) and 48 <= seen.index(max(seen)) <= 51
+    assert seen[1525] == pytest.approx((5e-4 + 1e-5) / 2, rel=0.01), "half way down"
+    assert all(a >= b for a, b in zip(seen[51:], seen[52:]))
+    assert seen[3000:] == pytest.approx([1e-5] * 100) and seen[2950] > 1.01e-5
+
+
+@pytest.mark.parametrize("cooldown, expected", [(0, 0), (7, 7), (0.1, 10), (200, 100)])
+def test_cooldown_in_steps_or_as_a_share(tmp_path, cooldown, expected):
+    assert arguments(tmp_path, cooldown_steps=cooldown).get_cooldown_steps(100) == expected
+
+
+def test_cooldown_needs_a_schedule_in_steps(tiny_model, tmp_path):
+    args = arguments(tmp_path, cooldown_steps=5, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="steps")
+    trainer = RefinerTrainer(tiny_model(), args, eval_dataset=[0])
+    trainer.create_optimizer()
+    with pytest.raises(ValueError, match="cooldown_steps doesn't go with ReduceLROnPlateau"):
+        trainer.create_scheduler(20)
+
+
+def test_layers_learn_more_slowly_the_earlier_they_come(tiny_model, tmp_path):
+    model = tiny_model(use_dense_head=True, attention_types=["plain", "shared_refined"] * 2)
+    trainer = RefinerTrainer(model, arguments(tmp_path, layer_decay=0.5, learning_rate=1.0, weight_decay=0.1))
+    groups = trainer.create_optimizer().param_groups
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    names = dict(model.named_parameters())
+    assert len(rate) == len(names)
+    for name, expected in {
+        "classifier.weight": 1, "dense_classifier.bias": 1, "refiner.norm.weight": 1,
+        "refiner.layers.3.mlp.fc1.weight": 1 / 2,
+        "refiner.layers.1.attention.refinement.local_attention.weight": 1 / 8, "refiner.layers.0.mlp.fc1.bias": 1 / 16,
+        "refiner.embeddings.cls_token": 1 / 32, "refiner.embeddings.patch_embeddings.projection.weight": 1 / 32,
+    }.items():  # fmt: skip
+        assert rate[id(names[name])] == expected, name
+    assert decay[id(names["refiner.layers.0.mlp.fc1.weight"])] == 0.1
+    assert decay[id(names["refiner.layers.0.mlp.fc1.bias"])] == 0
+    # the schedule scales them all
+    trainer.create_scheduler(10)
+    trainer.optimizer.step(), trainer.lr_scheduler.step()
+    after = trainer.lr_scheduler.get_last_lr()
+    assert [a / b["initial_lr"] for a, b in zip(after, groups)] == pytest.approx([0.9] * len(groups))
+
+
+def test_rate_follows_the_number_of_images_in_a_step():
+    assert scaled_learning_rate(5e-4, 1024, 256) == pytest.approx(2e-3)
+    assert scaled_learning_rate(5e-4, 32, 256) == pytest.approx(6.25e-5)
+    assert scaled_learning_rate(5e-4, 1024, None) == 5e-4
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"layer_decay": 0.0}, "--layer_decay must be in"),
+        ({"ema_decay": 1.0}, "--ema_decay must be in"),
+        ({"cooldown_steps": -1}, "--cooldown_steps must not be negative"),
+        ({"learning_rate_batch_size": 0}, "--learning_rate_batch_size must be at least 1"),
+    ],
+)
+def test_options_out_of_range(tmp_path, fields, message):
+    with pytest.raises(ValueError, match=message):
+        RefinerTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **fields)

@@ -1,0 +1,143 @@
+"""What a training step aims at."""
+
+import numpy as np
+import pytest
+import torch
+from timm.data import Mixup
+
+from refiner_hf.training.targets import TrainingTargets, dense_targets, smooth_labels
+
+from ..conftest import assert_close
+
+
+LABELS = 20  # of the golden maps
+
+
+def golden_targets(file, grid, smoothing, **options):
+    row, column, height, width = file["crop_row_col_height_width_fraction"].unbind(1)
+    return dense_targets(
+        scores=file["top5_scores"],
+        classes=file["top5_classes"].short(),
+        boxes=torch.stack((column, row, column + width, row + height), 1),
+        flipped=torch.zeros(4, dtype=torch.bool),
+        labels=file["labels"],
+        num_labels=LABELS,
+        grid=(grid, grid),
+        smoothing=smoothing,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("grid", [1, 7, 14])
+def test_golden_label_maps(golden, grid, smoothing):
+    file = golden("token_label_maps")
+    targets = golden_targets(file, grid, smoothing, transposed_boxes=True)
+    expected = file[f"target.grid{grid}.smoothing{smoothing}.mixup1.0"]
+    assert_close(targets[:, :, : expected.shape[2]], expected, 1e-5)
+    mixed = 0.3 * targets + 0.7 * targets.flip(0)
+    assert_close(mixed[:, :, : expected.shape[2]], file[f"target.grid{grid}.smoothing{smoothing}.mixup0.3"], 1e-5)
+    right = golden_targets(file, grid, smoothing)
+    assert (right - targets)[0].abs().max() > 0.02, "the right order of a box is the default, and differs"
+
+
+def regions(rows=8, columns=8, labels=4):
+    """A label map whose quarters are of the classes 0 and 1 above, 2 and 3 below."""
+    down, across = torch.arange(rows)[:, None] >= rows // 2, torch.arange(columns)[None] >= columns // 2
+    classes = (2 * down.int() + across.int())[None, None]
+    return torch.full((1, 1, rows, columns), 9.0).half(), classes.short()
+
+
+def targets_of(box, flipped=False, grid=(2, 2), shape=(8, 8), **options):
+    scores, classes = regions(*shape)
+    return dense_targets(
+        scores=scores, classes=classes, boxes=torch.tensor([box]), flipped=torch.tensor([flipped]),
+        labels=torch.tensor([0]), num_labels=4, grid=grid, **options,
+    )[0]  # fmt: skip
+
+
+class TestGeometry:
+    """Dense targets follow what was done to the image."""
+
+    @pytest.mark.parametrize("shape", [(8, 8), (6, 12)])
+    def test_whole_image(self, shape):
+        targets = targets_of([0.0, 0.0, 1.0, 1.0], shape=shape)
+        assert targets[:, 2:].argmax(0).tolist() == [0, 1, 2, 3]
+        assert torch.allclose(targets[:, 1], torch.full((4,), 0.25), atol=0.01)
+
+    def test_flip(self):
+        assert targets_of([0.0, 0.0, 1.0, 1.0], flipped=True)[:, 2:].argmax(0).tolist() == [1, 0, 3, 2]
+
+    @pytest.mark.parametrize(
+        "box, seen",
+        [
+            ([0.5, 0.0, 1.0, 1.0], [1, 1, 3, 3]),  # the right half
+            ([0.0, 0.5, 1.0, 1.0], [2, 3, 2, 3]),  # the lower half
+            ([0.5, 0.5, 1.0, 1.0], [3, 3, 3, 3]),
+        ],
+    )
+    def test_crops(self, box, seen):
+        targets = targets_of(box)
+        assert targets[:, 2:].argmax(0).tolist() == seen
+        assert targets[:, 1].topk(len(set(seen))).indices.sort().values.tolist() == sorted(set(seen))
+
+    def test_transposed_boxes_are_the_references(self):
+        seen = targets_of([0.5, 0.0, 1.0, 1.0], transposed_boxes=True)[:, 2:].argmax(0).tolist()
+        assert seen == [2, 3, 2, 3], "the right half gets the labels of the lower half"
+
+    def test_sums(self):
+        targets = targets_of([0.1, 0.2, 0.9, 0.7], smoothing=0.2, grid=(3, 2))
+        assert targets.shape == (4, 2 + 6)
+        assert torch.allclose(targets[:, 0], torch.tensor([0.85, 0.05, 0.05, 0.05]))
+        assert torch.allclose(targets[:, 1:].sum(0), torch.full((7,), 1.05)), "1 + off, as in the reference"
+
+
+class TestTrainingTargets:
+    def inputs(self, count=4):
+        generator = torch.Generator().manual_seed(0)
+        return {"pixel_values": torch.randn(count, 3, 8, 8, generator=generator), "labels": torch.arange(count) % 3}
+
+    def test_nothing_to_do(self):
+        inputs = self.inputs()
+        made = TrainingTargets()(inputs, 3, (2, 2))
+        assert made.keys() == inputs.keys() and all(made[name] is inputs[name] for name in inputs)
+
+    @pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+    def test_images_and_labels_are_mixed_alike(self, alphas):
+        np.random.seed(3)
+        make, shares = TrainingTargets(0.1, Mixup(*alphas, label_smoothing=0.0)), []
+        for _ in range(16):
+            # an image's levels are its number: its mean says what share of which images there is
+            inputs = {"pixel_values": torch.arange(6.0)[:, None, None, None].expand(6, 3, 8, 8).clone()}
+            inputs["labels"] = torch.arange(6)
+            made = make(inputs, 6, (2, 2))
+            means = made["pixel_values"].mean((1, 2, 3))
+            share = (means[0].item() - 5) / (0 - 5)
+            shares.append(share)
+            expected = smooth_labels(torch.arange(6), 6, 0.1)
+            assert_close(made["labels"], share * expected + (1 - share) * expected.flip(0), 1e-5)
+            assert_close(made["labels"].sum(1), torch.ones(6), 1e-5)
+        assert len(set(shares)) > 8
+
+    def test_an_odd_batch_is_not_mixed(self):
+        inputs = self.inputs(3)
+        made = TrainingTargets(0.1, Mixup(0.8, 1.0, label_smoothing=0.0))(inputs, 3, (2, 2))
+        assert (made["pixel_values"] == inputs["pixel_values"]).all()
+        assert_close(made["labels"], smooth_labels(inputs["labels"], 3, 0.1))
+
+    def test_label_maps_are_mixed_with_the_images(self):
+        np.random.seed(1)
+        scores, classes = regions()
+        inputs = self.inputs(2) | {
+            "label_map_scores": scores.expand(2, -1, -1, -1),
+            "label_map_classes": torch.cat((classes, 3 - classes)),
+            "box": torch.tensor([[0.0, 0.0, 1.0, 1.0]] * 2),
+            "flipped": torch.tensor([False, True]),
+        }
+        plain = TrainingTargets()(dict(inputs), 4, (2, 2))
+        assert set(plain) == {"pixel_values", "labels"} and plain["labels"].shape == (2, 4, 6)
+        pixels = inputs["pixel_values"].clone()
+        mixed = TrainingTargets(0.0, Mixup(0.8, label_smoothing=0.0))(dict(inputs), 4, (2, 2))
+        share = ((mixed["pixel_values"] - pixels.flip(0)) / (pixels - pixels.flip(0))).median().item()
+        assert 0 < share < 1
+        assert_close(mixed["labels"], share * plain["labels"] + (1 - share) * plain["labels"].flip(0), 1e-4)

@@ -6,13 +6,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import default_data_collator
 
 from refiner_hf import RefinerConfig, RefinerForImageClassification, RefinerImageProcessor
 from refiner_hf.commands.make_label_maps import main
 from refiner_hf.commands.train import main as train
+from refiner_hf.data.arguments import AugmentationArguments, DataArguments
+from refiner_hf.data.augmentation import Augment
+from refiner_hf.data.draws import DrawnImages
 from refiner_hf.data.label_maps import open_label_maps
+from refiner_hf.data.sources import load_image_data
+from refiner_hf.data.transforms import PrepareTraining
 from refiner_hf.labelling import make
 from refiner_hf.labelling.make import match_teacher
+from refiner_hf.training.targets import TrainingTargets
 
 from ..images import write_folder
 from ..training.test_run import QUICK
@@ -131,3 +138,39 @@ def test_trained_with(teacher, photos, tmp_path):
         train(
             ["--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "no"), "--label_map_dir", str(photos)]
         )
+
+
+def test_dense_targets_follow_crop_and_flip(teacher, tmp_path):
+    """
+    From the files on: what a patch is told to be is the colour that it shows, whatever was cut out and mirrored.
+    """
+    colours = [(40, 60, 200), (40, 190, 60), (200, 50, 40)]  # blue, green, red: the labels' order
+    rng = np.random.default_rng(0)
+    for label in range(3):
+        folder = tmp_path / "photos" / ("blue", "green", "red")[label]
+        folder.mkdir(parents=True)
+        for i in range(2):
+            regions = Image.fromarray(np.array(colours, np.uint8)[rng.integers(0, 3, (4, 4))])
+            regions.resize((160, 160), Image.Resampling.NEAREST).save(folder / f"{i}.png")
+    main(options(teacher, tmp_path / "photos", tmp_path / "maps", "--top_k", "3"))
+    maps = open_label_maps(str(tmp_path / "maps"), ["blue", "green", "red"])
+
+    processor = RefinerImageProcessor(size={"height": 64, "width": 64})
+    data = load_image_data(
+        DataArguments(train_dir=str(tmp_path / "photos")), need_train=True, need_evaluation=False, seed=0
+    ).train
+    images = DrawnImages(data, PrepareTraining(Augment(processor, AugmentationArguments()), label_maps=maps))
+    rows = [images[row, seed] for row in range(6) for seed in range(10)]
+    assert {row["flipped"] for row in rows} == {True, False}
+    batch = TrainingTargets()(default_data_collator(rows), 3, (4, 4))
+
+    patches = batch["pixel_values"].unfold(2, 16, 16).unfold(3, 16, 16).flatten(4)  # (B, 3, 4, 4, 256)
+    shown = (2 - patches.argmax(1)).flatten(1, 2)  # of each pixel, the label of its strongest channel
+    of_one_colour = (shown == shown[..., :1]).all(-1)
+    told = batch["labels"][:, :, 2:].argmax(1)
+    assert of_one_colour.float().mean() > 0.15
+    assert (told == shown[..., 0])[of_one_colour].float().mean() > 0.97, "but for where regions meet"
+    wrong = TrainingTargets(transposed_boxes=True)(default_data_collator(rows), 3, (4, 4))["labels"][:, :, 2:].argmax(
+        1
+    )
+    assert (wrong == shown[..., 0])[of_one_colour].float().mean() < 0.9, "the reference's order of a box"

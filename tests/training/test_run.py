@@ -530,3 +530,24 @@ def test_an_odd_batch_can_not_be_mixed(tmp_path, photos):
             ["--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "out"), "--mixup", "1",
              "--per_device_train_batch_size", "3"]
         )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [("--bf16",), ("--gradient_checkpointing",), ("--torch_compile",), ("--bf16", "--gradient_checkpointing")],
+    ids=" ".join,
+)
+def test_ways_to_train(tmp_path, photos, words):
+    """With everything of a recipe on, they learn as plain float32 does."""
+    everything = [
+        "--train_dir", str(photos), *QUICK, "--num_train_epochs", "6", "--mixup", "0.2", "--ema_decay", "0.8",
+        "--logging_steps", "1", "--label_smoothing_factor", "0.1",
+    ]  # fmt: skip
+    losses = []
+    for name, more in (("plain", ()), ("other", words)):
+        main([*everything, "--output_dir", str(tmp_path / name), *more])
+        history = load_json(tmp_path / name / "trainer_state.json")["log_history"]
+        losses.append([entry["loss"] for entry in history if "loss" in entry])
+    assert losses[1][:3] == pytest.approx(losses[0][:3], rel=0.02)
+    assert losses[1][-1] == pytest.approx(losses[0][-1], rel=0.15) and losses[1][-1] < losses[1][0]

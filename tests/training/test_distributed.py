@@ -122,9 +122,10 @@ STREAM = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "processes, workers",
-    [(1, "0"), pytest.param(2, "0", marks=pytest.mark.slow), pytest.param(2, "2", marks=pytest.mark.slow)],
+    [(1, "0"), (2, "0"), (2, "2")],
 )
 def test_a_stream_goes_on_where_it_was(parquet, tmp_path, processes, workers):
     words = ["--dataset_name", str(parquet), *OPTIONS, *STREAM, "--dataloader_num_workers", workers]

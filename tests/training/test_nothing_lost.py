@@ -101,7 +101,7 @@ def assert_same_run(broken, unbroken):
     [
         (KILL_IN_A_STEP.format(step=7), "checkpoint-6"),
         pytest.param(KILL_IN_A_SAVE.format(method="_save"), "checkpoint-6", marks=pytest.mark.slow),
-        (KILL_IN_A_SAVE.format(method="_save_rng_state"), "checkpoint-6"),
+        pytest.param(KILL_IN_A_SAVE.format(method="_save_rng_state"), "checkpoint-6", marks=pytest.mark.slow),
     ],
     ids=["step", "save of the weights", "save of the states"],
 )

@@ -503,9 +503,10 @@ def test_help(capsys):
 
 
 def test_curves_for_tensorboard(tmp_path, photos):
+    # For some seconds: tensorboardX names its files by the second, and the last evaluation begins a new one.
     main(
         ["--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK, "--report_to", "tensorboard",
-         "--logging_steps", "1", "--eval_strategy", "epoch", "--ema_decay", "0.9", "--num_train_epochs", "2"]
+         "--logging_steps", "1", "--eval_strategy", "epoch", "--ema_decay", "0.9", "--num_train_epochs", "20"]
     )  # fmt: skip
     content = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("events.out.tfevents.*"))
     for curve in ("train/loss", "train/learning_rate", "train/images_per_second", "train/grad_norm", "eval/loss",

@@ -66,6 +66,11 @@ class PrepareTraining:
             label_map = self.label_maps(row[IMAGE_COLUMN])
             classes = label_map.classes
             if self.label_ids is not None:
+                if classes.max() >= len(self.label_ids):
+                    raise ValueError(
+                        f"A label map has the class {classes.max()}, but the data has {len(self.label_ids)} labels: "
+                        "the maps are of another data set."
+                    )
                 classes = np.asarray(self.label_ids, classes.dtype)[classes]
             prepared |= {MAP_SCORES: label_map.scores, MAP_CLASSES: classes, BOX: view.box, FLIPPED: view.flipped}
         return prepared

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -137,7 +138,8 @@ class RefinerTrainer(PushingTrainer):
 
     def _check_finite(self) -> None:
         """Everybody's losses, and the weights, which may be spoiled by gradients alone."""
-        finite = torch.stack([self._finite, *(p.detach().isfinite().all() for p in self.model.parameters())]).all()
+        weights = (p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters())
+        finite = torch.stack([self._finite, *(weight.detach().isfinite().all() for weight in weights)]).all()
         if self.accelerator.gather(finite[None]).all():
             return
         raise FloatingPointError(

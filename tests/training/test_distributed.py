@@ -77,13 +77,15 @@ def test_two_processes_train_as_one_with_the_joined_batch(runs):
 
 @pytest.mark.slow
 def test_each_processes_norms_alone_are_not_enough(photos, runs, tmp_path):
-    """With --synchronize_norms False the running statistics are those of half of the images."""
+    """With --synchronize_norms False they normalise with the statistics of half of the images each."""
     words = ["--train_dir", str(photos), "--output_dir", str(tmp_path), *OPTIONS, "--per_device_train_batch_size", "4"]
     run = launch(2, *words, "--synchronize_norms", "False")
     assert run.returncode == 0, run.stderr[-3000:]
-    one, two = load_file(runs[0] / "model.safetensors"), load_file(tmp_path / "model.safetensors")
-    name = next(name for name in one if name.endswith("refinement.expansion_norm.running_mean"))
-    assert (two[name] - one[name]).abs().max() > 1e-3 * one[name].abs().max()
+    one, two = (
+        [entry["loss"] for entry in load_json(folder / "trainer_state.json")["log_history"] if "loss" in entry]
+        for folder in (runs[0], tmp_path)
+    )
+    assert two[:3] != pytest.approx(one[:3], rel=1e-3)
 
 
 def test_the_card_and_the_folder_are_written_once(runs):

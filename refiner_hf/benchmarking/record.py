@@ -1,7 +1,6 @@
 """The JSON file in which a benchmark keeps what it has measured, so that a run that was cut off goes on."""
 
 import json
-import os
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ def open_record(path: Path, facts: dict[str, Any], fresh: bool) -> dict[str, Any
             )
     record["date"] = date.today().isoformat()
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_record(path, record)
+    write_json(path, record)
     return record
 
 
@@ -46,10 +45,3 @@ def read_record(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} isn't a benchmark's file. Take another --name, or --fresh to replace it.") from error
     return record
-
-
-def save_record(path: Path, record: dict[str, Any]) -> None:
-    """Writes it whole or not at all."""
-    new = path.with_name(path.name + ".new")
-    write_json(new, record)
-    os.replace(new, path)

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import torch
 
+from ..hub.files import write_json
 from .contenders import NETWORKS, Case, contender_names, make_step
 from .costs import costs
 from .machine import describe_machine, measure_roofline
 from .measure import time_in_turns
 from .memory import peak_memory_in_child
-from .record import open_record, save_record
+from .record import open_record
 
 
 KINDS = {"model": ("inference", "training"), "op": ("inference", "forward", "training")}
@@ -158,14 +159,14 @@ def run_benchmark(options: BenchmarkOptions, command: str, say: Callable[[str], 
     if options.roofline and not record["roofline"]:
         say("the machine's own rates ...")
         record["roofline"] = measure_roofline(options.device, options.dtype)
-    save_record(path, record)
+    write_json(path, record)
 
     # Compiled code of earlier runs would hide what compiling takes.
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         for index, case in enumerate(cases, 1):
             for what in measure(case, options, record["results"]):
-                save_record(path, record)
+                write_json(path, record)
                 say(f"[{index}/{len(cases)}] {case.name}: {what}")
     return record
 

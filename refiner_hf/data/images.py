@@ -26,7 +26,7 @@ class UnreadableImageError(ValueError):
 
 class EncodedImage:
     """
-    An image whose header has been read: `size` is (width, height) of the upright image.
+    An image whose header has been read: `size` is (width, height) of the upright image, `content` the file's bytes.
 
     Args:
         encoded (`dict`): `bytes`, or else a `path`, as in a column of `datasets` that isn't decoded.
@@ -38,7 +38,8 @@ class EncodedImage:
     def __init__(self, encoded: dict[str, Any]):
         self.name = encoded.get("path") or "(without a file name)"
         with self._named():
-            self._image = PILImage.open(BytesIO(read_bytes(encoded)))
+            self.content = read_bytes(encoded)
+            self._image = PILImage.open(BytesIO(self.content))
             self._orientation = self._image.getexif().get(_ORIENTATION, 1)
         width, height = self._image.size
         self.size = (height, width) if self._orientation in _ON_THE_SIDE else (width, height)

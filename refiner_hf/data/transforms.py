@@ -56,14 +56,15 @@ class PrepareTraining:
         self.augment, self.label_ids, self.label_maps = augment, label_ids, label_maps
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        view = self.augment(EncodedImage(row[IMAGE_COLUMN]))
+        image = EncodedImage(row[IMAGE_COLUMN])
+        view = self.augment(image)
         label = row[LABEL_COLUMN]
         prepared = {
             "pixel_values": view.pixels,
             LABEL_COLUMN: label if self.label_ids is None else pick_label(self.label_ids, label),
         }
         if self.label_maps is not None:
-            label_map = self.label_maps(row[IMAGE_COLUMN])
+            label_map = self.label_maps({**row[IMAGE_COLUMN], "bytes": image.content})  # not to read a file twice
             classes = label_map.classes
             if self.label_ids is not None:
                 if classes.max() >= len(self.label_ids):

@@ -1,13 +1,16 @@
 """JSON files that will be published: readable, and without the paths of this machine."""
 
 import json
+import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes `content` to `path`, readably."""
-    path.write_text(to_json(content), encoding="utf-8")
+    """Writes `content` to `path`, readably, and whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(to_json(content), encoding="utf-8")
+    os.replace(new, path)
 
 
 def to_json(content: dict[str, Any]) -> str:

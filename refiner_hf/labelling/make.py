@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..data.images import decode_image
+from ..data.images import EncodedImage
 from ..data.label_maps import CLASSES, FACTS_FILE, KEY, SCORES, key_of
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN
+from ..hub.files import write_json
 from .teachers import Teacher
 
 
@@ -31,7 +32,8 @@ class _ForTeacher(torch.utils.data.Dataset):
 
     def __getitem__(self, row: int) -> tuple[int, torch.Tensor, int]:
         row = self.data[row]
-        return key_of(row[IMAGE_COLUMN]), self.prepare(decode_image(row[IMAGE_COLUMN])), row[LABEL_COLUMN]
+        image = EncodedImage(row[IMAGE_COLUMN])
+        return key_of({"bytes": image.content}), self.prepare(image.decode()), row[LABEL_COLUMN]
 
 
 def make_label_maps(
@@ -100,9 +102,9 @@ def make_label_maps(
             grid = {"rows": scores.shape[2], "columns": scores.shape[3]}
             _write_shard(folder / f"label_maps-{shard:05}.parquet", content, top_k * scores.shape[2] * scores.shape[3])
             facts |= {**grid, "shards": shard + 1, "agreeing": agreeing}
-            _write(folder / FACTS_FILE, facts)
+            write_json(folder / FACTS_FILE, facts)
     facts = {**begun, **facts, "finished": True}
-    _write(folder / FACTS_FILE, facts)
+    write_json(folder / FACTS_FILE, facts)
     return facts
 
 
@@ -145,7 +147,7 @@ def _begin(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{folder} isn't empty and holds no label maps. Give another --output_dir.")
         else:
             begun = {}
-            _write(folder / FACTS_FILE, facts)
+            write_json(folder / FACTS_FILE, facts)
     except OSError as error:
         raise OSError(f"The folder {folder} can't be written: {error}. Give another --output_dir.") from error
     changed = [name for name, value in facts.items() if begun and begun.get(name) != value]
@@ -164,10 +166,4 @@ def _write_shard(file: Path, content: dict[str, list], length: int) -> None:
     )
     unfinished = file.with_suffix(".unfinished")
     Dataset.from_dict(content, features=features).to_parquet(str(unfinished))
-    unfinished.replace(file)
-
-
-def _write(file: Path, facts: dict[str, Any]) -> None:
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(file)

@@ -209,11 +209,12 @@ def _publish(trainer: RefinerTrainer) -> Published | None:
 def _look_at_images(data: ImageData, data_args: DataArguments, args: RefinerTrainingArguments) -> None:
     """Opens every image that isn't a stream's, and does with unreadable ones what the user wants."""
     reasons = []
-    for name, images in (("training", data.train), ("evaluation", data.evaluation)):
-        if isinstance(images, Dataset) and (args.do_train if name == "training" else args.do_eval):
-            images, wrong = find_unreadable(images, name)
-            reasons += wrong
-            setattr(data, "train" if name == "training" else "evaluation", images)
+    if args.do_train and isinstance(data.train, Dataset):
+        data.train, wrong = find_unreadable(data.train, "training")
+        reasons += wrong
+    if args.do_eval and isinstance(data.evaluation, Dataset):
+        data.evaluation, wrong = find_unreadable(data.evaluation, "evaluation")
+        reasons += wrong
     if data_args.unreadable_images == "stop":
         stop_for(reasons)
     elif reasons and args.should_save:

@@ -11,11 +11,12 @@ from refiner_hf.benchmarking import machine, memory, run
 from refiner_hf.benchmarking.contenders import BASE, COMPILED, PLAIN, Case, contender_names, make_network, make_step
 from refiner_hf.benchmarking.costs import costs, eager_channels, refinement_flops
 from refiner_hf.benchmarking.measure import describe_failure, time_in_turns
-from refiner_hf.benchmarking.record import open_record, save_record
+from refiner_hf.benchmarking.record import open_record
 from refiner_hf.benchmarking.report import write_report
 from refiner_hf.benchmarking.summary import memory_ratio, ratio, share_of_roofline
 from refiner_hf.commands.benchmark import command_of, main
 from refiner_hf.hub.card import count_flops
+from refiner_hf.hub.files import write_json
 
 
 def case(part="model", kind="inference", **changes) -> Case:
@@ -186,7 +187,7 @@ def test_everything_is_measured_once_and_written(quick, tmp_path, capsys):
     main(words)
     assert len(quick) == 11
     del record["results"]["op tiny 32 forward, batch 2"]
-    save_record(tmp_path / "out" / "cpu.json", record)
+    write_json(tmp_path / "out" / "cpu.json", record)
     main(words)
     assert len(quick) == 12
     with pytest.raises(SystemExit, match="rounds was 2, is 3.*--fresh"):

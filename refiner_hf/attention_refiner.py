@@ -81,12 +81,27 @@ def distributed_local_attention(refinement: RefinerMapRefinement, attention_map:
     """
     if refinement.convolution is not None:
         return refinement.convolution(attention_map)
+    expanded = expanded_maps(refinement, attention_map)
+    return refinement.reduction_norm(refinement.reduction(expanded)) + attention_map
+
+
+def expanded_maps(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> torch.Tensor:
+    """
+    The maps in the middle of a refinement: expanded to more heads and convolved locally, as far as it does either.
+
+    Args:
+        refinement: a module that isn't `"convolution"`.
+        attention_map (`torch.Tensor` of shape (B, H, N, N)).
+
+    Returns:
+        `torch.Tensor` of shape (B, E, N, N).
+    """
     hidden = attention_map
     if refinement.expansion is not None:
-        hidden = nn.functional.relu6(refinement.expansion_norm(refinement.expansion(hidden)))  # (B, E, N, N)
+        hidden = nn.functional.relu6(refinement.expansion_norm(refinement.expansion(hidden)))
     if refinement.local_attention is not None:
         hidden = nn.functional.relu6(refinement.local_attention_norm(refinement.local_attention(hidden)))
-    return refinement.reduction_norm(refinement.reduction(hidden)) + attention_map
+    return hidden
 
 
 def eager_refine(refinement: RefinerMapRefinement, attention_map: torch.Tensor, scale: float = 1.0) -> torch.Tensor:

@@ -57,6 +57,6 @@ def test_the_wheel_works_installed_and_imports_what_it_needs_only(wheel, tmp_pat
         [sys.executable, "-c", RUN, str(site), *for_training], cwd=tmp_path, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
-    commands = {"refiner-benchmark", "refiner-train", "refiner-convert", "refiner-show", "refiner-push"}
-    commands |= {"refiner-label-maps"}
+    commands = {"refiner-benchmark", "refiner-train", "refiner-convert", "refiner-push"}
+    commands |= {"refiner-label-maps", "refiner-visualize", "refiner-analyze"}
     assert {path.name for path in (site / "bin").iterdir()} == commands

@@ -26,9 +26,14 @@ def convert() -> None:
     _run("convert_checkpoint")
 
 
-def show() -> None:
-    """`refiner-show`"""
-    _run("show_refinement")
+def visualize() -> None:
+    """`refiner-visualize`"""
+    _run("visualize")
+
+
+def analyze() -> None:
+    """`refiner-analyze`"""
+    _run("analyze")
 
 
 def push() -> None:

@@ -13,7 +13,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from transformers import HfArgumentParser
 
 from ..data.arguments import DataArguments
@@ -21,7 +20,7 @@ from ..data.checking import find_unreadable, stop_for
 from ..data.sources import load_image_data
 from ..labelling.make import make_label_maps
 from ..labelling.teachers import load_teacher
-from .parsing import HelpFormatter
+from .parsing import HelpFormatter, pick_device
 
 
 @dataclass
@@ -68,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
             batch_size=args.batch_size,
             shard_size=args.shard_size,
             num_workers=args.num_workers,
-            device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            device=pick_device(args.device),
         )
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"Error: {error}")

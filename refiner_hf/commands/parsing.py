@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 from transformers import HfArgumentParser
 
@@ -17,6 +18,14 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults behind each option, and the examples of the description as they are written."""
+
+
+def pick_device(name: str | None) -> str:
+    """The device of that name, or CUDA where there is some; a `ValueError` where it isn't there."""
+    available = torch.cuda.is_available()
+    if name is not None and name.startswith("cuda") and not available:
+        raise ValueError(f"There is no {name} here: torch {torch.__version__} finds no GPU. Give --device cpu.")
+    return name or ("cuda" if available else "cpu")
 
 
 Arguments = tuple[ModelArguments, DataArguments, AugmentationArguments, RefinerTrainingArguments]

@@ -15,7 +15,7 @@ logger = logging.get_logger(__name__)
 
 IMAGE_COLUMN, LABEL_COLUMN = "image", "labels"
 _LABEL_NAMES = ("label", "labels", "fine_label")
-_EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "test")
+EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "test")
 _SHUFFLE_BUFFER = 1000  # images of a stream among which the next one is drawn
 
 
@@ -51,7 +51,7 @@ def load_image_data(args: DataArguments, *, need_train: bool, need_evaluation: b
         `ValueError`: no such folder, no training set, no image or label column; the message lists what is there.
     """
     splits, name = _load_splits(args)
-    evaluation_split = next((split for split in _EVALUATION_SPLITS if split in splits), None)
+    evaluation_split = next((split for split in EVALUATION_SPLITS if split in splits), None)
     train, evaluation = splits.get("train"), splits.get(evaluation_split)
     if train is None and need_train:
         raise ValueError(f"{name} has no training images; its splits are {sorted(splits)}. Give --train_dir.")
@@ -91,7 +91,7 @@ def _load_splits(args: DataArguments) -> tuple[dict, str]:
     folders = {"train": args.train_dir, "validation": args.validation_dir}
     splits = {split: _load_folder(folder) for split, folder in folders.items() if folder}
     path = Path(args.train_dir or args.validation_dir).resolve()
-    return splits, path.parent.name if path.name in ("train", *_EVALUATION_SPLITS) else path.name
+    return splits, path.parent.name if path.name in ("train", *EVALUATION_SPLITS) else path.name
 
 
 def _load_folder(folder: str) -> Dataset:

@@ -1,18 +1,103 @@
-"""What refinement does to a map: a layer's attention before and after, for one query, over the image."""
+"""The attention maps of a network, layer by layer while it runs, so that they needn't all be kept."""
 
-from pathlib import Path
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
-from PIL import Image
 from torch import nn
+from transformers import PreTrainedModel
 
-from ..attention_refiner import RefinerMapRefinement
-from ..modeling_refiner import RefinerPreTrainedModel
+from ..attention_refiner import RefinerMapRefinement, expanded_maps
+from ..modeling_refiner import RefinerAttention, RefinerPreTrainedModel
+from .networks import classes_of_layers, patch_grid
+
+
+@dataclass
+class LayerView:
+    """
+    One layer at work: its number from 0, the tokens that enter and leave it, (B, N, D), and its map as it weights the
+    values, (B, H, N, N). In a layer that refines, also the map before, and the refinement.
+    """
+
+    index: int
+    entering: torch.Tensor
+    leaving: torch.Tensor
+    applied: torch.Tensor
+    before: torch.Tensor | None = None
+    refinement: RefinerMapRefinement | None = None
+
+    @torch.no_grad()
+    def locally_attended(self) -> torch.Tensor | None:
+        """The maps after attention expansion and distributed local attention, (B, E, N, N), where there are such."""
+        if self.refinement is None or self.refinement.convolution is not None:
+            return None
+        return expanded_maps(self.refinement, self.before)
 
 
 @torch.no_grad()
+def watch_layers(model: PreTrainedModel, pixel_values: torch.Tensor, look: Callable[[LayerView], None]) -> None:
+    """
+    Runs a network and shows each layer when it is done. Nothing is kept but by `look`.
+
+    Args:
+        model: a Refiner, or one of transformers' vision transformers with `attn_implementation="eager"`; in
+            evaluation.
+        pixel_values (`torch.Tensor` of shape (B, C, height, width)): images as the processor prepares them.
+        look: called with each [`LayerView`], first layer first.
+
+    Raises:
+        `ValueError`: a model that shows no maps, or has fewer tokens than patches.
+    """
+    layer_class, attention_class = classes_of_layers(model)
+    grid = patch_grid(model, pixel_values)
+    seen: dict[str, torch.Tensor] = {}
+    count = 0
+
+    def want_map(module: nn.Module, args: tuple) -> tuple:
+        return *args[:2], True  # a plain layer makes none unless it is asked to
+
+    def keep_refined(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        seen["before"], seen["refinement"] = args[0], module
+
+    def keep_map(module: nn.Module, args: tuple, output: tuple) -> None:
+        seen["applied"] = output[1]
+
+    def show(module: nn.Module, args: tuple, output) -> None:
+        nonlocal count
+        applied = seen.get("applied")
+        if applied is None or applied.ndim != 4 or applied.shape[-1] != applied.shape[-2]:
+            raise ValueError(
+                f"The layers of a {type(model).__name__} show no maps from all tokens to all. Load it with "
+                "attn_implementation='eager', or take another model."
+            )
+        if applied.shape[-1] < math.prod(grid):
+            raise ValueError(
+                f"A {type(model).__name__} has fewer tokens than patches: its maps can't be laid over an image."
+            )
+        leaving = output[0] if isinstance(output, tuple) else output
+        look(LayerView(count, args[0], leaving, **seen))
+        seen.clear()
+        count += 1
+
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, RefinerAttention):
+            hooks.append(module.register_forward_pre_hook(want_map))
+        if isinstance(module, RefinerMapRefinement):
+            hooks.append(module.register_forward_hook(keep_refined))
+        if isinstance(module, attention_class):
+            hooks.append(module.register_forward_hook(keep_map))
+        if isinstance(module, layer_class):
+            hooks.append(module.register_forward_hook(show))
+    try:
+        # Whatever its configuration says: else transformers would keep all maps.
+        model(pixel_values, output_attentions=False, output_hidden_states=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def refined_maps(
     model: RefinerPreTrainedModel, pixel_values: torch.Tensor
 ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
@@ -29,77 +114,13 @@ def refined_maps(
     Raises:
         `ValueError`: no layer of the model refines its map.
     """
-    layers = [
-        (i, layer.attention.refinement)
-        for i, layer in enumerate(model.base_model.layers)
-        if isinstance(getattr(layer.attention, "refinement", None), RefinerMapRefinement)
-    ]
-    if not layers:
-        raise ValueError("No layer of this model refines its attention map.")
     maps = {}
 
-    def keep(index: int):
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor):
-            maps[index] = (args[0], output)
+    def keep(view: LayerView) -> None:
+        if view.refinement is not None:
+            maps[view.index] = (view.before, view.applied)
 
-        return hook
-
-    hooks = [refinement.register_forward_hook(keep(i)) for i, refinement in layers]
-    try:
-        model(pixel_values)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    watch_layers(model, pixel_values, keep)
+    if not maps:
+        raise ValueError("No layer of this model refines its attention map.")
     return maps
-
-
-def plot_refinement(
-    model: RefinerPreTrainedModel,
-    image: Image.Image,
-    pixel_values: torch.Tensor,
-    path: str | Path,
-    layer: int | None = None,
-    query: int = 0,
-) -> None:
-    """
-    Draws, head by head, where one token looks before and after a layer's refinement.
-
-    Args:
-        model: any Refiner, in evaluation.
-        image: the picture to show beside the maps.
-        pixel_values (`torch.Tensor` of shape (1, C, height, width)): the same picture, prepared.
-        path: the PNG to write.
-        layer (`int`, *optional*): the layer, from 0; by default the last one that refines.
-        query (`int`, *optional*, defaults to 0): the token that looks; 0 is the class token, then the patches.
-
-    Raises:
-        `ValueError`: a layer that refines nothing, or a token that doesn't exist.
-    """
-    maps = refined_maps(model, pixel_values)
-    layer = max(maps) if layer is None else layer
-    if layer not in maps:
-        raise ValueError(f"Layer {layer} refines no map; these do: {sorted(maps)}.")
-    before, after = (attention_map[0].float() for attention_map in maps[layer])  # (H, N, N)
-    heads, tokens, _ = before.shape
-    if not 0 <= query < tokens:
-        raise ValueError(f"There is no token {query}; there are {tokens}, 0 being the class token.")
-
-    patch_height, patch_width = model.config.patch_height_width
-    grid = pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width
-    figure = Figure(figsize=(1.5 * heads + 2.6, 3.5), layout="constrained")
-    spaces = figure.add_gridspec(2, heads + 1, width_ratios=[1.6] + [1] * heads)
-    picture = figure.add_subplot(spaces[:, 0])
-    picture.imshow(np.asarray(image), cmap="gray")
-    picture.set_axis_off()
-    for row, (name, attention_map) in enumerate((("before", before), ("after", after))):
-        for head in range(heads):
-            axis = figure.add_subplot(spaces[row, head + 1])
-            axis.imshow(attention_map[head, query, 1:].reshape(grid).numpy(), cmap="magma")
-            axis.set(xticks=[], yticks=[], title=f"head {head + 1}" if row == 0 else "")
-            if head == 0:
-                axis.set_ylabel(name)
-    who = "the class token" if query == 0 else f"patch {query}"
-    figure.suptitle(
-        f"Where {who} looks, before and after the refinement in layer {layer} (each map on its own scale)", fontsize=11
-    )
-    figure.savefig(path, dpi=110)

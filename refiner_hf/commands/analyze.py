@@ -1,0 +1,69 @@
+"""
+Measure what a network's attention maps and features are like in each layer, for one network or several side by side:
+similarity of maps between heads and layers, effective rank, entropy, locality, similarity of tokens, CKA of features.
+Writes analysis.json, figures (PNG and PDF) and prints a table. docs/look_inside.md says what the numbers mean.
+
+Takes Refiners and transformers' ViTs, in any mix. Data may be a folder of images, with subfolders or not, of parquet
+files, or a dataset of the Hub; labels aren't needed. Default: scikit-learn's digits.
+
+    refiner-analyze --model outputs/demo
+    refiner-analyze --model my_refiner my_plain_network google/vit-base-patch16-224 --data photos --max_images 256
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from ..data.unlabelled import decoded, load_images
+from ..hub.card import device_name, versions
+from ..inspection.analysis import analyze
+from ..inspection.networks import open_network, short_names
+from ..inspection.report import summary_table, write_analyses
+from .parsing import HelpFormatter, pick_device
+
+
+@dataclass
+class AnalyzeArguments:
+    model: list[str] = field(
+        metadata={"help": "Folders or Hub names of the networks; may be given several times.", "action": "extend"}
+    )
+    data: str | None = field(
+        default=None, metadata={"help": "Folder of images or of parquet files, or a dataset's name on the Hub."}
+    )
+    max_images: int = field(default=64, metadata={"help": "At most so many images, picked at random."})
+    batch_size: int = field(default=16, metadata={"help": "Images whose features are compared with each other."})
+    seed: int = field(default=0, metadata={"help": "Decides which images."})
+    output_dir: str = field(default="analysis", metadata={"help": "Folder for the numbers and figures."})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda. Default: cuda where there is one."})
+
+    def __post_init__(self):
+        if self.max_images < 1:
+            raise ValueError(f"--max_images must be at least 1, got {self.max_images}.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `refiner-analyze` and scripts/analyze.py."""
+    parser = HfArgumentParser(AnalyzeArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(argv)
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        device = pick_device(args.device)
+        data, rows = load_images(args.data, args.max_images, args.seed)
+        networks = [open_network(name, device) for name in args.model]
+        for network, name in zip(networks, short_names(args.model)):
+            network.name = name
+        analyses = [analyze(network, decoded(rows), len(rows), args.batch_size) for network in networks]
+        facts = {"data": data, "seed": args.seed, "batch_size": args.batch_size}
+        write_analyses(analyses, facts | {"device": device_name(device), "versions": versions()}, folder)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"Error: {error}")
+    print(f"Means over layers and {analyses[0]['images']} images of {data}:\n")
+    print(summary_table(analyses))
+    print(f"\nWrote analysis.json, analysis_curves and analysis_layers (.png, .pdf) into {folder}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""
+Draw where a network looks in a picture: maps before refinement, after distributed local attention and as applied,
+head by head and averaged, through all layers (attention rollout), and the weights that its refinements have learned.
+
+Takes a Refiner, or any of transformers' ViTs, which has maps as applied only.
+
+    refiner-visualize --model outputs/demo --image photo.png
+    refiner-visualize --model outputs/demo --image photo.png --layer 2 4 --head 1 3 --patch 2,3
+    refiner-visualize --model outputs/demo --image photo.png --html       # one page with sliders, beside the PNGs
+"""
+
+import sys
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from ..image_processing_pil_refiner import open_image, to_8_bit_rgb
+from ..inspection.networks import open_network
+from ..inspection.page import query_bytes, write_page
+from ..inspection.pictures import plot_heads, plot_overview, plot_weights
+from ..inspection.sight import look_at, name_of
+from .parsing import HelpFormatter, pick_device
+
+
+_LARGEST_PAGE = 40 * 2**20  # bytes up to which a page holds all patches' maps
+
+
+@dataclass
+class VisualizeArguments:
+    model: str = field(metadata={"help": "Folder or Hub name of a Refiner, ViT, DeiT, DINOv2 or the like."})
+    image: str = field(metadata={"help": "The picture."})
+    output_dir: str = field(default="visualized", metadata={"help": "Folder for the PNGs and the page."})
+    layer: list[int] | None = field(
+        default=None, metadata={"help": "Layers, from 1. Default: the last that refines, or the last."}
+    )
+    head: list[int] | None = field(
+        default=None, metadata={"help": "Heads, from 1; of expanded heads those in the same columns. Default: all."}
+    )
+    patch: list[str] | None = field(
+        default=None,
+        metadata={"help": "Patches whose looks to draw beside the class token's, each as ROW,COLUMN, from 1."},
+    )
+    html: bool = field(default=False, metadata={"help": "Also write one self-contained page with sliders."})
+    device: str | None = field(default=None, metadata={"help": "cpu or cuda. Default: cuda where there is one."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `refiner-visualize` and scripts/visualize.py."""
+    (args,) = HfArgumentParser(
+        VisualizeArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
+    ).parse_args_into_dataclasses(argv)
+    try:
+        for written in visualize(args):
+            print(f"Wrote {written}")
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"Error: {error}")
+
+
+def visualize(args: VisualizeArguments) -> list[Path]:
+    """What `args` asks for; returns the files."""
+    image = to_8_bit_rgb(open_image(args.image))
+    patches = [_parse_patch(text) for text in args.patch or []]
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    network = open_network(args.model, pick_device(args.device))
+    sight = look_at(network, image, patches)
+    layers = [layer - 1 for layer in args.layer or []] or [max(sight.refining_layers, default=len(sight.layers) - 1)]
+    heads = [head - 1 for head in args.head] if args.head else None
+    for layer in layers:
+        sight.check(layer, heads)
+
+    written = []
+
+    def new_file(name: str) -> Path:
+        written.append(folder / name)
+        return written[-1]
+
+    for number, query in enumerate(sight.queries):
+        who = name_of(query).removeprefix("the ").replace(" ", "_").replace(",", "_")
+        plot_overview(sight, number, new_file(f"layers_{who}.png"))
+        for layer in layers:
+            plot_heads(sight, layer, number, new_file(f"layer_{layer + 1}_{who}.png"), heads)
+    for layer in layers:
+        if (refinement := sight.layers[layer].refinement) is not None:
+            plot_weights(refinement, layer, new_file(f"layer_{layer + 1}_weights.png"))
+    if args.html:
+        rows, columns = sight.grid
+        if (size := rows * columns * query_bytes(sight)) <= _LARGEST_PAGE:
+            sight = look_at(network, image, list(product(range(rows), range(columns))))
+        else:
+            print(
+                f"All patches' maps would take {size >> 20} MB: maps.html holds those of the class token and --patch."
+            )
+        title = f"Where {network.name} looks in {Path(args.image).name}"
+        write_page(sight, title, layers[0], new_file("maps.html"))
+    return written
+
+
+def _parse_patch(text: str) -> tuple[int, int]:
+    try:
+        row, column = (int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--patch takes ROW,COLUMN such as 3,5, got {text!r}.") from error
+    return row - 1, column - 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Images without their labels, for whoever only looks at them."""
+
+import glob
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Image, IterableDataset, load_dataset
+from PIL import Image as PILImage
+
+from .images import decode_image
+from .sources import EVALUATION_SPLITS, IMAGE_COLUMN, at_most, shuffled
+
+
+def load_images(data: str | None, count: int, seed: int = 0) -> tuple[str, Dataset | list[dict[str, Any]]]:
+    """
+    Some images, still encoded.
+
+    Args:
+        data (`str`, *optional*): a folder of images, in subfolders or not, or of parquet files; the Hub name of a
+            dataset, of which little more than a thousand images are read. Default: scikit-learn's test digits.
+        count (`int`): at most so many, picked at random.
+        seed (`int`, *optional*, defaults to 0): decides which.
+
+    Returns:
+        what to call the data, and rows with the one column `image`.
+
+    Raises:
+        `ValueError`, `OSError`: there is no such data, or no column of images in it.
+    """
+    if data is None:
+        from .digits import NAME, digits_splits
+
+        name, rows = NAME, digits_splits()[1]
+    elif Path(data).is_dir():
+        name, rows = Path(data).resolve().name, _load_folder(Path(data))
+    elif Path(data).exists() or data.startswith((".", "/", "~")):
+        raise ValueError(f"There is no folder {data}.")
+    else:
+        splits = load_dataset(data, streaming=True)
+        split = next((split for split in EVALUATION_SPLITS if split in splits), next(iter(splits)))
+        name, rows = f"{os.path.basename(data)} ({split})", splits[split]
+    if rows.features is None:
+        raise ValueError(f"{name} doesn't say what its columns hold.")
+    columns = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+    if len(columns) != 1:
+        raise ValueError(
+            f"{name} must have one column of images; it has {columns or 'none'} among {sorted(rows.features)}."
+        )
+    column = columns[0]
+    rows = rows.cast_column(column, Image(decode=False)).select_columns([column])
+    rows = rows if column == IMAGE_COLUMN else rows.rename_column(column, IMAGE_COLUMN)
+    return name, some_rows(rows, count, seed)
+
+
+def some_rows(data: Dataset | IterableDataset, count: int, seed: int) -> Dataset | list[dict[str, Any]]:
+    """At most `count` rows at random, the same ones for a seed; of a stream they are read here, once and for all."""
+    some = at_most(shuffled(data, seed), count, seed)
+    return list(some) if isinstance(some, IterableDataset) else some
+
+
+def decoded(rows: Iterable[dict[str, Any]]) -> Iterator[PILImage.Image]:
+    """
+    The images, upright and RGB, one after the other.
+
+    Raises:
+        [`~refiner_hf.data.images.UnreadableImageError`]: one is damaged; the message names it.
+    """
+    for row in rows:
+        yield decode_image(row[IMAGE_COLUMN])
+
+
+def _load_folder(folder: Path) -> Dataset:
+    inside = glob.escape(str(folder.resolve()))
+    if any(folder.rglob("*.parquet")):
+        return load_dataset("parquet", data_files={"train": f"{inside}/**/*.parquet"}, split="train")
+    known = PILImage.registered_extensions()
+    if not any(file.suffix.lower() in known for file in folder.rglob("*")):
+        raise ValueError(f"There are no images in {folder}.")
+    return load_dataset("imagefolder", data_files={"train": f"{inside}/**"}, split="train", drop_labels=True)

@@ -1,0 +1,145 @@
+"""
+What a map or a layer's tokens are like, in numbers: each a mean over heads and queries, one for each image.
+
+A refined map is no distribution: its rows don't add up to 1 and may be negative. Where shares are asked for, each
+weight counts by its absolute value, since a negative one moves what a token gathers as well.
+
+Shapes: B images, H heads, N tokens of which the last P = rows * columns are patches, D width.
+"""
+
+import math
+
+import torch
+
+
+def head_similarity(attention_map: torch.Tensor, centred: bool = False) -> torch.Tensor:
+    """
+    How alike the heads of a layer look: the cosine between two heads' rows for the same query, over all pairs.
+
+    Args:
+        attention_map (`torch.Tensor` of shape (B, H, N, N)).
+        centred (`bool`, *optional*): take the mean off each row first, which makes the cosine a correlation. Rows that
+            are positive throughout, as softmax's are, have a cosine well above 0 even where they don't correlate.
+
+    Returns:
+        `torch.Tensor` of shape (B,), from -1 / (H - 1) to 1; NaN with one head.
+    """
+    rows = _directions(attention_map, centred)
+    heads = rows.shape[1]
+    if heads == 1:
+        return torch.full_like(rows[:, 0, 0, 0], math.nan)
+    lengths = rows.square().sum((1, 3))  # 1 for each head, but 0 for a row of zeros
+    return ((rows.sum(1).square().sum(-1) - lengths) / (heads * (heads - 1))).mean(-1)
+
+
+def map_entropy(attention_map: torch.Tensor) -> torch.Tensor:
+    """
+    How widely a query looks: the entropy of a row's shares, divided by that of an even row, log N.
+
+    Args:
+        attention_map (`torch.Tensor` of shape (B, H, N, N)).
+
+    Returns:
+        `torch.Tensor` of shape (B,), from 0 (one token) to 1 (all alike).
+    """
+    shares = _shares(attention_map.float())
+    return torch.special.entr(shares).sum(-1).mean((1, 2)) / math.log(shares.shape[-1])
+
+
+def effective_rank(attention_map: torch.Tensor, centred: bool = False) -> torch.Tensor:
+    """
+    How many directions a head's map has: the exponential of the entropy of its singular values' shares (Roy and
+    Vetterli, 2007).
+
+    Args:
+        attention_map (`torch.Tensor` of shape (B, H, N, N)).
+        centred (`bool`, *optional*): take the mean off each row first, and with it the one direction of an even look,
+            which outweighs the others in a softmax's map and which a batch norm takes off anyway.
+
+    Returns:
+        `torch.Tensor` of shape (B,), from 1 to N.
+    """
+    rows = attention_map.float()
+    if centred:
+        rows = _centred(rows)
+    shares = _shares(torch.linalg.svdvals(rows))
+    return torch.special.entr(shares).sum(-1).exp().mean(1)
+
+
+def attention_distance(attention_map: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """
+    How far patches look: the mean distance between the middles of a query's patch and of those that it looks at,
+    weighted by their shares; other tokens left out.
+
+    Args:
+        attention_map (`torch.Tensor` of shape (B, H, N, N)).
+        grid (`tuple[int, int]`): rows and columns of patches.
+
+    Returns:
+        `torch.Tensor` of shape (B,), in patches.
+    """
+    patches = math.prod(grid)
+    shares = _shares(attention_map[..., -patches:, -patches:].float())
+    places = torch.cartesian_prod(*(torch.arange(side, dtype=shares.dtype, device=shares.device) for side in grid))
+    return (shares * torch.cdist(places, places)).sum(-1).mean((1, 2))
+
+
+def token_similarity(hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """
+    How alike the patches' tokens have become (over-smoothing): the mean cosine between two of them.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape (B, N, D)).
+        grid (`tuple[int, int]`): rows and columns of patches.
+
+    Returns:
+        `torch.Tensor` of shape (B,), from -1 / (P - 1) to 1; NaN with one patch.
+    """
+    return head_similarity(hidden_states[:, -math.prod(grid) :, None])
+
+
+def layer_similarity(attention_maps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    How alike the maps of different layers are: the cosine between two layers' rows for the same head and query.
+
+    Args:
+        attention_maps (`list[torch.Tensor]`): of each layer, (B, H, N, N).
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: cosines and, with the mean taken off each row first, correlations, both
+        (B, layers, layers).
+    """
+    _, heads, tokens, _ = attention_maps[0].shape
+    cosines, correlations = 0.0, 0.0
+    for head in range(heads):  # one at a time: they are copied together
+        rows = torch.stack([each[:, head].float() for each in attention_maps], dim=2)  # (B, N, layers, N)
+        cosines = cosines + _cosines(rows).sum(1)
+        correlations = correlations + _cosines(_centred(rows)).sum(1)
+    return cosines / (heads * tokens), correlations / (heads * tokens)
+
+
+def _cosines(rows: torch.Tensor) -> torch.Tensor:
+    """(..., K, N) -> (..., K, K)."""
+    rows = torch.nn.functional.normalize(rows, dim=-1, eps=_EPS)
+    return rows @ rows.mT
+
+
+def _directions(rows: torch.Tensor, centred: bool) -> torch.Tensor:
+    rows = rows.float()
+    if centred:
+        rows = _centred(rows)
+    return torch.nn.functional.normalize(rows, dim=-1, eps=_EPS)
+
+
+def _centred(rows: torch.Tensor) -> torch.Tensor:
+    """Rows with their mean taken off; zeros where nothing but rounding remains."""
+    rest = rows - rows.mean(-1, keepdim=True)
+    return torch.where(rest.norm(dim=-1, keepdim=True) > 1e-6 * rows.norm(dim=-1, keepdim=True), rest, 0.0)
+
+
+def _shares(values: torch.Tensor) -> torch.Tensor:
+    values = values.abs()
+    return values / values.sum(-1, keepdim=True).clamp_min(_EPS)
+
+
+_EPS = 1e-20  # for rows of zeros; weights of 1e-8 are nothing unusual

@@ -1,0 +1,185 @@
+"""Pictures of maps over an image, and of what a refinement has learned."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from ..attention_refiner import RefinerMapRefinement
+from .sight import APPLIED, BEFORE, CLASS_TOKEN, EXPANDED, LOCAL, Sight, name_of
+
+
+_COLUMNS = 16  # of layers, side by side
+_ADDS, _SUBTRACTS = (0.84, 0.1, 0.1), (0.1, 0.3, 0.9)
+_LEGEND = "each map on its own scale; red adds, blue subtracts"
+
+
+def plot_heads(sight: Sight, layer: int, query: int, path: Path, heads: Sequence[int] | None = None) -> None:
+    """
+    Where one token looks in one layer: a column for each head and one for their mean, a row for each stage of the
+    refinement. Expanded heads are no particular head's; they stand in as many rows as it takes.
+
+    Args:
+        sight ([`~refiner_hf.inspection.sight.Sight`]): what was seen.
+        layer (`int`): from 0.
+        query (`int`): position in `sight.queries`.
+        path: the PNG to write.
+        heads (`Sequence[int]`, *optional*): only these columns, from 0.
+
+    Raises:
+        `ValueError`: no such layer or head.
+    """
+    sight.check(layer, heads)
+    stages = {name: maps[query] for name, maps in sight.layers[layer].stages.items()}
+    count = len(stages[APPLIED])
+    heads = range(count) if heads is None else heads
+
+    rows = [  # (name, mean over heads, maps, number of the first)
+        (name, maps.mean(0) if first == 0 else None, maps[first : first + count], first)
+        for name, maps in stages.items()
+        for first in range(0, len(maps), count)
+    ]
+    figure = Figure(
+        figsize=(max(1.25 * (len(heads) + 1) + 2.4, 6), 1.42 * max(len(rows), 2) + 0.9), layout="constrained"
+    )
+    spaces = figure.add_gridspec(len(rows), len(heads) + 2, width_ratios=[1.7] + [1] * (len(heads) + 1))
+    picture = figure.add_subplot(spaces[:, 0])
+    _show_picture(picture, sight)
+    _mark(picture, sight, query)
+    for row, (name, mean, maps, first) in enumerate(rows):
+        axis = figure.add_subplot(spaces[row, 1])
+        if mean is None:
+            axis.set_axis_off()
+        else:
+            _overlay(axis, sight, mean)
+            axis.set_ylabel(name.replace("after ", "after\n").replace("local ", "local\n"), fontsize=8)
+            if row == 0:
+                axis.set_title("mean", fontsize=9)
+        for column, head in enumerate(heads):
+            axis = figure.add_subplot(spaces[row, column + 2])
+            if head >= len(maps):
+                axis.set_axis_off()
+                continue
+            _overlay(axis, sight, maps[head])
+            axis.set_title(f"{'expanded' if name in (EXPANDED, LOCAL) else 'head'} {first + head + 1}", fontsize=8)
+    figure.suptitle(f"Where {name_of(sight.queries[query])} looks in layer {layer + 1}\n{_LEGEND}", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def plot_overview(sight: Sight, query: int, path: Path) -> None:
+    """
+    Where one token looks in all layers, heads averaged: before refinement (where a layer refines), as applied, and
+    up to there through all layers (rollout).
+
+    Args:
+        sight ([`~refiner_hf.inspection.sight.Sight`]): what was seen.
+        query (`int`): position in `sight.queries`.
+        path: the PNG to write.
+    """
+    rows = ([BEFORE] if sight.refining_layers else []) + [APPLIED, "rollout"]
+    columns = min(len(sight.layers), _COLUMNS)
+    blocks = -(-len(sight.layers) // columns)
+    figure = Figure(figsize=(max(1.25 * columns + 2, 6), 1.42 * len(rows) * blocks + 0.8), layout="constrained")
+    spaces = figure.add_gridspec(len(rows) * blocks, columns + 1, width_ratios=[1.5] + [1] * columns)
+    picture = figure.add_subplot(spaces[: len(rows), 0])
+    _show_picture(picture, sight)
+    _mark(picture, sight, query)
+    for index, layer in enumerate(sight.layers):
+        for row, name in enumerate(rows):
+            axis = figure.add_subplot(spaces[index // columns * len(rows) + row, index % columns + 1])
+            if name == "rollout":
+                _overlay(axis, sight, layer.rollout[query])
+            elif name in layer.stages:
+                _overlay(axis, sight, layer.stages[name][query].mean(0))
+            else:
+                axis.set(xticks=[], yticks=[], frame_on=False)
+                axis.set_box_aspect(sight.picture.shape[0] / sight.picture.shape[1])
+            if row == 0:
+                axis.set_title(f"layer {index + 1}", fontsize=9)
+            if index % columns == 0:
+                axis.set_ylabel(name, fontsize=8)
+    figure.suptitle(f"Where {name_of(sight.queries[query])} looks, mean over heads\n{_LEGEND}", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def plot_weights(refinement: RefinerMapRefinement, layer: int, path: Path) -> None:
+    """
+    What a refinement has learned: the kernels of distributed local attention (over the plane of queries, down, and
+    keys, across) and the matrices of attention expansion and reduction; of a full convolution all its kernels.
+
+    Args:
+        refinement: the module.
+        layer (`int`): its layer, from 0, for the title.
+        path: the PNG to write.
+    """
+    panels = []
+    if refinement.convolution is not None:
+        kernels = refinement.convolution.weight  # (H out, H in, k, k)
+        panels.append(("kernels", _mosaic(_numbers(kernels)), "from head", "to head", kernels.shape[-1]))
+    if refinement.local_attention is not None:
+        kernels = _numbers(refinement.local_attention.weight)[:, 0]  # (E, k, k)
+        heads = refinement.reduction.out_channels
+        grid = _mosaic(kernels.reshape(-1, heads, *kernels.shape[1:]))
+        panels.append(("distributed local attention, by expanded head", grid, "", "", kernels.shape[-1]))
+    if refinement.expansion is not None:
+        matrix = _numbers(refinement.expansion.weight)[:, :, 0, 0]
+        panels.append(("attention expansion", matrix, "head", "expanded head", 0))
+    if refinement.convolution is None:
+        matrix = _numbers(refinement.reduction.weight)[:, :, 0, 0]
+        panels.append(("attention reduction", matrix.T, "head", "expanded head", 0))
+
+    figure = Figure(figsize=(4.2 * len(panels) + 1, 4.6), layout="constrained")
+    for axis, (title, values, across, down, kernel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        largest = np.nanmax(np.abs(values)) or 1
+        shown = axis.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="equal" if kernel else "auto")
+        axis.set_title(title, fontsize=9)
+        axis.set(xlabel=across, ylabel=down)
+        if kernel:
+            axis.set(xticks=[], yticks=[])
+        else:
+            for numbers, side in ((axis.xaxis, values.shape[1]), (axis.yaxis, values.shape[0])):
+                step = max(1, side // 12)
+                numbers.set_ticks(np.arange(0, side, step), [str(i + 1) for i in range(0, side, step)], fontsize=7)
+        figure.colorbar(shown, ax=axis, shrink=0.8)
+    figure.suptitle(f"What the refinement in layer {layer + 1} has learned", fontsize=10)
+    figure.savefig(path, dpi=110)
+
+
+def _show_picture(axis: Axes, sight: Sight) -> None:
+    axis.imshow(sight.picture)
+    axis.set_axis_off()
+
+
+def _mark(axis: Axes, sight: Sight, query: int) -> None:
+    """A frame around the patch that looks."""
+    if (patch := sight.queries[query]) is CLASS_TOKEN:
+        return
+    height, width = (side / count for side, count in zip(sight.picture.shape, sight.grid))
+    corner = patch[1] * width - 0.5, patch[0] * height - 0.5
+    axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="#00e000", linewidth=1.5))
+
+
+def _overlay(axis: Axes, sight: Sight, weights: np.ndarray) -> None:
+    """A map's row over the image in grey, patch by patch."""
+    height, width, _ = sight.picture.shape
+    axis.imshow(0.2 + 0.6 * sight.picture.mean(-1), cmap="gray", vmin=0, vmax=1)
+    colours = np.where(weights[..., None] >= 0, _ADDS, _SUBTRACTS)
+    strength = np.abs(weights) / (np.abs(weights).max() or 1)
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    axis.imshow(np.dstack((colours, 0.9 * strength)), extent=extent, interpolation="nearest")
+    axis.set(xticks=[], yticks=[])
+
+
+def _mosaic(kernels: np.ndarray) -> np.ndarray:
+    """(rows, columns, k, k) -> one plane, with a gap between kernels."""
+    rows, columns, side, _ = kernels.shape
+    plane = np.full((rows, side + 1, columns, side + 1), np.nan)
+    plane[:, :side, :, :side] = kernels.transpose(0, 2, 1, 3)
+    return plane.reshape(rows * (side + 1), columns * (side + 1))[:-1, :-1]
+
+
+def _numbers(weight) -> np.ndarray:
+    return weight.detach().float().cpu().numpy()

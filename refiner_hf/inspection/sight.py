@@ -1,0 +1,136 @@
+"""Where a network looks in one picture."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BaseImageProcessor
+
+from ..attention_refiner import RefinerMapRefinement
+from .maps import LayerView, watch_layers
+from .networks import Network
+
+
+CLASS_TOKEN = None
+Query = tuple[int, int] | None  # row and column of a patch, from 0; CLASS_TOKEN
+
+# What a map is at each stage of a refinement, in their order.
+STAGES = BEFORE, EXPANDED, LOCAL, APPLIED = (
+    "before refinement",
+    "after attention expansion",
+    "after distributed local attention",
+    "as applied",
+)
+
+
+@dataclass
+class LayerSight:
+    """
+    Where the queries look in one layer: by stage, (queries, heads, rows, columns), and up to here through all layers
+    (attention rollout), (queries, rows, columns), where a patch's own weight, which would outshine the others, is cut
+    down to the largest of them. `refinement` holds the learned weights, where the layer refines.
+    """
+
+    stages: dict[str, np.ndarray]
+    rollout: np.ndarray
+    refinement: RefinerMapRefinement | None = None
+
+
+@dataclass
+class Sight:
+    """
+    What was seen of a picture: as the network got it, (height, width, 3) in 0..1, the grid of patches, who looked, and
+    what each layer showed.
+    """
+
+    picture: np.ndarray
+    grid: tuple[int, int]
+    queries: list[Query]
+    layers: list[LayerSight] = field(default_factory=list)
+
+    def check(self, layer: int, heads: Sequence[int] | None = None) -> None:
+        """Raises a `ValueError` where there is no such layer, or it has no such heads (all from 0)."""
+        if not 0 <= layer < len(self.layers):
+            raise ValueError(f"There is no layer {layer + 1}; there are {len(self.layers)}.")
+        count = self.layers[layer].stages[APPLIED].shape[1]
+        if unknown := [head + 1 for head in heads or [] if not 0 <= head < count]:
+            raise ValueError(f"There is no head {unknown[0]}; there are {count}.")
+
+    @property
+    def refining_layers(self) -> list[int]:
+        """The layers that refine their map, from 0."""
+        return [i for i, layer in enumerate(self.layers) if layer.refinement is not None]
+
+
+def look_at(network: Network, image: Image.Image, patches: Sequence[tuple[int, int]] = ()) -> Sight:
+    """
+    Where the class token and some patches look, in every layer.
+
+    Rollout (Abnar and Zuidema, 2020) takes half of each token from itself and half from where the heads look on
+    average. A refined map's weights count by their absolute values there, so that each row can be made to add up to 1.
+
+    Args:
+        network ([`~refiner_hf.inspection.networks.Network`]): what to look into.
+        image: an upright RGB image.
+        patches (`Sequence[tuple[int, int]]`, *optional*): rows and columns of patches, from 0. In a model without a
+            class token by default the patch in the middle.
+
+    Raises:
+        `ValueError`: a patch that doesn't exist; a model that shows no maps.
+    """
+    pixel_values = network.processor(image, return_tensors="pt").pixel_values.to(network.device)
+    grid = network.grid(pixel_values)
+    for patch in patches:
+        if not all(0 <= place < side for place, side in zip(patch, grid)):
+            raise ValueError(f"There is no {name_of(patch)}; there are {grid[0]} rows and {grid[1]} columns.")
+    sight = Sight(as_picture(network.processor, pixel_values[0]), grid, [])
+    places, rollout = [], torch.empty(0)
+
+    def look(view: LayerView) -> None:
+        nonlocal places, rollout
+        if view.index == 0:
+            tokens = view.applied.shape[-1]
+            others = tokens - math.prod(grid)
+            sight.queries = [CLASS_TOKEN, *patches] if others else list(patches) or [(grid[0] // 2, grid[1] // 2)]
+            places = [0 if q is CLASS_TOKEN else others + q[0] * grid[1] + q[1] for q in sight.queries]
+            rollout = torch.eye(tokens, device=view.applied.device)
+        weights = view.applied[0].float().abs().mean(0)
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
+        rollout = (weights @ rollout + rollout) / 2
+
+        def rows(maps: torch.Tensor) -> np.ndarray:
+            """Those of the queries, (..., N, N) -> (..., queries, rows, columns)."""
+            return maps[..., places, -math.prod(grid) :].unflatten(-1, grid).float().cpu().numpy()
+
+        middle = EXPANDED if view.refinement is None or view.refinement.local_attention is None else LOCAL
+        stages = {BEFORE: view.before, middle: view.locally_attended(), APPLIED: view.applied}
+        stages = {name: rows(maps[0]).swapaxes(0, 1) for name, maps in stages.items() if maps is not None}
+        sight.layers.append(LayerSight(stages, _dim_own(rows(rollout), sight.queries), view.refinement))
+
+    watch_layers(network.model, pixel_values, look)
+    return sight
+
+
+def name_of(query: Query) -> str:
+    """A query in words; rows and columns of patches count from 1 there."""
+    return "the class token" if query is CLASS_TOKEN else f"patch {query[0] + 1},{query[1] + 1}"
+
+
+def as_picture(processor: BaseImageProcessor, pixel_values: torch.Tensor) -> np.ndarray:
+    """Prepared pixels (C, height, width) as a picture (height, width, 3) in 0..1."""
+    pixels = pixel_values.float().cpu()
+    if getattr(processor, "do_normalize", False):
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
+        pixels = pixels * std + mean
+    return pixels.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).numpy()
+
+
+def _dim_own(rollout: np.ndarray, queries: list[Query]) -> np.ndarray:
+    for weights, query in zip(rollout, queries):
+        if query is not CLASS_TOKEN:
+            weights[query] = 0
+            weights[query] = weights.max()
+    return rollout

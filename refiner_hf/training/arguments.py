@@ -116,6 +116,13 @@ class RefinerTrainingArguments(TrainingArguments):
             "they are published with it."
         },
     )
+    analysis_images: int = field(
+        default=0,
+        metadata={
+            "help": "Measure on so many evaluation images what the trained network's attention maps and features are "
+            "like, for its card (as refiner-analyze does); with --example_pictures also draw where it looks in one."
+        },
+    )
     verify_push: bool = field(
         default=False,
         metadata={"help": "After --push_to_hub, load the model back from the Hub in a fresh process and compare."},
@@ -132,7 +139,7 @@ class RefinerTrainingArguments(TrainingArguments):
             raise ValueError("--remove_unused_columns would drop the images before they are read; leave it off.")
         if not 0 <= self.label_smoothing_factor < 1:
             raise ValueError(f"--label_smoothing_factor must be in [0, 1), got {self.label_smoothing_factor}.")
-        for name in ("norm_statistics_images", "example_pictures", "cooldown_steps"):
+        for name in ("norm_statistics_images", "example_pictures", "analysis_images", "cooldown_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} must not be negative, got {getattr(self, name)}.")
         if not 0 < self.layer_decay <= 1:

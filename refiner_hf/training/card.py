@@ -33,13 +33,12 @@ _METRICS = {
 # Options that say where things lie or how they are shown, not what was trained.
 _NOT_IN_CARD = {
     "output_dir", "logging_dir", "run_name", "hub_model_id", "hub_token", "push_to_hub", "report_to", "disable_tqdm",
-    "remove_unused_columns", "with_code", "weights_license", "example_pictures", "logging_steps", "logging_strategy",
-    "logging_first_step", "eval_strategy", "save_strategy", "save_total_limit", "do_train", "do_eval",
-    "resume_from_checkpoint", "dataloader_num_workers", "dataloader_pin_memory", "local_rank", "deepspeed_plugin",
-    "distributed_state", "label_names", "train_batch_size",
-    "eval_batch_size", "per_device_eval_batch_size",
-    "verify_push", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision", "project",
-    "trackio_space_id", "accelerator_config", "ignore_data_skip", "dataloader_persistent_workers",
+    "remove_unused_columns", "with_code", "weights_license", "example_pictures", "analysis_images", "logging_steps",
+    "logging_strategy", "logging_first_step", "eval_strategy", "save_strategy", "save_total_limit", "do_train",
+    "do_eval", "resume_from_checkpoint", "dataloader_num_workers", "dataloader_pin_memory", "local_rank",
+    "deepspeed_plugin", "distributed_state", "label_names", "train_batch_size", "eval_batch_size",
+    "per_device_eval_batch_size", "verify_push", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
+    "project", "trackio_space_id", "accelerator_config", "ignore_data_skip", "dataloader_persistent_workers",
 }  # fmt: skip
 _ALWAYS_IN_CARD = (
     "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 from transformers import Trainer, pipeline
+from transformers.utils import logging
 
 from ..data.images import decode_image
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN, ImageData
@@ -16,7 +17,10 @@ from ..hub.files import without_paths, write_json
 from ..hub.plots import plot_confusion_matrix, plot_learning_curve, plot_predictions
 from .arguments import RefinerTrainingArguments
 from .card import RUN_FILE, training_facts
+from .inside import analyze_folder
 
+
+logger = logging.get_logger(__name__)
 
 CONFUSION_MATRIX = "confusion_matrix.csv"
 EXAMPLES = 8
@@ -70,6 +74,12 @@ def finish_folder(
         plot_predictions([example.image for example in examples], titles, folder / "predictions.png")
         pictures.append(("predictions.png", "Pictures of the evaluation set, as 'true label: prediction, score'"))
         _save_pictures([example.image for example in examples], folder / "examples")
+    if args.analysis_images and data.evaluation is not None:
+        may_show = args.example_pictures > 0
+        try:
+            pictures += analyze_folder(folder, data, args.analysis_images, str(args.device), may_show)
+        except (RuntimeError, OSError, ValueError) as error:  # such as too little memory: no reason to lose the rest
+            logger.warning(f"The network's maps weren't measured: {error} Try refiner-analyze --model {folder}.")
 
     if args.with_code:
         add_code(folder)

@@ -40,7 +40,7 @@ def trained(photos, tmp_path_factory):
         [
             "--train_dir", str(photos), "--output_dir", str(folder), *QUICK, "--num_train_epochs", "8",
             "--train_val_split", "0.25", "--eval_strategy", "epoch", "--logging_steps", "1", "--with_code",
-            "--weights_license", "apache-2.0", "--example_pictures", "8",
+            "--weights_license", "apache-2.0", "--example_pictures", "8", "--analysis_images", "5",
         ]
     )  # fmt: skip
     return folder, result
@@ -57,7 +57,7 @@ class TestFinishedFolder:
         assert names == {
             "README.md", "model.safetensors", "config.json", "preprocessor_config.json", "learning_curve.png",
             "confusion_matrix.png", "confusion_matrix.csv", "predictions.png", "all_results.json", "eval_results.json",
-            "train_results.json", "trainer_state.json", "training_arguments.json", "examples",
+            "train_results.json", "trainer_state.json", "training_arguments.json", "examples", "analysis",
         }  # fmt: skip
 
     def test_card(self, trained):
@@ -92,7 +92,7 @@ class TestFinishedFolder:
 
     def test_no_path_of_this_machine_is_published(self, trained):
         folder, _ = trained
-        for path in folder.iterdir():
+        for path in folder.rglob("*"):
             if path.suffix in (".json", ".md", ".csv"):
                 assert str(folder.parent) not in path.read_text() and "/data0/" not in path.read_text(), path.name
         assert load_json(folder / "training_arguments.json")["data"]["train_dir"] == "photos"
@@ -101,6 +101,15 @@ class TestFinishedFolder:
         examples = sorted((trained[0] / "examples").iterdir())
         assert [path.name for path in examples] == [f"{i}.png" for i in range(6)]
         assert Image.open(examples[0]).size == (30, 24)
+
+    def test_analysis_is_in_the_card(self, trained):
+        folder, _ = trained
+        card = (folder / "README.md").read_text()
+        for name in ("analysis_curves", "analysis_layers", "layers", "heads"):
+            assert f"](analysis/{name}.png)" in card
+            assert Image.open(folder / "analysis" / f"{name}.png").size[0] > 300
+        assert "on 5 evaluation images" in card and "analysis_images" not in card
+        assert load_json(folder / "analysis" / "analysis.json")["networks"][0]["name"] == "colours"
 
     def test_metrics_are_beside_the_model(self, trained):
         folder, result = trained
@@ -293,9 +302,25 @@ class TestMoreData:
         command = ["--dataset_name", str(tmp_path / "tables"), "--streaming", *QUICK, "--output_dir"]
         with pytest.raises(SystemExit, match="--max_steps"):
             main([*command, str(tmp_path / "first")])
-        result = main([*command, str(tmp_path / "out"), "--max_steps", "3", "--example_pictures", "2"])
+        for_card = ["--example_pictures", "2", "--analysis_images", "4"]
+        result = main([*command, str(tmp_path / "out"), "--max_steps", "3", *for_card])
         assert 0 <= result.metrics["eval_accuracy"] <= 1
         assert (tmp_path / "out" / "predictions.png").exists()
+        assert load_json(tmp_path / "out" / "analysis" / "analysis.json")["networks"][0]["images"] == 4
+
+    def test_a_failed_analysis_costs_nothing_else(self, tmp_path, photos, monkeypatch):
+        from refiner_hf.training import folder
+
+        def fail(*args):
+            raise RuntimeError("out of memory")
+
+        said = []
+        monkeypatch.setattr(folder, "analyze_folder", fail)
+        monkeypatch.setattr(folder.logger, "warning", said.append)
+        words = ["--train_dir", str(photos), *QUICK, "--max_steps", "1", "--analysis_images", "4"]
+        main([*words, "--output_dir", str(tmp_path / "out")])
+        assert "out of memory" in said[0] and "refiner-analyze" in said[0]
+        assert "](analysis" not in (tmp_path / "out" / "README.md").read_text()
 
     def test_a_file_of_options_is_the_one_argument(self, tmp_path, photos):
         options = {

@@ -1,0 +1,60 @@
+"""What a trained network's maps are like, for its card."""
+
+from pathlib import Path
+
+from ..data.sources import ImageData
+from ..data.unlabelled import decoded, some_rows
+from ..hub.card import device_name, versions
+from ..inspection.analysis import analyze
+from ..inspection.networks import open_network
+from ..inspection.pictures import plot_heads, plot_overview
+from ..inspection.report import CURVES, LAYERS, write_analyses
+from ..inspection.sight import look_at
+
+
+ANALYSIS = "analysis"
+_SEED, _BATCH = 0, 16
+
+
+def analyze_folder(folder: Path, data: ImageData, count: int, device: str, picture: bool) -> list[tuple[str, str]]:
+    """
+    Measures the network saved in `folder` on `count` evaluation images, and draws where it looks in one of them.
+
+    Args:
+        folder: of the finished model; gets a folder `analysis`.
+        data: with evaluation images.
+        count: how many of them to take.
+        device: where to run it.
+        picture: whether an evaluation picture may be shown.
+
+    Returns:
+        (file in the folder, caption) for the card.
+    """
+    network = open_network(str(folder), device)
+    rows = some_rows(data.evaluation, count, _SEED)
+    found = analyze(network, decoded(rows), len(rows), _BATCH)
+    facts = {"data": data.name, "seed": _SEED, "batch_size": _BATCH}
+    facts |= {"device": device_name(device), "versions": versions()}
+    write_analyses([found], facts, folder / ANALYSIS)
+    measured_on = f"on {found['images']} evaluation images"
+    refines = "before" in found
+    pictures = [
+        (
+            f"{ANALYSIS}/{CURVES}.png",
+            f"What each layer's attention maps and tokens are like, {measured_on} (bands: standard deviation; of CKA, "
+            "standard error" + ("; hollow dots: maps before their refinement)" if refines else ")"),
+        ),
+        (f"{ANALYSIS}/{LAYERS}.png", f"How alike the maps and the features of different layers are, {measured_on}"),
+    ]
+    if not picture:
+        return pictures
+    sight = look_at(network, next(decoded(rows)))
+    pictures.append((f"{ANALYSIS}/layers.png", "Where the class token looks in an evaluation picture, heads averaged"))
+    plot_overview(sight, 0, folder / pictures[-1][0])
+    if refines:
+        layer = sight.refining_layers[-1]
+        pictures.append(
+            (f"{ANALYSIS}/heads.png", f"The same head by head through the refinement in layer {layer + 1}")
+        )
+        plot_heads(sight, layer, 0, folder / pictures[-1][0])
+    return pictures

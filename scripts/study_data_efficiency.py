@@ -123,16 +123,15 @@ def train(folder: Path, digits: dict[str, Path], network: str, share: float, see
 
 def table(results: list[dict], shares: list[float], images: dict[float, int]) -> str:
     """Markdown: a row for each network, mean and standard deviation over the seeds for each share."""
-    lines = ["| network | " + " | ".join(f"{share:.0%} ({images[share]:,})" for share in shares) + " | s a run |"]
-    lines.append("| --- |" + " --- |" * (len(shares) + 1))
+    lines = ["| network | " + " | ".join(f"{share:.0%} ({images[share]:,})" for share in shares) + " |"]
+    lines.append("| --- |" + " --- |" * len(shares))
     for network in NETWORKS:
         cells = []
         for share in shares:
             values = [100 * r["accuracy"] for r in results if r["network"] == network and r["share"] == share]
             spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
             cells.append(f"{np.mean(values):.1f}{spread}")
-        seconds = np.mean([r["seconds"] for r in results if r["network"] == network])
-        lines.append(f"| {network} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+        lines.append(f"| {network} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

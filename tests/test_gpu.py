@@ -1,10 +1,15 @@
-"""The golden numbers on a GPU, in float32 without TF32. Run with `make test-gpu`; skipped where there is no GPU."""
+"""The golden numbers, and looking inside, on a GPU (`make test-gpu`), in float32 without TF32."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from refiner_hf import REFINE_IMPLEMENTATIONS
+from refiner_hf import REFINE_IMPLEMENTATIONS, RefinerImageProcessor
 from refiner_hf.conversion.weights import rename_state_dict
+from refiner_hf.inspection.analysis import analyze
+from refiner_hf.inspection.networks import Network
+from refiner_hf.inspection.sight import look_at
 
 from .conftest import GOLDEN_MODELS, assert_close
 
@@ -47,3 +52,21 @@ class TestGoldenOnGpu:
         for key, gradient in rename_state_dict(reference).items():
             difference = (gradients[key] - gradient).abs().max().item()
             assert difference <= 2e-4 * gradient.abs().max().item() + 5e-6 * largest, key
+
+
+def test_looking_inside_on_gpu(tiny_model):
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(6)]
+    processor = RefinerImageProcessor(size={"height": 16, "width": 16})
+    found, sights = {}, {}
+    for device in ("cpu", "cuda"):
+        network = Network("tiny", tiny_model().eval().to(device), processor)
+        found[device] = analyze(network, images, batch_size=4)
+        sights[device] = look_at(network, images[0], [(1, 2)])
+    for stage in ("applied", "tokens"):
+        for metric, values in found["cpu"][stage].items():
+            np.testing.assert_allclose(found["cuda"][stage][metric]["mean"], values["mean"], rtol=2e-3, atol=1e-4)
+    np.testing.assert_allclose(found["cuda"]["cka"]["mean"], found["cpu"]["cka"]["mean"], rtol=2e-3, atol=1e-4)
+    for ours, theirs in zip(sights["cuda"].layers, sights["cpu"].layers):
+        for name, maps in theirs.stages.items():
+            np.testing.assert_allclose(ours.stages[name], maps, atol=1e-3 * np.abs(maps).max())

@@ -13,7 +13,10 @@ RUN = """
 import resource, sys, torch
 from refiner_hf import RefinerConfig, RefinerForImageClassification, RefinerImageProcessor
 from refiner_hf.commands.{command} import main
+from refiner_hf.inspection import analysis
 
+# Thousands of singular value decompositions, one after the other: they take the time and little memory.
+analysis.effective_rank = lambda maps, centred=False: maps[:, 0, 0, 0]
 if not {there}:
     torch.manual_seed(0)
     RefinerForImageClassification(RefinerConfig.large(image_size=448)).save_pretrained("large")

@@ -17,10 +17,9 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from ..data.unlabelled import decoded, load_images
-from ..hub.card import device_name, versions
 from ..inspection.analysis import analyze
 from ..inspection.networks import open_network, short_names
-from ..inspection.report import summary_table, write_analyses
+from ..inspection.report import facts_of, summary_table, write_analyses
 from .parsing import HelpFormatter, pick_device
 
 
@@ -56,8 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         for network, name in zip(networks, short_names(args.model)):
             network.name = name
         analyses = [analyze(network, decoded(rows), len(rows), args.batch_size) for network in networks]
-        facts = {"data": data, "seed": args.seed, "batch_size": args.batch_size}
-        write_analyses(analyses, facts | {"device": device_name(device), "versions": versions()}, folder)
+        write_analyses(analyses, facts_of(data, args.seed, args.batch_size, device), folder)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"Error: {error}")
     print(f"Means over layers and {analyses[0]['images']} images of {data}:\n")

@@ -98,22 +98,32 @@ def _load_folder(folder: str) -> Dataset:
     path = Path(folder)
     if not path.is_dir():
         raise ValueError(f"There is no folder {folder}.")
-    # Files are given by pattern, as the training split: left to itself, `datasets` sorts them into splits by what
-    # their names look like ("test_1.jpg", a label called "train"), and drops the rest.
-    inside = glob.escape(str(path.resolve()))
     empty = sorted(
         f.name for f in path.glob("[!.]*") if f.is_dir() and not any(file.is_file() for file in f.rglob("*"))
     )
     if empty:
         raise ValueError(f"In {folder} there are labels without images: {', '.join(empty)}. Add some, or remove them.")
-    if any(path.rglob("*.parquet")):
-        return load_dataset("parquet", data_files={"train": f"{inside}/**/*.parquet"}, split="train")
-    if not any(file.is_file() for file in path.glob("*/*")):
+    if not has_tables(path) and not any(file.is_file() for file in path.glob("*/*")):
         raise ValueError(
             f"{folder} has no images in subfolders. Put them into one subfolder per label, such as "
             f"{path / 'cat' / '1.jpg'}."
         )
-    return load_dataset("imagefolder", data_files={"train": f"{inside}/**"}, split="train", drop_labels=False)
+    return read_files(path, drop_labels=False)
+
+
+def has_tables(folder: Path) -> bool:
+    """Whether there are parquet files in a folder or below it."""
+    return any(folder.rglob("*.parquet"))
+
+
+def read_files(folder: Path, *, drop_labels: bool) -> Dataset:
+    """All parquet files in a folder and below it, or where there are none all images."""
+    # Files are given by pattern, as the training split: left to itself, `datasets` sorts them into splits by what
+    # their names look like ("test_1.jpg", a label called "train"), and drops the rest.
+    inside = glob.escape(str(folder.resolve()))
+    if has_tables(folder):
+        return load_dataset("parquet", data_files={"train": f"{inside}/**/*.parquet"}, split="train")
+    return load_dataset("imagefolder", data_files={"train": f"{inside}/**"}, split="train", drop_labels=drop_labels)
 
 
 def _standard_columns(

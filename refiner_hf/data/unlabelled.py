@@ -1,6 +1,5 @@
 """Images without their labels, for whoever only looks at them."""
 
-import glob
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ from datasets import Dataset, Image, IterableDataset, load_dataset
 from PIL import Image as PILImage
 
 from .images import decode_image
-from .sources import EVALUATION_SPLITS, IMAGE_COLUMN, at_most, shuffled
+from .sources import EVALUATION_SPLITS, IMAGE_COLUMN, at_most, has_tables, read_files, shuffled
 
 
 def load_images(data: str | None, count: int, seed: int = 0) -> tuple[str, Dataset | list[dict[str, Any]]]:
@@ -72,10 +71,7 @@ def decoded(rows: Iterable[dict[str, Any]]) -> Iterator[PILImage.Image]:
 
 
 def _load_folder(folder: Path) -> Dataset:
-    inside = glob.escape(str(folder.resolve()))
-    if any(folder.rglob("*.parquet")):
-        return load_dataset("parquet", data_files={"train": f"{inside}/**/*.parquet"}, split="train")
     known = PILImage.registered_extensions()
-    if not any(file.suffix.lower() in known for file in folder.rglob("*")):
+    if not has_tables(folder) and not any(file.suffix.lower() in known for file in folder.rglob("*")):
         raise ValueError(f"There are no images in {folder}.")
-    return load_dataset("imagefolder", data_files={"train": f"{inside}/**"}, split="train", drop_labels=True)
+    return read_files(folder, drop_labels=True)

@@ -110,21 +110,18 @@ def layer_similarity(attention_maps: list[torch.Tensor]) -> tuple[torch.Tensor, 
         (B, layers, layers).
     """
     _, heads, tokens, _ = attention_maps[0].shape
-    cosines, correlations = 0.0, 0.0
+    sums = [0.0, 0.0]
     for head in range(heads):  # one at a time: they are copied together
-        rows = torch.stack([each[:, head].float() for each in attention_maps], dim=2)  # (B, N, layers, N)
-        cosines = cosines + _cosines(rows).sum(1)
-        correlations = correlations + _cosines(_centred(rows)).sum(1)
-    return cosines / (heads * tokens), correlations / (heads * tokens)
-
-
-def _cosines(rows: torch.Tensor) -> torch.Tensor:
-    """(..., K, N) -> (..., K, K)."""
-    rows = torch.nn.functional.normalize(rows, dim=-1, eps=_EPS)
-    return rows @ rows.mT
+        rows = torch.stack([each[:, head] for each in attention_maps], dim=2)  # (B, N, layers, N)
+        for centred in (False, True):
+            directions = _directions(rows, centred)
+            sums[centred] = sums[centred] + (directions @ directions.mT).sum(1)
+    cosines, correlations = (total / (heads * tokens) for total in sums)
+    return cosines, correlations
 
 
 def _directions(rows: torch.Tensor, centred: bool) -> torch.Tensor:
+    """Rows scaled to length 1, so that their products are cosines; `centred`, correlations."""
     rows = rows.float()
     if centred:
         rows = _centred(rows)

@@ -32,7 +32,7 @@ def write_page(sight: Sight, title: str, layer: int, path: Path) -> None:
         layers.append(stages | {"rollout": {"maps": _packed(seen.rollout)}})
     content = {
         "title": title,
-        "picture": _as_url(sight.picture),
+        "picture": _as_url(sight.grey),
         "grid": sight.grid,
         "queries": [{"name": name_of(query), "patch": query} for query in sight.queries],
         "stages": [name for name in STAGES if any(name in seen.stages for seen in sight.layers)],
@@ -57,11 +57,11 @@ def _packed(maps: np.ndarray) -> str:
     return b64encode(np.round(127 * maps / np.where(largest == 0, 1, largest)).astype(np.int8).tobytes()).decode()
 
 
-def _as_url(picture: np.ndarray) -> str:
-    """In grey, so that colours are the maps'."""
-    grey = Image.fromarray((255 * (0.2 + 0.6 * picture.mean(-1))).astype(np.uint8))
+def _as_url(grey: np.ndarray) -> str:
+    """(height, width) in 0..1 as an address that holds the picture."""
+    image = Image.fromarray((255 * grey).astype(np.uint8))
     file = BytesIO()
     # Small pictures are enlarged: the canvas is as large as the picture.
-    factor = max(1, 320 // max(grey.size))
-    grey.resize((factor * grey.width, factor * grey.height), Image.Resampling.NEAREST).save(file, format="PNG")
+    factor = max(1, 320 // max(image.size))
+    image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST).save(file, format="PNG")
     return "data:image/png;base64," + b64encode(file.getvalue()).decode()

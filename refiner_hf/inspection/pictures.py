@@ -165,7 +165,7 @@ def _mark(axis: Axes, sight: Sight, query: int) -> None:
 def _overlay(axis: Axes, sight: Sight, weights: np.ndarray) -> None:
     """A map's row over the image in grey, patch by patch."""
     height, width, _ = sight.picture.shape
-    axis.imshow(0.2 + 0.6 * sight.picture.mean(-1), cmap="gray", vmin=0, vmax=1)
+    axis.imshow(sight.grey, cmap="gray", vmin=0, vmax=1)
     colours = np.where(weights[..., None] >= 0, _ADDS, _SUBTRACTS)
     strength = np.abs(weights) / (np.abs(weights).max() or 1)
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)

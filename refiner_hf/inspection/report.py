@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..hub.card import markdown_table
+from ..hub.card import device_name, markdown_table, versions
 from ..hub.files import write_json
 from .figures import Analysis, plot_curves, plot_layers
 
@@ -36,6 +36,17 @@ def write_analyses(analyses: list[Analysis], facts: dict[str, Any], folder: Path
     for suffix in (".png", ".pdf"):
         plot_curves(analyses, folder / f"{CURVES}{suffix}")
         plot_layers(analyses, folder / f"{LAYERS}{suffix}")
+
+
+def facts_of(data: str, seed: int, batch_size: int, device: str) -> dict[str, Any]:
+    """What to say of a measurement: the images, and what computed."""
+    return {
+        "data": data,
+        "seed": seed,
+        "batch_size": batch_size,
+        "device": device_name(device),
+        "versions": versions(),
+    }
 
 
 def summary_table(analyses: list[Analysis]) -> str:

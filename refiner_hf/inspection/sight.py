@@ -60,6 +60,11 @@ class Sight:
             raise ValueError(f"There is no head {unknown[0]}; there are {count}.")
 
     @property
+    def grey(self) -> np.ndarray:
+        """The picture without colours, (height, width), neither black nor white: ground for the maps' colours."""
+        return 0.2 + 0.6 * self.picture.mean(-1)
+
+    @property
     def refining_layers(self) -> list[int]:
         """The layers that refine their map, from 0."""
         return [i for i, layer in enumerate(self.layers) if layer.refinement is not None]

@@ -4,11 +4,10 @@ from pathlib import Path
 
 from ..data.sources import ImageData
 from ..data.unlabelled import decoded, some_rows
-from ..hub.card import device_name, versions
 from ..inspection.analysis import analyze
 from ..inspection.networks import open_network
 from ..inspection.pictures import plot_heads, plot_overview
-from ..inspection.report import CURVES, LAYERS, write_analyses
+from ..inspection.report import CURVES, LAYERS, facts_of, write_analyses
 from ..inspection.sight import look_at
 
 
@@ -33,9 +32,7 @@ def analyze_folder(folder: Path, data: ImageData, count: int, device: str, pictu
     network = open_network(str(folder), device)
     rows = some_rows(data.evaluation, count, _SEED)
     found = analyze(network, decoded(rows), len(rows), _BATCH)
-    facts = {"data": data.name, "seed": _SEED, "batch_size": _BATCH}
-    facts |= {"device": device_name(device), "versions": versions()}
-    write_analyses([found], facts, folder / ANALYSIS)
+    write_analyses([found], facts_of(data.name, _SEED, _BATCH, device), folder / ANALYSIS)
     measured_on = f"on {found['images']} evaluation images"
     refines = "before" in found
     pictures = [

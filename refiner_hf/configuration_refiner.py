@@ -95,6 +95,10 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
             Weight of the patches' loss beside the class token's.
         dense_logits_weight (`float`, *optional*, defaults to 0.5):
             In evaluation, `logits = class logits + dense_logits_weight * max over patches of the patch logits`.
+        use_distillation_token (`bool`, *optional*, defaults to `False`):
+            A second token behind the class token, as in DeiT.
+        use_distillation_head (`bool`, *optional*, defaults to `False`):
+            A classifier on that token; the logits are then the mean of both tokens'.
         token_mixing (`bool`, *optional*, defaults to `False`):
             In training, swap a random box of patches between the images of a batch (MixToken).
         cosine_regularizer_weight (`float`, *optional*, defaults to 0.0):
@@ -152,6 +156,8 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
     use_dense_head: bool = False
     dense_loss_weight: float | int = 0.5
     dense_logits_weight: float | int = 0.5
+    use_distillation_token: bool = False
+    use_distillation_head: bool = False
     token_mixing: bool = False
     cosine_regularizer_weight: float | int = 0.0
     cosine_regularizer_repeated_pairs: bool = False
@@ -219,6 +225,11 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         return height // patch_height, width // patch_width
 
     @property
+    def num_prefix_tokens(self) -> int:
+        """Number of tokens before the patches: the class token, and perhaps a distillation token."""
+        return 2 if self.use_distillation_token else 1
+
+    @property
     def stage_names(self) -> list[str]:
         """What a backbone can give: the embeddings and each layer's output."""
         return ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
@@ -270,6 +281,10 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
                 "attention_types[0] is 'shared_refined', which refines the map of the layer before it, but there is "
                 "none. Begin with 'plain' or 'refined'."
             )
+
+    def validate_distillation(self):
+        if self.use_distillation_head and not self.use_distillation_token:
+            raise ValueError("use_distillation_head needs use_distillation_token=True: the head looks at that token.")
 
     def validate_refinement(self):
         if self.refinement not in REFINEMENTS:

@@ -14,8 +14,8 @@
 """
 PyTorch Refiner model.
 
-Shapes: B batch, C channels, P = grid height * grid width patches, N = 1 + P tokens (the class token first), D width,
-H heads, K labels. Attention maps are (B, H, N, N).
+Shapes: B batch, C channels, P = grid height * grid width patches, T = 1 class token or 2 with a distillation token,
+N = T + P tokens (the patches last), D width, H heads, K labels. Attention maps are (B, H, N, N).
 """
 
 import copy
@@ -46,7 +46,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_refiner import RefinerMapRefinement, check_refine_implementation
 from .configuration_refiner import RefinerConfig
-from .folding_refiner import can_bypass, folded_convolution, is_transformed, is_untouched
+from .embeddings_refiner import RefinerEmbeddings, patches_to_pixels
 from .loss_refiner import image_classification_loss
 from .normalization_refiner import RefinerBatchNorm2d
 from .token_mixing_refiner import mix_tokens, sample_mixing_mask
@@ -79,164 +79,6 @@ class RefinerImageClassifierOutput(ImageClassifierOutput):
     """
 
     patch_logits: torch.FloatTensor | None = None
-
-
-class RefinerConvStem(nn.Module):
-    """Three convolutions that halve the image before it is cut into patches."""
-
-    def __init__(self, config: RefinerConfig):
-        super().__init__()
-
-        def norm(channels: int) -> RefinerBatchNorm2d:
-            return RefinerBatchNorm2d(channels, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum)
-
-        self.convolution1 = nn.Conv2d(config.num_channels, 32, 7, stride=2, padding=3, bias=False)
-        self.convolution1_norm = norm(32)
-        self.convolution2 = nn.Conv2d(32, 64, 3, padding=1, bias=False)
-        self.convolution2_norm = norm(64)
-        self.convolution3 = nn.Conv2d(64, 128, 3, padding=1, bias=False)
-        self.convolution3_norm = norm(128)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, C, height, width) -> (B, 128, height / 2, width / 2)."""
-        hidden_states = pixel_values
-        inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(pixel_values))
-        if inference and pixel_values.device.type == "cpu":  # faster there; with a backward pass slower
-            hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
-        for convolution, norm in (
-            (self.convolution1, self.convolution1_norm),
-            (self.convolution2, self.convolution2_norm),
-            (self.convolution3, self.convolution3_norm),
-        ):
-            if inference and not norm.training and can_bypass(convolution, norm):
-                hidden_states = folded_convolution(convolution, norm, hidden_states).relu_()
-            else:
-                hidden_states = nn.functional.relu(norm(convolution(hidden_states)))
-        return hidden_states
-
-
-class RefinerPatchEmbeddings(nn.Module):
-    """Images to patches, row by row."""
-
-    def __init__(self, config: RefinerConfig):
-        super().__init__()
-        self.num_channels = config.num_channels
-        self.patch_size = config.patch_height_width
-        if config.use_conv_stem:
-            self.stem = RefinerConvStem(config)
-            channels, kernel = 128, tuple(side // 2 for side in self.patch_size)
-        else:
-            self.stem = None
-            channels, kernel = config.num_channels, self.patch_size
-        self.projection = nn.Conv2d(channels, config.hidden_size, kernel, stride=kernel)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, C, height, width) -> (B, P, D)."""
-        if self.stem is not None:
-            pixel_values = self.stem(pixel_values)
-        if pixel_values.device.type == "cpu" and torch.is_grad_enabled() and is_untouched(self.projection):
-            return self._project_patches(pixel_values)
-        return self.projection(pixel_values).flatten(2).transpose(1, 2)
-
-    def _project_patches(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The projection as one matrix product: faster on CPUs, mostly backward."""
-        height, width = self.projection.kernel_size
-        patches = hidden_states.unflatten(3, (-1, width)).unflatten(
-            2, (-1, height)
-        )  # (B, C, rows, height, columns, width)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        return nn.functional.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
-
-
-class RefinerEmbeddings(nn.Module):
-    """Patches with the class token before them and positions added."""
-
-    def __init__(self, config: RefinerConfig, use_mask_token: bool = False):
-        super().__init__()
-        self.config = config
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if use_mask_token else None
-        self.patch_embeddings = RefinerPatchEmbeddings(config)
-        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + math.prod(config.patch_grid), config.hidden_size))
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def resized_positions(self, grid: tuple[int, int], **mode: Any) -> torch.Tensor:
-        """The position embeddings for another grid of patches, (1, 1 + P, D); `mode` goes to `interpolate`."""
-        if grid == self.config.patch_grid:
-            return self.position_embeddings
-        positions = self.position_embeddings.float()
-        patches = positions[:, 1:].unflatten(1, self.config.patch_grid).permute(0, 3, 1, 2)  # (1, D, rows, columns)
-        patches = nn.functional.interpolate(patches, size=grid, **mode).flatten(2).transpose(1, 2)
-        return torch.cat((positions[:, :1], patches), dim=1).to(self.position_embeddings.dtype)
-
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        interpolate_pos_encoding: bool | None = None,
-        mixing_mask: torch.BoolTensor | None = None,
-        bool_masked_pos: torch.BoolTensor | None = None,
-    ) -> torch.Tensor:
-        """(B, C, height, width) -> (B, N, D)."""
-        grid = self._check(pixel_values, interpolate_pos_encoding)
-        if bool_masked_pos is not None:
-            masked = self._masked_patches(bool_masked_pos, pixel_values.shape[0], grid)
-            # The stem's convolutions look across the borders of patches, so the pixels are hidden from it as well.
-            pixel_values = pixel_values.masked_fill(patches_to_pixels(masked, self.config.patch_height_width), 0)
-        patches = self.patch_embeddings(pixel_values)
-        if bool_masked_pos is not None:
-            patches = torch.where(masked.flatten(1).unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
-        if mixing_mask is not None:
-            patches = mix_tokens(patches, mixing_mask)
-        embeddings = torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1)
-        return self.dropout(embeddings + self.resized_positions(grid, mode="bilinear", align_corners=True))
-
-    def _masked_patches(self, bool_masked_pos: torch.Tensor, batch: int, grid: tuple[int, int]) -> torch.BoolTensor:
-        """(B, P) or (B, rows, columns) -> (B, rows, columns)."""
-        if self.mask_token is None:
-            raise ValueError("This model has no mask token: make it with use_mask_token=True to use bool_masked_pos.")
-        if not isinstance(bool_masked_pos, torch.Tensor) or bool_masked_pos.is_floating_point():
-            raise ValueError(
-                "bool_masked_pos must be a tensor of booleans, got "
-                f"{getattr(bool_masked_pos, 'dtype', type(bool_masked_pos).__name__)}."
-            )
-        if bool_masked_pos.shape not in ((batch, math.prod(grid)), (batch, *grid)):
-            raise ValueError(
-                f"bool_masked_pos must have shape {(batch, math.prod(grid))} or {(batch, *grid)}, one value for each "
-                f"patch of each image, got {tuple(bool_masked_pos.shape)}."
-            )
-        return bool_masked_pos.bool().view(batch, *grid)
-
-    def _check(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None) -> tuple[int, int]:
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"pixel_values must have shape (batch, channels, height, width), got {tuple(pixel_values.shape)}."
-            )
-        channels, height, width = pixel_values.shape[1:]
-        if channels != self.config.num_channels:
-            raise ValueError(
-                f"The images have {channels} channels, the model takes {self.config.num_channels} "
-                "(config.num_channels)."
-            )
-        patch_height, patch_width = self.config.patch_height_width
-        if interpolate_pos_encoding:
-            if height % patch_height or width % patch_width or min(height, width) == 0:
-                raise ValueError(
-                    f"Images of {height}x{width} pixels can't be cut into patches of {patch_height}x{patch_width}: "
-                    "height and width must be multiples of the patch's."
-                )
-        elif (height, width) != self.config.image_height_width:
-            expected = "x".join(map(str, self.config.image_height_width))
-            raise ValueError(
-                f"The images are {height}x{width} pixels (height x width), the model takes {expected}. Let the image "
-                "processor resize them, load the model with from_pretrained(..., image_size=...), or pass "
-                "interpolate_pos_encoding=True."
-            )
-        return height // patch_height, width // patch_width
-
-
-def patches_to_pixels(mask: torch.Tensor, patch: tuple[int, int]) -> torch.Tensor:
-    """A mask of patches (B, rows, columns) as one of pixels, (B, 1, height, width)."""
-    return mask.repeat_interleave(patch[0], 1).repeat_interleave(patch[1], 2).unsqueeze(1)
 
 
 class RefinerAttention(nn.Module):
@@ -389,6 +231,8 @@ class RefinerPreTrainedModel(PreTrainedModel):
         if isinstance(module, RefinerEmbeddings):
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+            if module.distillation_token is not None:
+                init.trunc_normal_(module.distillation_token, std=self.config.initializer_range)
             if module.mask_token is not None:
                 init.zeros_(module.mask_token)
         elif isinstance(module, RefinerLayerScale):
@@ -602,7 +446,8 @@ class RefinerModel(RefinerPreTrainedModel):
 
 class RefinerForImageClassification(RefinerPreTrainedModel):
     """
-    A Refiner with a classifier on the class token and, with `config.use_dense_head`, one on the patch tokens.
+    A Refiner with a classifier on the class token; with `config.use_dense_head` also one on the patch tokens, with
+    `config.use_distillation_head` one on the distillation token.
 
     Args:
         config ([`RefinerConfig`]): the architecture.
@@ -616,7 +461,11 @@ class RefinerForImageClassification(RefinerPreTrainedModel):
         self.num_labels = config.num_labels
         self.refiner = RefinerModel(config, refine_implementation)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.dense_classifier = nn.Linear(config.hidden_size, config.num_labels) if config.use_dense_head else None
+        self.distillation_classifier = self.dense_classifier = None
+        if config.use_distillation_head:
+            self.distillation_classifier = nn.Linear(config.hidden_size, config.num_labels)
+        if config.use_dense_head:
+            self.dense_classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.loss_function = image_classification_loss
         self.post_init()
 
@@ -635,7 +484,7 @@ class RefinerForImageClassification(RefinerPreTrainedModel):
         self.config.id2label = dict(enumerate(labels))
         self.config.label2id = {label: i for i, label in enumerate(labels)}
         self.num_labels = len(labels)
-        for name in ("classifier", "dense_classifier"):
+        for name in ("classifier", "distillation_classifier", "dense_classifier"):
             if (old := getattr(self, name)) is not None:
                 new = nn.Linear(old.in_features, len(labels)).to(old.weight)
                 self._init_weights(new)
@@ -675,9 +524,11 @@ class RefinerForImageClassification(RefinerPreTrainedModel):
             **kwargs,
         )
         logits = self.classifier(outputs.pooler_output)
+        if self.distillation_classifier is not None:
+            logits = (logits + self.distillation_classifier(outputs.last_hidden_state[:, 1])) / 2
         patch_logits = None
         if self.dense_classifier is not None:
-            patch_logits = self.dense_classifier(outputs.last_hidden_state[:, 1:])
+            patch_logits = self.dense_classifier(outputs.last_hidden_state[:, self.config.num_prefix_tokens :])
             if not self.training:
                 logits = logits + self.config.dense_logits_weight * patch_logits.amax(dim=1)
                 patch_logits = None
@@ -752,7 +603,7 @@ class RefinerForMaskedImageModeling(RefinerPreTrainedModel):
         patch_height, patch_width = self.config.patch_height_width
         rows, columns = self._grid_of(pixel_values)
         reconstruction = (
-            self.decoder(outputs.last_hidden_state[:, 1:])
+            self.decoder(outputs.last_hidden_state[:, self.config.num_prefix_tokens :])
             .view(-1, rows, columns, self.config.num_channels, patch_height, patch_width)
             .permute(0, 3, 1, 4, 2, 5)
             .reshape(-1, self.config.num_channels, height, width)
@@ -835,7 +686,8 @@ class RefinerBackbone(BackboneMixin, RefinerModel):
             if self.config.apply_layernorm:
                 features = self.norm(features)
             if self.config.reshape_hidden_states:
-                features = features[:, 1:].transpose(1, 2).unflatten(2, grid).contiguous()  # (B, D, rows, columns)
+                features = features[:, self.config.num_prefix_tokens :].transpose(1, 2)
+                features = features.unflatten(2, grid).contiguous()  # (B, D, rows, columns)
             feature_maps.append(features)
         return BackboneOutput(
             feature_maps=tuple(feature_maps),

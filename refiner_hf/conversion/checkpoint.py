@@ -3,8 +3,6 @@
 import argparse
 import pickle
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from ..hub.code import add_code
 from ..hub.published import published_network
 from ..image_processing_refiner import RefinerImageProcessor
 from ..modeling_refiner import RefinerForImageClassification
+from .folder import check_new, new_folder
 from .weights import check_tensors, read_config, rename_state_dict
 
 
@@ -57,8 +56,7 @@ def convert_checkpoint(
     output_dir = Path(output_dir)
     if crop_pct is not None and crop_pct <= 0:
         raise ValueError(f"crop_pct must be positive, got {crop_pct}.")
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise FileExistsError(f"{output_dir} exists and isn't an empty folder. Give another --output_dir.")
+    check_new(output_dir)
 
     content = load_reference_file(checkpoint)
     reference = select_state_dict(content, use_ema)
@@ -77,10 +75,7 @@ def convert_checkpoint(
     check_tensors(renamed, model.state_dict())
     model.load_state_dict(renamed)
 
-    output_dir.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{output_dir.name}-", dir=output_dir.parent))
-    try:
-        unfinished.chmod(0o755)
+    with new_folder(output_dir) as unfinished:
         model.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
         if with_code:
@@ -90,12 +85,6 @@ def convert_checkpoint(
         )
         loaded = RefinerForImageClassification.from_pretrained(unfinished)
         check_same_answers(model, loaded)
-        if output_dir.exists():
-            output_dir.rmdir()
-        unfinished.rename(output_dir)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
     loaded.config.name_or_path = str(output_dir)
     return loaded
 

@@ -25,7 +25,7 @@ from .targets import TrainingTargets
 
 
 # Kept free of weight decay beside everything with fewer than two dimensions (norms, biases, layer scale).
-_UNDECAYED = ("cls_token", "mask_token", "position_embeddings")
+_UNDECAYED = ("cls_token", "distillation_token", "mask_token", "position_embeddings")
 
 
 class RefinerTrainer(PushingTrainer):

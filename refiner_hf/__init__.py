@@ -12,6 +12,7 @@ from transformers import (
 
 from .attention_refiner import REFINE_IMPLEMENTATIONS
 from .configuration_refiner import RefinerConfig
+from .conversion.vit import refine_vit
 from .image_processing_pil_refiner import RefinerImageProcessorPil
 from .image_processing_refiner import RefinerImageProcessor
 from .modeling_refiner import (
@@ -49,4 +50,5 @@ __all__ = [
     "RefinerModel",
     "RefinerModelOutput",
     "RefinerPreTrainedModel",
+    "refine_vit",
 ]

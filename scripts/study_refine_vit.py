@@ -26,8 +26,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
-from refiner_hf import RefinerImageProcessor
-from refiner_hf.conversion.refine_vit import refine_vit
+from refiner_hf import RefinerImageProcessor, refine_vit
 from refiner_hf.data.digits import digits_splits
 from refiner_hf.data.unlabelled import decoded, load_images
 

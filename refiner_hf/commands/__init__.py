@@ -26,6 +26,26 @@ def convert() -> None:
     _run("convert_checkpoint")
 
 
+def refine_vit() -> None:
+    """`refiner-refine-vit`"""
+    _run("refine_vit")
+
+
+def export() -> None:
+    """`refiner-export`"""
+    _run("export_onnx")
+
+
+def predict() -> None:
+    """`refiner-predict`"""
+    _run("predict")
+
+
+def demo() -> None:
+    """`refiner-demo`"""
+    _run("demo")
+
+
 def visualize() -> None:
     """`refiner-visualize`"""
     _run("visualize")

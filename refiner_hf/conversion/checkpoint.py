@@ -15,7 +15,7 @@ from ..hub.code import add_code
 from ..hub.published import published_network
 from ..image_processing_refiner import RefinerImageProcessor
 from ..modeling_refiner import RefinerForImageClassification
-from .folder import check_new, new_folder
+from .folder import check_new, check_same_answers, new_folder
 from .weights import check_tensors, read_config, rename_state_dict
 
 
@@ -135,18 +135,6 @@ def name_labels(config: RefinerConfig) -> None:
         names = IMAGENET_LABELS.read_text(encoding="utf-8").splitlines()
         config.id2label = dict(enumerate(names))
         config.label2id = {name: i for i, name in enumerate(names)}
-
-
-@torch.no_grad()
-def check_same_answers(model: RefinerForImageClassification, loaded: RefinerForImageClassification) -> None:
-    """Raises a `RuntimeError` where a model loaded back from disk answers differently."""
-    config = model.config
-    images = torch.randn(
-        1, config.num_channels, *config.image_height_width, generator=torch.Generator().manual_seed(0)
-    )
-    difference = (model.eval()(images).logits - loaded.eval()(images).logits).abs().max().item()
-    if not difference < 1e-5:
-        raise RuntimeError(f"The saved model's logits differ by {difference} from the converted one's.")
 
 
 def _card(name: str, file: str, content: Mapping, model, use_ema: bool, crop_pct: float, with_code: bool):

@@ -11,8 +11,8 @@ from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision.transforms import Compose
+from transformers.image_processing_utils import BaseImageProcessor
 
-from ..image_processing_refiner import RefinerImageProcessor
 from .arguments import AugmentationArguments
 from .images import EncodedImage
 
@@ -37,15 +37,16 @@ class Augment:
     Images to random [`View`]s of them at a processor's size and normalisation.
 
     Args:
-        processor ([`RefinerImageProcessor`]): gives size, mean and standard deviation.
+        processor (`BaseImageProcessor`): gives size, mean and standard deviation.
         augmentation ([`AugmentationArguments`]): what is done.
 
     Raises:
         `ValueError`: timm doesn't know `augmentation.auto_augment`.
     """
 
-    def __init__(self, processor: RefinerImageProcessor, augmentation: AugmentationArguments):
-        self.size = (processor.size["width"], processor.size["height"])
+    def __init__(self, processor: BaseImageProcessor, augmentation: AugmentationArguments):
+        height, width = output_size(processor)
+        self.size = (width, height)
         self.scale = (augmentation.crop_min_scale, 1.0)
         self.flip = augmentation.horizontal_flip
         self.augment, self.normalize = _timm_transforms(processor, augmentation)
@@ -63,6 +64,12 @@ class Augment:
         return View(self.normalize(self.augment(view)), shares, flipped)
 
 
+def output_size(processor: BaseImageProcessor) -> tuple[int, int]:
+    """Height and width of the images that come out of an image processor, ours or one of transformers'."""
+    size = processor.crop_size if processor.do_center_crop else processor.size
+    return size["height"], size["width"]
+
+
 def _cut(image: EncodedImage, box: tuple[int, int, int, int], size: tuple[int, int]) -> PILImage.Image:
     """What is in the box, at `size`. Large JPEGs are decoded smaller, with twice what is needed left in the box."""
     left, top, right, bottom = box
@@ -75,12 +82,12 @@ def _cut(image: EncodedImage, box: tuple[int, int, int, int], size: tuple[int, i
 
 
 def _timm_transforms(
-    processor: RefinerImageProcessor, augmentation: AugmentationArguments
+    processor: BaseImageProcessor, augmentation: AugmentationArguments
 ) -> tuple[Callable[[PILImage.Image], PILImage.Image], Callable[[PILImage.Image], torch.Tensor]]:
     """What timm does after crop and flip: to the image, and on the way to a tensor."""
     try:
         _, augment, normalize = create_transform(
-            input_size=(3, processor.size["height"], processor.size["width"]),
+            input_size=(3, *output_size(processor)),
             is_training=True,
             color_jitter=augmentation.color_jitter or None,
             auto_augment=augmentation.auto_augment,

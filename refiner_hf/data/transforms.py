@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from PIL import Image as PILImage
+from transformers.image_processing_utils import BaseImageProcessor
 
-from ..image_processing_refiner import RefinerImageProcessor
 from .augmentation import Augment
 from .images import EncodedImage, decode_image
 from .label_maps import BOX, FLIPPED, MAP_CLASSES, MAP_SCORES, LabelMaps
@@ -77,13 +77,13 @@ class PrepareTraining:
         return prepared
 
 
-def evaluation_pixels(processor: RefinerImageProcessor) -> Callable[[list[PILImage.Image]], list[torch.Tensor]]:
+def evaluation_pixels(processor: BaseImageProcessor) -> Callable[[list[PILImage.Image]], list[torch.Tensor]]:
     """Images as the processor prepares them, one by one the same as in a pipeline."""
     return partial(_process, processor)
 
 
 # At module level and not inline: dataloader workers that are spawned get these pickled.
-def _process(processor: RefinerImageProcessor, images: list[PILImage.Image]) -> list[torch.Tensor]:
+def _process(processor: BaseImageProcessor, images: list[PILImage.Image]) -> list[torch.Tensor]:
     return list(processor(images, return_tensors="pt")["pixel_values"])
 
 

@@ -1,12 +1,13 @@
 """The network and the image processor that a run begins with."""
 
-from typing import Any
-
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from ..configuration_refiner import RefinerConfig
+from ..data.augmentation import output_size
 from ..data.transforms import match_labels
+from ..image_processing_pil_refiner import RefinerImageProcessorMixin
 from ..image_processing_refiner import RefinerImageProcessor
 from ..modeling_refiner import RefinerForImageClassification
 from .arguments import ModelArguments
@@ -40,7 +41,10 @@ def load_model(
     hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
     config = AutoConfig.from_pretrained(args.model_name_or_path, **hub)
     if not isinstance(config, RefinerConfig):
-        raise ValueError(f"{args.model_name_or_path} is a {config.model_type!r} model, not a Refiner.")
+        raise ValueError(
+            f"{args.model_name_or_path} is a {config.model_type!r} model, not a Refiner. (Of a ViT or DeiT "
+            "refiner-refine-vit makes one.)"
+        )
     try:
         model = RefinerForImageClassification.from_pretrained(
             args.model_name_or_path,
@@ -61,22 +65,33 @@ def load_model(
     return model, None
 
 
-def load_processor(args: ModelArguments, config: RefinerConfig) -> RefinerImageProcessor:
-    """The checkpoint's image processor, or a new one, at the model's image size."""
+def load_processor(args: ModelArguments, config: RefinerConfig) -> BaseImageProcessor:
+    """
+    The checkpoint's image processor, or a new one, at the model's image size. A Refiner that was a ViT before
+    ([`~refiner_hf.refine_vit`]) keeps the ViT's.
+
+    Raises:
+        `ValueError`: `crop_pct` for a processor that has none.
+    """
     height, width = config.image_height_width
-    changes: dict[str, Any] = {"size": {"height": height, "width": width}}
-    if args.crop_pct is not None:
-        changes["crop_pct"] = args.crop_pct
+    size = {"height": height, "width": width}
+    own = {"size": size} if args.crop_pct is None else {"size": size, "crop_pct": args.crop_pct}
     if args.model_name_or_path is None:
-        return RefinerImageProcessor(**changes)
+        return RefinerImageProcessor(**own)
+    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
     try:
-        return RefinerImageProcessor.from_pretrained(
-            args.model_name_or_path,
-            cache_dir=args.cache_dir,
-            revision=args.model_revision,
-            token=args.token,
-            **changes,
-        )
+        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, **hub)
     except OSError:
         logger.warning(f"{args.model_name_or_path} has no image processor; taking the standard one.")
-        return RefinerImageProcessor(**changes)
+        return RefinerImageProcessor(**own)
+    if isinstance(processor, RefinerImageProcessorMixin):
+        return RefinerImageProcessor.from_pretrained(args.model_name_or_path, **hub, **own)
+    if args.crop_pct is not None:
+        raise ValueError(f"{args.model_name_or_path} has a {type(processor).__name__}, which knows no --crop_pct.")
+    if output_size(processor) == (height, width):
+        return processor
+    if not processor.do_center_crop:
+        return AutoImageProcessor.from_pretrained(args.model_name_or_path, **hub, size=size)
+    grown = height / processor.crop_size["height"]
+    resized = {side: round(pixels * grown) for side, pixels in dict(processor.size).items() if pixels}
+    return AutoImageProcessor.from_pretrained(args.model_name_or_path, **hub, size=resized, crop_size=size)

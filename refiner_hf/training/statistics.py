@@ -7,6 +7,7 @@ their running statistics lag behind it: accuracy in evaluation can fall for an e
 """
 
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,7 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, default_data_collator
 
-from .ema import EmaCallback
+
+if TYPE_CHECKING:
+    from .ema import EmaCallback  # takes timm, which only training needs
 
 
 @torch.no_grad()
@@ -90,7 +93,7 @@ class NormStatisticsCallback(TrainerCallback):
         dataset: Dataset,
         batch_size: int,
         data_collator: Callable = default_data_collator,
-        ema: EmaCallback | None = None,
+        ema: "EmaCallback | None" = None,
     ):
         self.ema = ema
         # A loader draws a number each time it is gone through; from a generator of its own, so that training goes on

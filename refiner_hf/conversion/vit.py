@@ -70,7 +70,7 @@ def refine_vit(
     Example:
 
     ```python
-    >>> from refiner_hf.conversion.refine_vit import refine_vit
+    >>> from refiner_hf import refine_vit
 
     >>> model = refine_vit("google/vit-base-patch16-224", images=pixel_values)
     ```"""

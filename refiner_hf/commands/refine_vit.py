@@ -1,0 +1,72 @@
+"""
+Make a Refiner of a ViT or DeiT that somebody has trained. In evaluation it gives the same logits; fine-tuning then
+teaches its refinements.
+
+    refiner-refine-vit --model google/vit-base-patch16-224 --images photos --output_dir refined
+    refiner-refine-vit --model my-vit --images photos --refined_layers 9 10 11 12 --output_dir refined
+    refiner-train fine_tune --model_name_or_path refined --train_dir photos --output_dir out
+"""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import HfArgumentParser
+
+from ..conversion.vit_folder import refine_to_folder
+from ..data.unlabelled import decoded, load_images
+from .parsing import HelpFormatter
+
+
+@dataclass
+class RefineViTArguments:
+    model: str = field(metadata={"help": "Folder or Hub name of a ViT or DeiT image classifier of transformers."})
+    output_dir: str = field(metadata={"help": "Folder to make; must be new or empty."})
+    images: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub dataset of pictures like those that you will train on, for the norms' statistics. "
+            "Default: noise, from which a training begins further from the source."
+        },
+    )
+    max_images: int = field(default=128, metadata={"help": "At most so many of them, picked at random."})
+    refined_layers: list[int] | None = field(
+        default=None, metadata={"help": "Layers that refine their map, from 1. Default: all."}
+    )
+    refinement: Literal["expansion_convolution", "expansion", "convolution"] = field(
+        default="expansion_convolution",
+        metadata={"help": "The paper's, the same without spatial convolution, or one full convolution."},
+    )
+    expansion_ratio: int = field(default=3, metadata={"help": "Expanded heads per head."})
+    refinement_kernel_size: int = field(default=3, metadata={"help": "Side of the kernel over the maps, odd."})
+    with_code: bool = field(
+        default=False, metadata={"help": "Put the model's code into the folder, for trust_remote_code."}
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `refiner-refine-vit` and scripts/refine_vit.py."""
+    (args,) = HfArgumentParser(
+        RefineViTArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
+    ).parse_args_into_dataclasses(argv)
+    options = vars(args)
+    images, count = options.pop("images"), options.pop("max_images")
+    try:
+        pictures = None if images is None else decoded(load_images(images, count)[1])
+        model = refine_to_folder(pictures=pictures, **options)
+    except (ValueError, OSError, RuntimeError, StrictDataclassError, SafetensorError) as error:
+        sys.exit(f"Error: {error}")
+    new = sum(p.numel() for name, p in model.named_parameters() if ".refinement." in name)
+    refined = model.config.attention_types.count("refined")
+    print(
+        f"{refined} of {model.config.num_hidden_layers} layers refine their map, with {new:,} new parameters beside "
+        f"{model.num_parameters() - new:,}. The logits are those of {args.model}."
+    )
+    print(f"The finished folder: {args.output_dir}")
+    print(f"To fine-tune it: refiner-train fine_tune --model_name_or_path {args.output_dir} --train_dir ... ")
+
+
+if __name__ == "__main__":
+    main()

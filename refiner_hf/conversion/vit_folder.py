@@ -1,0 +1,108 @@
+"""A ViT's folder or Hub name to the folder of a Refiner that starts as the same function."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from PIL import Image as PILImage
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..hub.card import CardFacts, describe_network, make_card, usage_example
+from ..hub.code import add_code
+from ..modeling_refiner import RefinerForImageClassification
+from .folder import check_new, check_same_answers, new_folder
+from .vit import check_refinable, refine_vit
+
+
+_BATCH = 32
+_ROUNDING = 1e-3  # what float32 may make of other orders of the same sums in a large network
+
+
+def refine_to_folder(
+    model: str,
+    output_dir: str | Path,
+    pictures: Iterable[PILImage.Image] | None = None,
+    *,
+    refined_layers: list[int] | None = None,
+    refinement: str = "expansion_convolution",
+    expansion_ratio: int = 3,
+    refinement_kernel_size: int = 3,
+    with_code: bool = False,
+) -> RefinerForImageClassification:
+    """
+    [`~refiner_hf.refine_vit`] from folder to folder: weights, configuration, the source's own
+    image processor, and a card. The saved model is loaded back and must answer as the source.
+
+    Args:
+        model (`str`): folder or Hub name of a ViT or DeiT image classifier.
+        output_dir: the folder to make; must be new or empty.
+        pictures (`PIL.Image` ones, *optional*): some dozens, for the norms' statistics.
+        refined_layers (`list[int]`, *optional*): which layers refine their map, from 1. Default: all.
+        refinement, expansion_ratio, refinement_kernel_size (*optional*): as in [`RefinerConfig`].
+        with_code (`bool`, *optional*): put the model's code into the folder.
+
+    Returns:
+        [`RefinerForImageClassification`]: as loaded back from the folder.
+
+    Raises:
+        `ValueError`: no ViT or DeiT, one without image classifier, layers that aren't there.
+        `OSError`: there is no such model, or it has no image processor.
+        `FileExistsError`: `output_dir` holds something already. Nothing half-written is left behind in any case.
+    """
+    output_dir = Path(output_dir)
+    check_new(output_dir)
+    config = AutoConfig.from_pretrained(model)
+    check_refinable(config)
+    layers = range(1, config.num_hidden_layers + 1)
+    if unknown := sorted(set(refined_layers or ()) - set(layers)):
+        raise ValueError(f"The model has the layers 1 to {layers[-1]}, there is no layer {unknown[0]}.")
+    processor = AutoImageProcessor.from_pretrained(model)
+    source = AutoModelForImageClassification.from_pretrained(model, dtype=torch.float32)
+    refined = refine_vit(
+        source,
+        None if pictures is None else _prepared(pictures, processor),
+        attention_types=["refined" if layer in (refined_layers or layers) else "plain" for layer in layers],
+        refinement=refinement,
+        expansion_ratio=expansion_ratio,
+        refinement_kernel_size=refinement_kernel_size,
+    )
+    with new_folder(output_dir) as unfinished:
+        refined.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        if with_code:
+            add_code(unfinished)
+        _card(output_dir.name, model, refined, pictures is not None, with_code).save(unfinished / "README.md")
+        loaded = RefinerForImageClassification.from_pretrained(unfinished)
+        check_same_answers(source, loaded, _ROUNDING)
+    loaded.config.name_or_path = str(output_dir)
+    return loaded
+
+
+def _prepared(pictures: Iterable[PILImage.Image], processor: BaseImageProcessor) -> Iterator[torch.Tensor]:
+    """Batches (B, C, height, width)."""
+    pictures = iter(pictures)
+    while some := list(islice(pictures, _BATCH)):
+        yield processor(some, return_tensors="pt").pixel_values
+
+
+def _card(name: str, source: str, model: RefinerForImageClassification, measured: bool, with_code: bool):
+    is_folder = Path(source).exists()
+    called = Path(source).resolve().name if is_folder else source
+    begins = "pictures" if measured else "noise"
+    return make_card(
+        CardFacts(
+            title=name,
+            summary=f"A Refiner image classifier made of `{called}`: its attention maps pass a refinement that does "
+            f"nothing yet. In evaluation it gives the logits of `{called}`; it is there to be fine-tuned.",
+            usage=usage_example(name, with_code),
+            architecture=describe_network(model),
+            training=f"All weights but the refinement's are those of `{called}`: `refine_vit` of `refiner_hf` made "
+            f"the model, and nothing was trained. The norms' statistics come from {begins}.",
+            limits=f"What holds for `{called}` holds here. Its accuracy was not measured. The saved model was loaded "
+            "back and gave the logits that it gives.",
+            base_model=None if is_folder else source,
+            remote_code=with_code,
+        )
+    )

@@ -154,10 +154,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/refine_vit"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, nargs="+", default=[400, 4000], help="to fine-tune on, of 4,000")
+    parser.add_argument("--images", type=int, nargs="+", default=[1200], help="to fine-tune on, of 4,000")
     parser.add_argument("--source_steps", type=int, default=1000, help="of 64 images, to train the ViT")
     parser.add_argument("--steps", type=int, default=300, help="of 64 images, to fine-tune")
-    parser.add_argument("--learning_rate", type=float, default=0.001, help="of the fine-tuning")
+    parser.add_argument("--learning_rate", type=float, default=0.002, help="of the fine-tuning")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time, each on one core")
     args = parser.parse_args()
 

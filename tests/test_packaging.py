@@ -38,7 +38,7 @@ sys.path.insert(0, sys.argv[1])
 sys.modules.update(dict.fromkeys(sys.argv[2:]))  # importing them fails, as where they aren't installed
 import refiner_hf
 assert refiner_hf.__file__.startswith(sys.argv[1]), refiner_hf.__file__
-from refiner_hf.commands import convert_checkpoint, push_to_hub
+from refiner_hf.commands import convert_checkpoint, predict, push_to_hub
 from refiner_hf.commands.parsing import recipe_names
 assert {"digits", "fine_tune", "from_scratch", "imagenet_s_224"} <= set(recipe_names())
 from refiner_hf.hub.card import TEMPLATE
@@ -52,11 +52,12 @@ def test_the_wheel_works_installed_and_imports_what_it_needs_only(wheel, tmp_pat
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)], check=True
     )
-    for_training = ["datasets", "evaluate", "matplotlib", "sklearn", "timm"]
+    for_training = ["datasets", "evaluate", "matplotlib", "sklearn", "timm", "onnxruntime", "gradio"]
     run = subprocess.run(
         [sys.executable, "-c", RUN, str(site), *for_training], cwd=tmp_path, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
     commands = {"refiner-benchmark", "refiner-train", "refiner-convert", "refiner-push"}
-    commands |= {"refiner-label-maps", "refiner-visualize", "refiner-analyze"}
+    commands |= {"refiner-label-maps", "refiner-visualize", "refiner-analyze", "refiner-refine-vit"}
+    commands |= {"refiner-export", "refiner-predict", "refiner-demo"}
     assert {path.name for path in (site / "bin").iterdir()} == commands

@@ -8,11 +8,11 @@ import importlib
 import sys
 
 
-def _run(command: str) -> None:
+def _run(command: str, extra: str = "train") -> None:
     try:
         module = importlib.import_module(f".{command}", __name__)
     except ModuleNotFoundError as error:
-        sys.exit(f"Error: this command needs {error.name}. Install it with: pip install 'refiner_hf[train]'")
+        sys.exit(f"Error: this command needs {error.name}. Install it with: pip install 'refiner_hf[{extra}]'")
     module.main()
 
 
@@ -33,7 +33,7 @@ def refine_vit() -> None:
 
 def export() -> None:
     """`refiner-export`"""
-    _run("export_onnx")
+    _run("export_onnx", "export")
 
 
 def predict() -> None:
@@ -43,7 +43,7 @@ def predict() -> None:
 
 def demo() -> None:
     """`refiner-demo`"""
-    _run("demo")
+    _run("demo", "demo")
 
 
 def visualize() -> None:

@@ -1,0 +1,83 @@
+"""
+Write a classifier as an ONNX graph, for onnxruntime and whatever else reads ONNX, and check that it answers alike.
+
+    refiner-export --model outputs/demo --output_dir exported
+    refiner-export --model outputs/demo --output_dir exported --int8 --measure_on digits     # or photos/LABEL/*.jpg
+    refiner-predict --model exported/model_int8.onnx --images photos --output_file answers.csv
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import HfArgumentParser
+
+from ..conversion.folder import check_new
+from ..export.folder import export_folder, load_for_export
+from ..export.graph import INPUT, OUTPUT, check_onnx
+from .parsing import HelpFormatter
+
+
+DIGITS = "digits"
+COMPARISON = "comparison.json"
+
+
+@dataclass
+class ExportArguments:
+    model: str = field(metadata={"help": "Folder or Hub name of a Refiner with a classifier."})
+    output_dir: str = field(metadata={"help": "Folder to make; must be new or empty."})
+    int8: bool = field(default=False, metadata={"help": "Also write the graph with linear layers in 8 bits."})
+    measure_on: str | None = field(
+        default=None,
+        metadata={
+            "help": "Compare accuracy and speed with PyTorch's on labelled images: a folder with one subfolder per "
+            f"label, the Hub name of a dataset, or '{DIGITS}' for scikit-learn's test digits."
+        },
+    )
+    max_images: int | None = field(default=None, metadata={"help": "Compare on at most so many images."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point of `refiner-export` and scripts/export_onnx.py."""
+    (args,) = HfArgumentParser(
+        ExportArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
+    ).parse_args_into_dataclasses(argv)
+    try:
+        export(args)
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        sys.exit(f"Error: {error}")
+
+
+def export(args: ExportArguments) -> None:
+    """What `args` asks for."""
+    folder = Path(args.output_dir)
+    check_new(folder)
+    model, processor = load_for_export(args.model)
+    files = export_folder(model, processor, folder, args.int8)
+    height, width = model.config.image_height_width
+    difference = check_onnx(files[0], model)
+    print(
+        f"{files[0]}: {INPUT} (batch, {model.config.num_channels}, {height}, {width}) to {OUTPUT} "
+        f"(batch, {model.config.num_labels}); the largest difference from PyTorch's is {difference:.1e}."
+    )
+    if args.int8:
+        print(f"{files[1]}: the same with linear layers in 8 bits; its answers differ a little.")
+    if args.measure_on:
+        # Here, since it takes the packages for training.
+        from ..data.arguments import DataArguments
+        from ..export.compare import compare, comparison_table
+
+        is_folder = Path(args.measure_on).is_dir()
+        data = (
+            {} if args.measure_on == DIGITS else {"validation_dir" if is_folder else "dataset_name": args.measure_on}
+        )
+        compared = compare(model, processor, files, DataArguments(**data, max_eval_samples=args.max_images))
+        (folder / COMPARISON).write_text(json.dumps(compared, indent=2) + "\n")
+        print(f"\n{compared['images']} images of {compared['data']}, {compared['device']}, {compared['versions']}:\n")
+        print(comparison_table(compared))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Takes a model away from Python: ONNX graphs, in float32 and int8."""

@@ -1,0 +1,66 @@
+"""A model's folder to one that runs without PyTorch."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..configuration_refiner import RefinerConfig
+from ..conversion.folder import new_folder
+from ..modeling_refiner import RefinerForImageClassification
+from .graph import export_onnx, quantize_onnx
+
+
+GRAPH, QUANTIZED = "model.onnx", "model_int8.onnx"
+
+
+def load_for_export(model: str) -> tuple[RefinerForImageClassification, BaseImageProcessor]:
+    """
+    A classifier in float32 and in evaluation mode, and its image processor.
+
+    Raises:
+        `ValueError`: it isn't a Refiner with a classifier.
+        `OSError`: there is no such model, or it has no image processor.
+    """
+    config = AutoConfig.from_pretrained(model)
+    if not isinstance(config, RefinerConfig):
+        raise ValueError(
+            f"{model} is a {config.model_type!r} model, not a Refiner. (Hugging Face's optimum exports others.)"
+        )
+    if "RefinerForImageClassification" not in (config.architectures or []):
+        raise ValueError(f"{model} has no classifier, but is a {' or '.join(config.architectures or ['bare model'])}.")
+    network = RefinerForImageClassification.from_pretrained(model, dtype=torch.float32)
+    return network, AutoImageProcessor.from_pretrained(model)
+
+
+def export_folder(
+    model: RefinerForImageClassification,
+    processor: BaseImageProcessor,
+    output_dir: str | Path,
+    int8: bool = False,
+) -> list[Path]:
+    """
+    Writes `model.onnx`, with `int8` also `model_int8.onnx`, and beside them what says how images are prepared and how
+    labels are called: `preprocessor_config.json` and `config.json`.
+
+    Args:
+        model, processor: as [`load_for_export`] gives them.
+        output_dir: the folder to make; must be new or empty.
+        int8 (`bool`, *optional*): also with linear layers in 8 bits.
+
+    Returns:
+        `list[Path]`: the graphs.
+
+    Raises:
+        `RuntimeError`: the graph's answers aren't the model's.
+        `FileExistsError`: `output_dir` holds something already. Nothing half-written is left behind in any case.
+    """
+    output_dir = Path(output_dir)
+    with new_folder(output_dir) as unfinished:
+        export_onnx(model, unfinished / GRAPH)
+        if int8:
+            quantize_onnx(unfinished / GRAPH, unfinished / QUANTIZED)
+        model.config.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+    return [output_dir / GRAPH] + [output_dir / QUANTIZED] * int8

@@ -1,0 +1,175 @@
+"""Image classifiers behind one interface, whether PyTorch or ONNX Runtime computes them."""
+
+import hashlib
+import json
+import pickle
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from glob import escape
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedConfig,
+)
+
+
+class Classifier(ABC):
+    """
+    A classifier, its labels in the order of the scores, and the processor of its images.
+
+    Args:
+        name (`str`): what to call it in errors.
+        config ([`PreTrainedConfig`]): says the labels, and whether an image has one of them or any number.
+        processor ([`BaseImageProcessor`]): makes `pixel_values` of images.
+
+    Raises:
+        `ValueError`: the model gives numbers, not labels.
+    """
+
+    def __init__(self, name: str, config: PreTrainedConfig, processor: BaseImageProcessor):
+        if config.problem_type == "regression" or not config.id2label:
+            raise ValueError(f"{name} isn't an image classifier: it has no labels.")
+        self.name, self.config, self.processor = name, config, processor
+        self.labels = [config.id2label[i] for i in sorted(config.id2label)]
+        # As in transformers' pipeline. Alone, a label would always have all of softmax's probability.
+        self._one_of_many = config.problem_type != "multi_label_classification" and len(self.labels) > 1
+
+    @torch.inference_mode()
+    def scores(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        (B, C, height, width) -> each label's probability (B, labels), on the CPU.
+
+        Raises:
+            `ValueError`: the images or the labels don't fit the model, or it gives numbers that aren't finite.
+        """
+        logits = self.logits(pixel_values).float().cpu()
+        if logits.shape != (len(pixel_values), len(self.labels)):
+            raise ValueError(
+                f"{self.name} has {len(self.labels)} labels, but gives numbers of shape {tuple(logits.shape)} for "
+                f"{len(pixel_values)} images."
+            )
+        if not logits.isfinite().all():
+            raise ValueError(
+                f"{self.name} answers with numbers that aren't finite: it is damaged, or its training broke."
+            )
+        return logits.softmax(-1) if self._one_of_many else logits.sigmoid()
+
+    @abstractmethod
+    def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, C, height, width) -> (B, labels)."""
+
+    @abstractmethod
+    def weights(self) -> Iterable[bytes | memoryview]:
+        """The model's bytes, to tell it from others."""
+
+    def digest(self) -> str:
+        """Another one for another model, processor or configuration, the same wherever they lie."""
+        elsewhere = ("_name_or_path", "transformers_version")
+        config = {name: value for name, value in self.config.to_dict().items() if name not in elsewhere}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        digest.update(self.processor.to_json_string().encode())
+        for part in self.weights():
+            digest.update(part)
+        return digest.hexdigest()
+
+
+def open_classifier(name: str, device: str = "cpu") -> Classifier:
+    """
+    Args:
+        name (`str`): folder or Hub name of any of transformers' image classifiers, Refiners among them; or an exported
+            one: an `.onnx` file with `config.json` and `preprocessor_config.json` beside it, or the folder of a
+            `model.onnx` that has no safetensors.
+        device (`str`, *optional*, defaults to `"cpu"`): where it shall run.
+
+    Raises:
+        `ValueError`, `OSError`: there is no such model, it is damaged, or it isn't a classifier.
+        `RuntimeError`: it needs ONNX Runtime, which isn't installed.
+    """
+    path = Path(name)
+    if path.suffix == ".onnx":
+        return OnnxClassifier(path, device)
+    if (path / "model.onnx").is_file() and not any(path.glob("*.safetensors")):
+        return OnnxClassifier(path / "model.onnx", device)
+    return TorchClassifier(name, device)
+
+
+class TorchClassifier(Classifier):
+    """A model of transformers, in float32 however it was saved."""
+
+    def __init__(self, name: str, device: str):
+        config = AutoConfig.from_pretrained(name)
+        if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+            raise ValueError(f"{name} is a {config.model_type!r} model, which isn't an image classifier.")
+        try:
+            model, loading = AutoModelForImageClassification.from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True
+            )
+        except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(f"The weights in {name} are damaged, or don't fit its config.json: {error}") from error
+        if missing := sorted(loading["missing_keys"]):
+            raise ValueError(
+                f"{name} isn't a trained image classifier: its weights lack {', '.join(missing[:3])}"
+                f"{' and others' if len(missing) > 3 else ''}. Fine-tune it first."
+            )
+        super().__init__(name, model.config, AutoImageProcessor.from_pretrained(name))
+        self._model = model.eval().to(device)
+
+    def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self._model(pixel_values=pixel_values.to(self._model.device)).logits
+
+    def weights(self) -> Iterable[memoryview]:
+        for name, tensor in sorted(self._model.state_dict().items()):
+            yield name.encode()
+            yield tensor.cpu().flatten().view(torch.uint8).numpy().data
+
+
+class OnnxClassifier(Classifier):
+    """A graph that takes `pixel_values` and gives `logits`."""
+
+    def __init__(self, file: Path, device: str):
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise RuntimeError(
+                "An ONNX model needs onnxruntime. Install it with: pip install 'refiner_hf[export]'"
+            ) from error
+        if not file.is_file():
+            raise ValueError(f"There is no file {file}.")
+        folder = str(file.parent)
+        super().__init__(str(file), AutoConfig.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder))
+        self._file = file
+        wanted = torch.device(device)
+        providers = ["CPUExecutionProvider"]
+        if wanted.type == "cuda":  # where this onnxruntime has no CUDA, it says so and takes the CPU
+            providers.insert(0, ("CUDAExecutionProvider", {"device_id": wanted.index or 0}))
+        try:
+            self._session = onnxruntime.InferenceSession(str(file), providers=providers)
+        except Exception as error:  # ONNX Runtime's own errors have nothing else in common
+            raise ValueError(f"The ONNX model {file} is damaged or incomplete: {error}") from error
+        inputs = {each.name for each in self._session.get_inputs()}
+        outputs = {each.name for each in self._session.get_outputs()}
+        if inputs != {"pixel_values"} or "logits" not in outputs:
+            raise ValueError(
+                f"{file} isn't an image classifier: it takes {', '.join(sorted(inputs))} and gives "
+                f"{', '.join(sorted(outputs))}, not pixel_values and logits."
+            )
+
+    def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        try:
+            (logits,) = self._session.run(["logits"], {"pixel_values": pixel_values.numpy()})
+        except Exception as error:
+            raise ValueError(f"{self.name} can't compute these images: {error}") from error
+        return torch.from_numpy(logits)
+
+    def weights(self) -> Iterable[bytes]:
+        # Large graphs keep their weights in files beside them, such as model.onnx.data.
+        for file in sorted(self._file.parent.glob(f"{escape(self._file.name)}*")):
+            with file.open("rb") as opened:
+                yield hashlib.file_digest(opened, "sha256").digest()

@@ -1,0 +1,51 @@
+"""Which images are meant."""
+
+import glob
+import os
+from collections.abc import Iterable, Iterator
+
+from PIL import Image
+
+
+def find_images(given: Iterable[str | os.PathLike]) -> list[str]:
+    """
+    The image files that are meant, sorted, each once.
+
+    Args:
+        given (`Iterable[str]`): files, whatever they are called; folders, of which every file in them and below counts
+            that has an image's extension and isn't hidden; patterns such as `"holiday/**/*.jpg"`.
+
+    Raises:
+        `ValueError`: a pattern that matches no file, or a folder without images.
+        `OSError`: a folder that can't be read.
+    """
+    found = [file for each in given for file in _expand(os.fspath(each))]
+    return sorted({os.path.abspath(file): file for file in found}.values())
+
+
+def _expand(given: str) -> list[str]:
+    if os.path.isdir(given):
+        files = list(_images_below(given))
+        problem = f"There are no images in the folder {given}."
+    elif os.path.lexists(given):  # first, since a file's name may look like a pattern
+        return [given]
+    else:
+        files = [file for file in glob.glob(given, recursive=True) if not os.path.isdir(file)]
+        problem = f"There is no file or folder {given}, and as a pattern it matches none."
+    if not files:
+        raise ValueError(problem)
+    return files
+
+
+def _images_below(folder: str) -> Iterator[str]:
+    extensions = Image.registered_extensions()
+    for place, folders, names in os.walk(folder, onerror=_fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions:
+                yield os.path.join(place, name)
+
+
+def _fail(error: OSError) -> None:
+    """Otherwise `os.walk` leaves out what it can't read, and nobody knows."""
+    raise error

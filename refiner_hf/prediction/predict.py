@@ -1,0 +1,168 @@
+"""From images to a table of what a classifier sees in them."""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import BaseImageProcessor
+
+from ..image_processing_pil_refiner import open_image, to_8_bit_rgb
+from .answers import Answers, check_place, partial_file
+from .classifiers import Classifier, open_classifier
+from .files import find_images
+
+
+DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
+
+
+@dataclass
+class Predictions:
+    """What became of the images: how many got each label as their first, and why others can't be read, by file."""
+
+    labels: Counter[str]
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+
+def predict(
+    model: str,
+    images: str | os.PathLike | Iterable[str | os.PathLike],
+    output_file: str | os.PathLike,
+    *,
+    top_k: int = 1,
+    batch_size: int = 32,
+    num_workers: int = DEFAULT_WORKERS,
+    device: str = "cpu",
+) -> Predictions:
+    """
+    Writes a table of a classifier's answers to images: `file,label,score`, and with `top_k` also `label_2,score_2` and
+    so on, sorted by file. Scores are probabilities.
+
+    The rows are written batch by batch into `output_file` + `.partial`, which gets its name when all are there. If a
+    run breaks off, the same call goes on after those rows. Files that were added or mended in between come last.
+
+    Args:
+        model (`str`): folder or Hub name of one of transformers' image classifiers, or an ONNX model, see
+            [`~refiner_hf.prediction.classifiers.open_classifier`].
+        images (`str` or `Iterable[str]`): files, folders and patterns, see
+            [`~refiner_hf.prediction.files.find_images`].
+        output_file (`str`): the table to write, as CSV in UTF-8; its folder is made. Bytes in a file's name that
+            aren't UTF-8 are written as `\\xe9`.
+        top_k (`int`, *optional*, defaults to 1): how many labels of each image, at most all.
+        batch_size (`int`, *optional*, defaults to 32): images at a time.
+        num_workers (`int`, *optional*): processes that read ahead; 0 reads here. Default: 4, or the number of cores.
+        device (`str`, *optional*, defaults to `"cpu"`): where the model runs.
+
+    Returns:
+        [`Predictions`]. Images that can't be read have no row; they are listed there.
+
+    Raises:
+        `ValueError`, `OSError`, `RuntimeError`: no images, or none that can be read; no classifier; a table that is
+            there already, or unfinished and of another model or `top_k`; a folder that can't be written.
+    """
+    for name, value, least in (("top_k", top_k, 1), ("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+    files = find_images([images] if isinstance(images, str | os.PathLike) else images)
+    output = Path(output_file)
+    check_place(output)
+    classifier = open_classifier(model, device)
+    top_k = min(top_k, len(classifier.labels))
+
+    with Answers(output, _columns(top_k), {"model": classifier.digest(), "top_k": top_k}) as answers:
+        if strangers := answers.finished - {_printable(file) for file in files}:
+            raise ValueError(
+                f"{partial_file(output)} holds answers to images that aren't meant now, such as {min(strangers)}. "
+                "Remove it, or give another --output_file."
+            )
+        predictions = Predictions(answers.labels)
+        to_do = [file for file in files if _printable(file) not in answers.finished]
+        with tqdm(total=len(files), initial=len(files) - len(to_do), unit="image") as progress:
+            for batch in _read_ahead(to_do, classifier.processor, batch_size, num_workers):
+                if batch.files:
+                    answers.add(list(_rows(batch, classifier, top_k)))
+                predictions.unreadable |= batch.unreadable
+                progress.update(len(batch.files) + len(batch.unreadable))
+        if not answers.finished:
+            answers.discard()
+            raise ValueError(f"None of the images can be read.\n{list_unreadable(predictions.unreadable)}")
+        answers.finish()
+    return predictions
+
+
+def list_unreadable(unreadable: dict[str, str]) -> str:
+    """Their number, their names and what is wrong with them."""
+    return "\n".join(
+        (f"Images that can't be read: {len(unreadable)}", *(f"  {file}: {why}" for file, why in unreadable.items()))
+    )
+
+
+def _columns(top_k: int) -> list[str]:
+    further = [f"{name}_{place}" for place in range(2, top_k + 1) for name in ("label", "score")]
+    return ["file", "label", "score", *further]
+
+
+def _printable(file: str) -> str:
+    """A file's name in what UTF-8 can hold."""
+    return os.fsencode(file).decode(errors="backslashreplace")
+
+
+@dataclass
+class _Batch:
+    """Images that were read, their `pixel_values` (B, C, height, width), and why others weren't."""
+
+    files: list[str]
+    pixel_values: torch.Tensor | None
+    unreadable: dict[str, str]
+
+
+def _rows(batch: _Batch, classifier: Classifier, top_k: int) -> Iterator[list[str]]:
+    scores, labels = classifier.scores(batch.pixel_values).sort(descending=True, stable=True)
+    for file, best_scores, best_labels in zip(batch.files, scores[:, :top_k].tolist(), labels[:, :top_k].tolist()):
+        row = [file]
+        for score, label in zip(best_scores, best_labels):
+            row += [classifier.labels[label], f"{score:.6f}"]
+        yield row
+
+
+class _Images(Dataset):
+    """Files to (printable name, pixels (C, height, width)), or to (printable name, why not)."""
+
+    def __init__(self, files: list[str], processor: BaseImageProcessor):
+        self.files, self.processor = files, processor
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, i: int) -> tuple[str, torch.Tensor | str]:
+        name = _printable(self.files[i])
+        try:
+            image = to_8_bit_rgb(open_image(self.files[i]))
+            return name, self.processor(image, return_tensors="pt").pixel_values[0]
+        except Exception as error:  # there is hardly one that PIL can't raise for a damaged file
+            cause = error.__cause__ or error
+            return name, " ".join(str(cause).split()) or type(cause).__name__
+
+
+def _read_ahead(
+    files: list[str], processor: BaseImageProcessor, batch_size: int, num_workers: int
+) -> Iterable[_Batch]:
+    return DataLoader(
+        _Images(files, processor),
+        batch_size,
+        num_workers=num_workers if len(files) > batch_size else 0,  # for one batch there is nothing to read ahead
+        collate_fn=_collate,
+    )
+
+
+def _collate(images: list[tuple[str, torch.Tensor | str]]) -> _Batch:
+    read = {name: pixels for name, pixels in images if isinstance(pixels, torch.Tensor)}
+    return _Batch(
+        files=list(read),
+        pixel_values=torch.stack(list(read.values())) if read else None,
+        unreadable={name: why for name, why in images if isinstance(why, str)},
+    )

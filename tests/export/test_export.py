@@ -1,0 +1,194 @@
+"""Graphs away from PyTorch: the same answers for any number of images, and what their int8 form is worth."""
+
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+from refiner_hf import RefinerForImageClassification, RefinerImageProcessor, RefinerModel
+from refiner_hf.commands.export_onnx import main
+from refiner_hf.data.arguments import DataArguments
+from refiner_hf.export.compare import compare, comparison_table
+from refiner_hf.export.graph import check_onnx, export_onnx, open_onnx, quantize_onnx, run_onnx
+
+from ..conftest import GOLDEN_MODELS, LAYOUTS, assert_close, load_json
+from ..every_class import config_of, make
+from ..images import write_folder
+
+
+@pytest.fixture
+def network():
+    return make(RefinerForImageClassification)
+
+
+def answers(file, pixels: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(run_onnx(open_onnx(file), pixels.numpy()))
+
+
+def kinds(file) -> set[str]:
+    return {node.op_type for node in onnx.load(file).graph.node}
+
+
+# An export takes seconds, so most of them are slow tests.
+SLOW_MODELS = set(GOLDEN_MODELS) - {"released"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW_MODELS else n for n in GOLDEN_MODELS]
+)
+def test_the_references_logits(golden, name, tmp_path):
+    golden = golden(name)
+    export_onnx(golden.model(), tmp_path / "model.onnx")
+    assert_close(answers(tmp_path / "model.onnx", golden["pixel_values"]), golden["eval.logits"])
+
+
+VARIANTS = {
+    **{layout: dict(attention_types=types) for layout, types in LAYOUTS.items()},
+    "expansion": dict(refinement="expansion"),
+    "convolution": dict(refinement="convolution"),
+    "no stem": dict(use_conv_stem=False),
+    "no dense head": dict(use_dense_head=False),
+    "distillation": dict(use_distillation_token=True, use_distillation_head=True),
+    "not square": dict(image_size=(12, 20), num_channels=1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_any_number_of_images(variant, tmp_path):
+    """As in evaluation, although the model is in training mode, and stays in it."""
+    model = make(RefinerForImageClassification, **VARIANTS[variant]).train()
+    export_onnx(model, tmp_path / "model.onnx")
+    assert model.training and model.refiner.norm.training
+    config = model.eval().config
+    for batch in (1, 3, 8):
+        pixels = torch.randn(batch, config.num_channels, *config.image_height_width)
+        with torch.no_grad():
+            difference = (answers(tmp_path / "model.onnx", pixels) - model(pixels).logits).abs().max()
+        assert difference < 1e-4
+
+
+def test_another_models_answers_are_noticed(network, tmp_path):
+    export_onnx(network, tmp_path / "model.onnx")
+    assert check_onnx(tmp_path / "model.onnx", network) < 1e-4
+    with torch.no_grad():
+        network.classifier.bias[0] += 0.01
+    with pytest.raises(RuntimeError, match=r"model.onnx differ by 0\.0"):
+        check_onnx(tmp_path / "model.onnx", network)
+
+
+def test_half_precision_is_refused(network, tmp_path):
+    with pytest.raises(ValueError, match="dtype=torch.float32"):
+        export_onnx(network.half(), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8(network, tmp_path):
+    file, small = tmp_path / "model.onnx", tmp_path / "model_int8.onnx"
+    export_onnx(network, file)
+    quantize_onnx(file, small)
+    assert "MatMulInteger" in kinds(small) and "ConvInteger" not in kinds(small)
+    pixels = torch.randn(7, 3, 16, 16)
+    exact, rough = answers(file, pixels), answers(small, pixels)
+    assert 0 < (exact - rough).abs().max() < 0.1 * exact.abs().max()
+    linear = sum(m.weight.numel() for m in network.modules() if isinstance(m, torch.nn.Linear))
+    assert file.stat().st_size - small.stat().st_size > 2 * linear  # three of four bytes, less the scales
+
+
+@pytest.fixture
+def saved(network, tmp_path):
+    """A model that knows the photos' labels, in another order, and its processor."""
+    network = make(RefinerForImageClassification)
+    network.reset_classifier(["red", "blue", "green"])
+    network.save_pretrained(tmp_path / "model")
+    RefinerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
+    return network, tmp_path / "model"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return write_folder(tmp_path / "photos", per_label=13)
+
+
+RUN = """
+import sys
+sys.modules["torch"] = sys.modules["transformers"] = None  # importing them fails
+import numpy as np, onnxruntime
+session = onnxruntime.InferenceSession(sys.argv[1])
+np.save(sys.argv[3], session.run(["logits"], {"pixel_values": np.load(sys.argv[2])})[0])
+"""
+
+
+def test_command(saved, photos, tmp_path, capsys):
+    model, folder = saved
+    out = tmp_path / "exported"
+    main(["--model", str(folder), "--output_dir", str(out), "--int8", "--measure_on", str(photos)])
+    files = ["comparison.json", "config.json", "model.onnx", "model_int8.onnx", "preprocessor_config.json"]
+    assert sorted(path.name for path in out.iterdir()) == files
+    assert load_json(out / "config.json")["id2label"] == {"0": "red", "1": "blue", "2": "green"}
+    said = capsys.readouterr().out
+    assert "pixel_values (batch, 3, 16, 16) to logits (batch, 3)" in said and "39 images of photos" in said
+
+    pixels = torch.randn(4, 3, 16, 16)
+    np.save(tmp_path / "pixels.npy", pixels.numpy())
+    words = [out / "model.onnx", tmp_path / "pixels.npy", tmp_path / "logits.npy"]
+    subprocess.run([sys.executable, "-c", RUN, *map(str, words)], check=True)
+    with torch.no_grad():
+        assert_close(torch.from_numpy(np.load(tmp_path / "logits.npy")), model.eval()(pixels).logits)
+
+
+@pytest.mark.slow
+def test_comparison(saved, photos, tmp_path):
+    """Accuracy over all images, in the model's own order of labels, and of more than one batch."""
+    model, _ = saved
+    files = [tmp_path / "model.onnx", tmp_path / "other.onnx"]
+    export_onnx(model, files[0])
+    with torch.no_grad():  # a graph that always says "green"
+        other = make(RefinerForImageClassification)
+        other.reset_classifier(["red", "blue", "green"])
+        other.classifier.bias[2] += 100
+    export_onnx(other, files[1])
+    processor = RefinerImageProcessor(size={"height": 16, "width": 16})
+    compared = compare(model.eval(), processor, files, DataArguments(validation_dir=str(photos)))
+    assert compared["images"] == 39
+    rows = compared["contenders"]
+    assert rows["other.onnx"]["accuracy"] == pytest.approx(1 / 3)
+    assert rows["model.onnx"]["same_answers"] == 1 and rows["model.onnx"]["accuracy"] == rows["PyTorch"]["accuracy"]
+    assert rows["model.onnx"]["bytes"] == files[0].stat().st_size
+    assert set(rows["PyTorch"]["images_per_second"]) == {"1", "32"}
+    assert comparison_table(compared).count("\n") == 4
+
+
+def test_what_cannot_be_exported(saved, photos, tmp_path):
+    _, folder = saved
+    out = tmp_path / "exported"
+
+    def fails(*words: str, says: str) -> None:
+        with pytest.raises(SystemExit, match=says):
+            main(["--output_dir", str(out), *words])
+
+    bare = tmp_path / "bare"
+    RefinerModel(config_of()).save_pretrained(bare)
+    fails("--model", str(bare), says="no classifier, but is a RefinerModel")
+    ViTForImageClassification(ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
+        tmp_path / "vit"
+    )
+    fails("--model", str(tmp_path / "vit"), says="'vit' model, not a Refiner")
+    fails("--model", str(tmp_path / "nowhere"), says="nowhere")
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-50])
+    fails("--model", str(folder), says="Error")
+    weights.write_bytes(whole)
+    (folder / "preprocessor_config.json").unlink()
+    fails("--model", str(folder), says="processor")
+    assert not out.exists() and not list(tmp_path.glob(".exported*"))
+    RefinerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    (photos / "red").rename(photos / "yellow")
+    fails("--model", str(folder), "--measure_on", str(photos), says="doesn't know: .'yellow'")
+    assert (out / "model.onnx").exists()  # the graph is good, whatever it was to be measured on
+    fails("--model", str(folder), says="isn't an empty folder")

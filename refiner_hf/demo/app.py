@@ -1,0 +1,232 @@
+"""The page: a picture in, classes and maps out, with controls for layer, head and who looks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+from PIL import Image
+
+from ..image_processing_pil_refiner import open_image, to_8_bit_rgb
+from ..inspection.networks import Network
+from ..inspection.sight import APPLIED, BEFORE, name_of
+from .looks import (
+    TOP,
+    Look,
+    Viewer,
+    draw_map,
+    draw_picture,
+    in_words,
+    only_one_map,
+    patch_at,
+    weights_of,
+    which_refine,
+)
+
+
+File = dict[str, Any] | None  # as Gradio describes it, with its path
+Updates = dict[Component, Any]
+
+_PAPER = "https://arxiv.org/abs/2106.03714"
+_INVITATION = "Give it a picture, or take an example."
+_VISITORS = 100  # whose maps are kept, the latest ones'
+_HOUR = 3600  # seconds
+_CSS = """
+.gradio-container { width: 100%; max-width: 1240px !important; margin: 0 auto !important; }
+.uploaded img { width: 100%; height: 100%; object-fit: contain; }
+.drawing img { cursor: crosshair; }
+.drawing .icon-button-wrapper { display: none; }
+"""
+
+
+def build_demo(network: Network, examples: Sequence[str | Path] = ()) -> gr.Blocks:
+    """
+    A page on which a visitor hands a network a picture, and sees its classes and where it looks: the maps before and
+    after their refinement over the picture, for each layer and head, from the class token or from a patch that the
+    visitor clicks.
+
+    The network runs when a picture comes and when a patch is clicked, for one visitor at a time. What it showed stays
+    with the visitor.
+
+    Args:
+        network ([`~refiner_hf.inspection.networks.Network`]): a Refiner, or another vision transformer, which has no
+            maps before refinement. Without a classifier there are maps only.
+        examples (`Sequence[str | Path]`, *optional*): pictures to offer.
+
+    Returns:
+        `gr.Blocks`: to be shown by [`launch`], or by its own `launch`.
+    """
+    page = _Page(network)
+    with gr.Blocks(
+        title=f"Where {network.name} looks", analytics_enabled=False, delete_cache=(_HOUR, 24 * _HOUR)
+    ) as demo:
+        page.lay_out(examples)
+        page.connect()
+    return demo
+
+
+def launch(demo: gr.Blocks, port: int = 7860, share: bool = False) -> None:
+    """
+    Shows a page of [`build_demo`] on this machine until it is stopped (Ctrl-C). The server asks nobody anything, but
+    for `share`.
+
+    Args:
+        demo (`gr.Blocks`): the page.
+        port (`int`, *optional*, defaults to 7860): where.
+        share (`bool`, *optional*, defaults to `False`): whether to ask Gradio's service for a public address as well.
+
+    Raises:
+        `OSError`: the port is taken, or there is no such port.
+    """
+    try:
+        _, address, public_address = demo.launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            share=share,
+            ssr_mode=False,
+            show_error=True,
+            state_session_capacity=_VISITORS,
+            footer_links=[],
+            theme=gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono="monospace"),
+            css=_CSS,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except (OSError, OverflowError) as error:
+        raise OSError(f"Port {port} can't be opened: it is taken, or there is no such port.") from error
+    print(f"Open {public_address or address} in a browser. Ctrl-C ends it.", flush=True)
+    demo.block_thread()
+
+
+class _Page:
+    """The page's parts, and what happens when somebody uses them."""
+
+    def __init__(self, network: Network):
+        self.network = network
+        self.viewer = Viewer(network)
+        self.refining = which_refine(network.model)
+
+    def lay_out(self, examples: Sequence[str | Path]) -> None:
+        gr.Markdown(
+            f"# {self.network.name}\nWhat the network sees in a picture, and where it looks: its attention maps "
+            f"before and after they are refined ([Refiner, arXiv 2106.03714]({_PAPER}))."
+        )
+        self.shown = gr.State()
+        with gr.Row():
+            with gr.Column(scale=1, min_width=260):
+                self.picture = gr.Image(
+                    label="Your picture", sources=["upload", "clipboard"],
+                    height=290, buttons=[], elem_classes="uploaded",
+                )  # fmt: skip
+                classifies = "ForImageClassification" in type(self.network.model).__name__
+                self.classes = gr.Label(label="Classes", num_top_classes=TOP, visible=classifies)
+            with gr.Column(scale=3, min_width=480):
+                self.lay_out_controls()
+                with gr.Row():
+                    self.who = gr.Markdown(_INVITATION)
+                    self.back = gr.Button(visible=False, size="sm", scale=0, min_width=220)
+                with gr.Row():
+                    self.seen, self.seen_caption = _panel("As the network gets it")
+                    self.before, self.before_caption = _panel("Before refinement")
+                    self.applied, self.applied_caption = _panel("As applied")
+                if examples:
+                    gr.Examples([[str(path)] for path in examples], self.picture, cache_examples=False)
+
+    def lay_out_controls(self) -> None:
+        layers, heads = len(self.refining), self.network.model.config.num_attention_heads
+        refining = [index + 1 for index, refines in enumerate(self.refining) if refines]
+        info = f"Refining their maps: {', '.join(map(str, refining))}." if refining else None
+        numbers = [(str(head), head) for head in range(1, heads + 1)]
+        with gr.Row():
+            last = max(refining, default=layers)
+            self.layer = gr.Slider(1, layers, last, step=1, label="Layer", info=info, scale=2)
+            self.head = gr.Radio([("average", 0), *numbers], value=0, label="Head", scale=3)
+
+    def connect(self) -> None:
+        """
+        Only `look` and `click` run the network; `draw` shows what they have left in `self.shown`. They take the
+        picture's file (`preprocess=False`): Gradio would fail on one that is no picture before the page can say so.
+        """
+        controls = [self.shown, self.layer, self.head]
+        drawn = [
+            *(self.who, self.back, self.seen, self.seen_caption),
+            *(self.before, self.before_caption, self.applied, self.applied_caption),
+        ]
+        self.picture.change(
+            self.look, [self.picture, self.layer, self.head], [self.shown, self.classes, *drawn],
+            api_name="look", preprocess=False,
+        )  # fmt: skip
+        gr.on(
+            [self.layer.change, self.head.change], self.draw, controls, drawn,
+            api_name="draw", show_progress="hidden", trigger_mode="always_last",
+        )  # fmt: skip
+        gr.on(
+            [image.select for image in (self.seen, self.before, self.applied)],
+            self.click, [self.picture, *controls], [self.shown, *drawn],
+            api_visibility="private", preprocess=False,
+        )  # fmt: skip
+        self.back.click(self.go_back, controls, [self.shown, *drawn], api_visibility="private", show_progress="hidden")
+
+    def look(self, file: File, layer: int, head: int) -> Updates:
+        """A new picture, or none any more."""
+        image = self.open(file)
+        look = image and self.viewer.look(image)
+        return {self.shown: look, self.classes: look and look.classes} | self.draw(look, layer, head)
+
+    def click(self, file: File, look: Look | None, layer: int, head: int, event: gr.SelectData) -> Updates:
+        """A patch in one of the drawings, at (x, y) of its pixels."""
+        if look and (image := self.open(file)):
+            look = self.viewer.look_from(patch_at(look, *event.index), image, look)
+        return {self.shown: look} | self.draw(look, layer, head)
+
+    def go_back(self, look: Look | None, layer: int, head: int) -> Updates:
+        """To the query that looked first."""
+        look = look and look.back()
+        return {self.shown: look} | self.draw(look, layer, head)
+
+    def open(self, file: File) -> Image.Image | None:
+        """The picture in an uploaded file; if there is none, the page says so."""
+        if file is None:
+            return None
+        path = Path(file["path"]).resolve()
+        try:
+            # Whoever speaks to the server without the page may name any file of this machine.
+            if not path.is_relative_to(Path(self.picture.GRADIO_CACHE).resolve()):
+                raise ValueError(f"The image {path} wasn't uploaded.")
+            return to_8_bit_rgb(open_image(path))
+        except ValueError as error:
+            gr.Warning(str(error).replace(str(path), path.name))
+            return None
+
+    def draw(self, look: Look | None, layer: int, head: int) -> Updates:
+        """What there is to see of a look. Layers and heads count from 1; head 0 is the average."""
+        if look is None:
+            captions = dict.fromkeys((self.seen_caption, self.before_caption, self.applied_caption), "")
+            drawings = dict.fromkeys((self.seen, self.before, self.applied))
+            return {self.who: _INVITATION, self.back: gr.update(visible=False)} | drawings | captions
+        first, who = look.first.queries[-1], name_of(look.query)
+        chosen = layer - 1, head - 1 if head else None
+        before, applied = (weights_of(look, stage, *chosen) for stage in (BEFORE, APPLIED))
+        which = f"head {head}" if head else "the average of its heads"
+        return {
+            self.who: f"**{who[0].upper()}{who[1:]}** looks. Click a patch in a picture to see where that one looks.",
+            self.back: gr.update(value=f"Back to {name_of(first)}", visible=look.query != first),
+            self.seen: draw_picture(look),
+            self.seen_caption: "In the maps red patches add, blue ones subtract; each map has its own scale.",
+            self.before: None if before is None else draw_map(look, before),
+            self.before_caption: only_one_map(self.network.name, self.refining, layer - 1)
+            if before is None
+            else f"The map that layer {layer} gets, {which}. {in_words(before)}",
+            self.applied: draw_map(look, applied),
+            self.applied_caption: f"The map that layer {layer} looks with, {which}. {in_words(applied)}",
+        }
+
+
+def _panel(title: str) -> tuple[gr.Image, gr.Markdown]:
+    """A place for a drawing, and for its caption."""
+    with gr.Column(min_width=200):
+        gr.Markdown(f"**{title}**")
+        # PNG, since the patches' edges shall stay sharp.
+        image = gr.Image(show_label=False, format="png", interactive=False, buttons=[], elem_classes="drawing")
+        return image, gr.Markdown()

@@ -1,0 +1,162 @@
+"""What the page shows of a picture, without the page: answers, maps drawn over the picture, captions."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from threading import Lock
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from transformers import PreTrainedModel
+
+from ..attention_refiner import RefinerMapRefinement
+from ..inspection.networks import Network, classes_of_layers
+from ..inspection.sight import CLASS_TOKEN, Query, Sight, look_at
+
+
+TOP = 5  # classes
+_SIDE = 480  # pixels that a drawing's longer side has at least
+_ADDS, _SUBTRACTS = (0.84, 0.1, 0.1), (0.1, 0.3, 0.9)
+_MARK = (0, 200, 0)
+
+
+@dataclass(frozen=True)
+class Look:
+    """
+    All that is kept of a visitor's picture: the likeliest classes with their probabilities (`None` without a
+    classifier), what was seen at first, and what is shown now. It is the last of a sight's queries that looks.
+    """
+
+    classes: dict[str, float] | None
+    first: Sight
+    shown: Sight
+
+    @property
+    def query(self) -> Query:
+        return self.shown.queries[-1]
+
+    def back(self) -> "Look":
+        """The look that came first."""
+        return replace(self, shown=self.first)
+
+
+class Viewer:
+    """Asks a network for all visitors, one at a time: who looks into a network, hangs hooks into it."""
+
+    def __init__(self, network: Network):
+        self.network = network
+        self._alone = Lock()
+
+    def look(self, image: Image.Image) -> Look:
+        """
+        Args:
+            image: an upright RGB image.
+        """
+        logits: list[torch.Tensor | None] = []
+        with self._alone:
+            hook = self.network.model.register_forward_hook(
+                lambda module, args, output: logits.append(getattr(output, "logits", None))
+            )
+            try:
+                sight = look_at(self.network, image)
+            finally:
+                hook.remove()
+        classes = None if logits[0] is None else likeliest(logits[0][0], self.network.model.config.id2label)
+        return Look(classes, sight, sight)
+
+    def look_from(self, patch: tuple[int, int], image: Image.Image, look: Look) -> Look:
+        """Where a patch of the same image looks."""
+        with self._alone:
+            return replace(look, shown=look_at(self.network, image, [patch]))
+
+
+def likeliest(logits: torch.Tensor, id2label: dict[int, str]) -> dict[str, float]:
+    """The five likeliest classes and their probabilities; classes of one name are told apart by their numbers."""
+    probabilities, classes = logits.float().softmax(-1).cpu().topk(min(TOP, len(logits)))
+    namesakes = Counter(id2label.values())
+    labels = [(id2label[index], index) for index in classes.tolist()]
+    names = [label if namesakes[label] == 1 else f"{label} ({index})" for label, index in labels]
+    return dict(zip(names, probabilities.tolist()))
+
+
+def which_refine(model: PreTrainedModel) -> list[bool]:
+    """By layer, whether it refines its map."""
+    layer_class, _ = classes_of_layers(model)
+    layers = [module for module in model.modules() if isinstance(module, layer_class)]
+    return [any(isinstance(part, RefinerMapRefinement) for part in layer.modules()) for layer in layers]
+
+
+def weights_of(look: Look, stage: str, layer: int, head: int | None = None) -> np.ndarray | None:
+    """
+    A map's row, (rows, columns); `None` where the layer has no such stage.
+
+    Args:
+        look ([`Look`]): what was seen.
+        stage (`str`): one of [`~refiner_hf.inspection.sight.STAGES`].
+        layer (`int`): from 0.
+        head (`int`, *optional*): from 0; by default the mean of all.
+    """
+    maps = look.shown.layers[layer].stages.get(stage)
+    if maps is None:
+        return None
+    return maps[-1].mean(0) if head is None else maps[-1, head]
+
+
+def draw_picture(look: Look) -> np.ndarray:
+    """The picture as the network gets it, the patch that looks in a frame; small ones enlarged."""
+    return _marked(_enlarged(look.shown.picture), look)
+
+
+def draw_map(look: Look, weights: np.ndarray) -> np.ndarray:
+    """The same in grey with a map over it, on a scale of its own: red patches add, blue ones subtract."""
+    ground = _enlarged(look.shown.grey)[..., None]
+    height, width, _ = ground.shape
+    places = (np.arange(side) * count // side for side, count in zip((height, width), weights.shape))
+    weights = weights[np.ix_(*places)]
+    strength = 0.9 * np.abs(weights) / (np.abs(weights).max() or 1)
+    colours = np.where(weights[..., None] >= 0, _ADDS, _SUBTRACTS)
+    return _marked(ground + strength[..., None] * (colours - ground), look)
+
+
+def patch_at(look: Look, x: int, y: int) -> tuple[int, int]:
+    """Row and column of the patch at a pixel of a drawing."""
+    picture, (rows, columns) = look.shown.picture, look.shown.grid
+    height, width = (side * _factor(picture) for side in picture.shape[:2])
+    return min(y * rows // height, rows - 1), min(x * columns // width, columns - 1)
+
+
+def in_words(weights: np.ndarray) -> str:
+    """What can't be seen in a map that is drawn on its own scale."""
+    if (weights < 0).any():
+        return f"{(weights >= 0).sum()} of {weights.size} patches add, {(weights < 0).sum()} are subtracted."
+    return f"Every patch adds; the weakest counts {100 * weights.min() / (weights.max() or 1):.0f} % of the strongest."
+
+
+def only_one_map(name: str, refining: Sequence[bool], layer: int) -> str:
+    """Why a layer that doesn't refine has one map."""
+    layers = [f"{index + 1}" for index, refines in enumerate(refining) if refines]
+    if not layers:
+        return f"No layer of {name} refines its map, so there is only one."
+    which = f"layer {layers[0]} does" if len(layers) == 1 else f"layers {', '.join(layers[:-1])} and {layers[-1]} do"
+    return f"Layer {layer + 1} doesn't refine its map, so there is only one; {which}."
+
+
+def _factor(picture: np.ndarray) -> int:
+    return max(1, -(-_SIDE // max(picture.shape[:2])))
+
+
+def _enlarged(picture: np.ndarray) -> np.ndarray:
+    factor = _factor(picture)
+    return picture.repeat(factor, 0).repeat(factor, 1)
+
+
+def _marked(drawing: np.ndarray, look: Look) -> np.ndarray:
+    image = Image.fromarray((255 * drawing).round().astype(np.uint8))
+    if look.query is not CLASS_TOKEN:
+        (row, column), (rows, columns) = look.query, look.shown.grid
+        left, right = (-(-image.width * place // columns) for place in (column, column + 1))
+        top, bottom = (-(-image.height * place // rows) for place in (row, row + 1))
+        frame = max(2, max(image.size) // 120)
+        ImageDraw.Draw(image).rectangle((left, top, right - 1, bottom - 1), outline=_MARK, width=frame)
+    return np.asarray(image)

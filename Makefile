@@ -12,7 +12,7 @@ export TORCH_LOGS = -torch.utils._pytree
 LOWEST = $(shell sed -nE 's/^ +(torch|torchvision|transformers|huggingface_hub) >=([0-9.]+).*/\1==\2/p' setup.cfg)
 LOWEST_BIN = .venv-lowest/bin
 
-.PHONY: help install demo test test-all test-lowest test-gpu benchmark style check cards clean
+.PHONY: help install demo test test-all test-lowest test-gpu benchmark docs style check cards clean
 
 help:
 	@echo "make demo         train a small Refiner on scikit-learn's digits into outputs/demo"
@@ -20,7 +20,8 @@ help:
 	@echo "make test-all     all tests, the slow ones too"
 	@echo "make test-lowest  the fast tests with the lowest declared versions, in a .venv-lowest of their own"
 	@echo "make test-gpu     the tests that need a CUDA device"
-	@echo "make benchmark    speed and memory against eager, plain attention and ViT, into benchmarks/"
+	@echo "make benchmark    speed and memory against eager, plain attention and ViT, into docs/benchmarks/"
+	@echo "make docs         render docs/ into site/"
 	@echo "make style        format the code        make check   check style without changing anything"
 	@echo "make cards        write model_cards/ anew"
 
@@ -51,9 +52,12 @@ test-all: install
 test-lowest: .venv-lowest/installed
 	$(LOWEST_BIN)/python -m pytest -n 2 -m "not slow and not gpu"
 
-# Hours on a CPU; it goes on where it was cut off. The tables in benchmarks/ say what each was made with.
+# Hours on a CPU; it goes on where it was cut off. The tables in docs/benchmarks/ say what each was made with.
 benchmark: install
-	$(BIN)/python scripts/benchmark.py --roofline
+	$(BIN)/python scripts/benchmark.py --roofline --output_dir docs/benchmarks
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu
@@ -70,4 +74,4 @@ cards: install
 	$(BIN)/python scripts/write_cards.py
 
 clean:
-	rm -rf outputs build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf outputs site build dist *.egg-info .pytest_cache .ruff_cache

@@ -144,7 +144,7 @@ REFINE_IMPLEMENTATIONS: dict[str, RefineImplementation] = {
 
 
 # By device, bytes of a layer's expanded maps from which training is faster without keeping them (the curves in
-# benchmarks/ show it): below, many small operations cost more than they save.
+# docs/benchmarks/ show it): below, many small operations cost more than they save.
 _CACHED = {"cpu": 16 * 2**20, "cuda": 24 * 2**20}
 
 

@@ -4,7 +4,7 @@ How many training images a second one core prepares: what the input pipeline of 
 On synthetic photos (noise over gradients, JPEG of quality 90), since a machine has no others that everybody has. Times
 take turns, so that ratios hold although a machine is noisy. Writes a Markdown table.
 
-    python scripts/benchmark_input.py                                   # into benchmarks/input.md, about a minute
+    python scripts/benchmark_input.py                                   # into docs/benchmarks/input.md, about a minute
     python scripts/benchmark_input.py --rounds 2 --output trial.md
 """
 
@@ -72,7 +72,7 @@ def contenders(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/input.md"))
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/input.md"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     rates = {}

@@ -1,0 +1,138 @@
+"""README and docs: every code block runs, in order, in a folder as the pages assume it; or says why it can't."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from unittest import SkipTest
+
+import pytest
+import torch
+from sybil import Document, Example, Region
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
+from sybil.region import Lexeme
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from .conftest import GOLDEN
+from .images import write_folder
+
+
+ROOT = Path(__file__).parents[1]
+# The tables in docs/benchmarks are written by programs, with the command lines that made them.
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = Path(sys.executable).parent
+TRAIN = """#!/bin/bash
+# Training as a page says it, shortened by the options in the page's <!-- tested-with: ... -->.
+exec "{command}" "$@" --use_cpu --report_to none $TESTED_WITH
+"""
+
+
+class Shortened:
+    """`<!-- tested-with: OPTIONS -->`: what the next block's trainings get in addition, so that they are short."""
+
+    lexer = DirectiveInHTMLCommentLexer("tested-with")
+
+    def __call__(self, document: Document):
+        for found in self.lexer(document):
+            yield Region(found.start, found.end, found.lexemes["arguments"], self.note)
+
+    def note(self, example: Example) -> None:
+        example.namespace["tested_with"] = example.parsed
+
+
+def run_bash(example: Example) -> None:
+    options = example.namespace.pop("tested_with", "")
+    run = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", example.parsed],
+        env={**os.environ, "TESTED_WITH": options},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, f"{example.parsed}\n{run.stdout[-3000:]}\n{run.stderr[-6000:]}"
+
+
+def parse(page: Path) -> Document:
+    return Document.parse(
+        str(page), PythonCodeBlockParser(), CodeBlockParser("bash", run_bash), SkipParser(), Shortened()
+    )
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """What `make demo` leaves, trained for a moment."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    words = ["digits", "--output_dir", str(folder), "--num_train_epochs", "1", "--example_pictures", "4"]
+    subprocess.run([COMMANDS / "refiner-train", *words, "--use_cpu", "--report_to", "none"], check=True)
+    return folder
+
+
+@pytest.fixture
+def workplace(demo, hub, tmp_path, monkeypatch):
+    """The folder in which the pages' reader works."""
+    place = tmp_path / "workplace"
+    shutil.copytree(demo, place / "outputs" / "demo")
+    write_folder(place / "photos", per_label=8, labels=("bird", "cat", "dog"), side=40)
+    for picture in (place / "photos").glob("*/*.png"):
+        picture.rename(picture.with_suffix(".jpg"))  # PIL looks at the content
+    shutil.copy(GOLDEN / "released_checkpoint.pth.tar", place / "model_best.pth.tar")
+    torch.manual_seed(0)
+    size = dict(image_size=32, patch_size=8, hidden_size=48, num_hidden_layers=3, num_attention_heads=4)
+    names = dict(enumerate(("bird", "cat", "dog")))
+    vit = ViTConfig(**size, intermediate_size=96, id2label=names, label2id={n: i for i, n in names.items()})
+    ViTForImageClassification(vit).save_pretrained(place / "my-vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(place / "my-vit")
+    (place / "scripts").symlink_to(ROOT / "scripts")
+
+    wrappers = tmp_path / "bin"
+    wrappers.mkdir()
+    (wrappers / "refiner-train").write_text(TRAIN.format(command=COMMANDS / "refiner-train"))
+    (wrappers / "refiner-train").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{wrappers}:{COMMANDS}:{os.environ['PATH']}")
+    hub.add_user("alice")
+    monkeypatch.setenv("HF_TOKEN", hub.add_token("alice"))
+    monkeypatch.chdir(place)
+    return place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_runs(page, workplace):
+    for example in parse(page).examples():
+        with suppress(SkipTest):  # the page says why
+            example.evaluate()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_block_is_overlooked(page):
+    """Each is Python or bash, or has a reason not to run; and nothing hides as an indented block."""
+    text = page.read_text()
+    languages = re.findall(r"^```(.+)$", text, re.MULTILINE)
+    others = [language for language in languages if language not in ("python", "bash")]
+    reasons = re.findall(r'^<!-- skip: next "[^"]{10,}" -->\n```(.+)$', text, re.MULTILINE)
+    assert len(reasons) == text.count("<!-- skip:") and set(others) <= set(reasons)
+    blocks = [example for example in parse(page).examples() if isinstance(example.region.parsed, Lexeme)]
+    assert len(blocks) == len(languages) - len(others)
+    fenced_or_lists = r"^```(?s:.*?)^```$|^[-*] .*(?:\n(?: .*)?)*"
+    assert not re.search(r"^ {4}\S", re.sub(fenced_or_lists, "", text, flags=re.MULTILINE), re.MULTILINE)
+
+
+def test_what_the_readme_points_to_is_there():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.slow
+def test_the_site_is_rendered_without_a_warning(tmp_path):
+    words = ["build", "--strict", "--config-file", ROOT / "mkdocs.yml", "--site-dir", tmp_path / "site"]
+    run = subprocess.run([COMMANDS / "mkdocs", *words], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    home = (tmp_path / "site" / "index.html").read_text()
+    assert "Fine-tune on a folder" in home and "fonts.googleapis" not in home
+    assert "num_hidden_layers" in (tmp_path / "site" / "api" / "index.html").read_text()

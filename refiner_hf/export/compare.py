@@ -21,7 +21,7 @@ from .graph import open_onnx, run_onnx
 
 
 BATCHES = (1, 32)
-ROUNDS = 15
+ROUNDS = 30
 
 Answer = Callable[[np.ndarray], np.ndarray]  # pixels (B, C, height, width) to logits (B, K)
 

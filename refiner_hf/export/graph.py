@@ -108,7 +108,10 @@ def quantize_onnx(file: str | Path, quantized: str | Path) -> None:
 
 def open_onnx(file: str | Path) -> onnxruntime.InferenceSession:
     """A graph, ready to run on the CPU."""
-    return onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    # Threads that wait in a loop between runs are in the way of whatever else runs meanwhile.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
 def run_onnx(session: onnxruntime.InferenceSession, pixel_values: np.ndarray) -> np.ndarray:

@@ -49,6 +49,23 @@ SIZE = {
     "drop_path_rate": 0.05,
     "use_dense_head": False,
 }
+RECIPE = {
+    "crop_pct": 1.0,
+    "crop_min_scale": 0.7,
+    "horizontal_flip": False,
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 250,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,
+    "weight_decay": 0.05,
+    "label_smoothing_factor": 0.1,
+    "max_grad_norm": 1.0,
+    "logging_steps": 50,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
 TEST = 1000
 
 
@@ -74,41 +91,15 @@ def write_digits(folder: Path) -> dict[str, Path]:
 
 def train(folder: Path, digits: dict[str, Path], network: str, share: float, seed: int, steps: int) -> dict:
     """One run, in a process of its own. What it measured."""
-    if not (folder / "train_results.json").exists():
-        words = {
-            "train_dir": digits["train"],
-            "validation_dir": digits["test"],
-            "output_dir": folder,
-            "config_overrides": json.dumps(SIZE | NETWORKS[network]),
-            "max_train_samples": round(share * (5000 - TEST)),
-            "max_steps": steps,
-            "seed": seed,
-            "crop_pct": 1.0,
-            "crop_min_scale": 0.7,
-            "horizontal_flip": False,
-            "per_device_train_batch_size": 64,
-            "per_device_eval_batch_size": 250,
-            "learning_rate": 0.002,
-            "lr_scheduler_type": "cosine",
-            "warmup_steps": 0.1,
-            "weight_decay": 0.05,
-            "label_smoothing_factor": 0.1,
-            "max_grad_norm": 1.0,
-            "logging_steps": 50,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-        }
-        command = [sys.executable, "-m", "refiner_hf.commands.train"]
-        for name, value in words.items():
-            command += [f"--{name}", str(value)]
-        run = subprocess.run(
-            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-        )
-        if run.returncode:
-            raise RuntimeError(f"{network}, {share:.0%}, seed {seed}:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}")
-    measured = json.loads((folder / "all_results.json").read_text())
+    measured = run_training(
+        folder,
+        digits,
+        config_overrides=json.dumps(SIZE | NETWORKS[network]),
+        max_train_samples=round(share * (5000 - TEST)),
+        max_steps=steps,
+        seed=seed,
+        learning_rate=0.002,
+    )
     config = json.loads((folder / "config.json").read_text())
     return {
         "network": network,
@@ -119,6 +110,21 @@ def train(folder: Path, digits: dict[str, Path], network: str, share: float, see
         "seconds": measured["train_runtime"],
         "attention_types": config["attention_types"],
     }
+
+
+def run_training(folder: Path, digits: dict[str, Path], **options) -> dict:
+    """refiner-train on the digits, in a process of its own on one core, unless it is done. What it measured."""
+    if not (folder / "train_results.json").exists():
+        command = [sys.executable, "-m", "refiner_hf.commands.train"]
+        places = {"train_dir": digits["train"], "validation_dir": digits["test"], "output_dir": folder}
+        for name, value in (RECIPE | places | options).items():
+            command += [f"--{name}", str(value)]
+        run = subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+        )
+        if run.returncode:
+            raise RuntimeError(f"{folder.name}:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}")
+    return json.loads((folder / "all_results.json").read_text())
 
 
 def table(results: list[dict], shares: list[float], images: dict[float, int]) -> str:

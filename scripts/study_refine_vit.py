@@ -13,16 +13,13 @@ results; started again, it goes on.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import concatenate_datasets
-from study_data_efficiency import write_digits
+from study_data_efficiency import run_training, write_digits
 from torchvision.transforms import v2
 from tqdm import tqdm
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
@@ -98,44 +95,6 @@ def refine(source: Path, folder: Path, digits: dict[str, Path], seed: int, **opt
     PROCESSOR.save_pretrained(folder)
 
 
-def fine_tune(folder: Path, start: Path, digits: dict[str, Path], images: int, seed: int, steps: int, rate: float):
-    """One run of refiner-train, in a process of its own."""
-    if (folder / "train_results.json").exists():
-        return
-    words = {
-        "model_name_or_path": start,
-        "train_dir": digits["train"],
-        "validation_dir": digits["test"],
-        "output_dir": folder,
-        "max_train_samples": images,
-        "max_steps": steps,
-        "seed": seed,
-        "crop_min_scale": 0.7,
-        "horizontal_flip": False,
-        "per_device_train_batch_size": 64,
-        "per_device_eval_batch_size": 250,
-        "learning_rate": rate,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 0.1,
-        "weight_decay": 0.05,
-        "label_smoothing_factor": 0.1,
-        "max_grad_norm": 1.0,
-        "logging_steps": 50,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-    }
-    command = [sys.executable, "-m", "refiner_hf.commands.train"]
-    for name, value in words.items():
-        command += [f"--{name}", str(value)]
-    run = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
-    )
-    if run.returncode:
-        raise RuntimeError(f"{folder.name}:\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}")
-
-
 def table(results: list[dict], images: list[int]) -> str:
     """Markdown: a row for each contender, mean and standard deviation over the seeds for each number of images."""
     head = [f"{count:,} images" for count in images] + ["seconds a run"]
@@ -182,8 +141,15 @@ def main() -> None:
             name, count, seed = run
             start, times = starts[name, seed], CONTENDERS[name][1]
             folder = args.output_dir / "runs" / f"{start.name}_{count}"
-            fine_tune(folder, start, digits, count, seed, times * args.steps, args.learning_rate)
-            measured = json.loads((folder / "all_results.json").read_text())
+            measured = run_training(
+                folder,
+                digits,
+                model_name_or_path=start,
+                max_train_samples=count,
+                max_steps=times * args.steps,
+                seed=seed,
+                learning_rate=args.learning_rate,
+            )
             progress.update()
             return {
                 "network": name,

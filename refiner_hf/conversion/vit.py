@@ -117,6 +117,8 @@ def _load(path: str) -> PreTrainedModel:
 def _renamed(source: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The source's tensors in float32, under the names that they have in a Refiner."""
     check_refinable(source.config)
+    if any(parameter.is_meta for parameter in source.parameters()):
+        raise ValueError("Some of the model's weights are offloaded: load it whole, without a device_map.")
     prefix = f"{source.base_model_prefix}."
     renamed = {}
     for name, tensor in source.state_dict().items():

@@ -225,6 +225,8 @@ def test_what_cannot_be_refined():
         refine_vit(source_of("vit"), pictures(size=(24, 24)))
     with pytest.raises(ValueError, match="no images"):
         refine_vit(source_of("vit"), [])
+    with torch.device("meta"), pytest.raises(ValueError, match="offloaded"):
+        refine_vit(ViTForImageClassification(ViTConfig(**SIZE)))
     with pytest.raises(OSError):
         refine_vit("nowhere")
 

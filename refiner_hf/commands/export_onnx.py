@@ -20,7 +20,6 @@ from ..export.graph import INPUT, OUTPUT, check_onnx
 from .parsing import HelpFormatter
 
 
-DIGITS = "digits"
 COMPARISON = "comparison.json"
 
 
@@ -33,7 +32,7 @@ class ExportArguments:
         default=None,
         metadata={
             "help": "Compare accuracy and speed with PyTorch's on labelled images: a folder with one subfolder per "
-            f"label, the Hub name of a dataset, or '{DIGITS}' for scikit-learn's test digits."
+            "label, the Hub name of a dataset, or 'digits' for scikit-learn's test digits."
         },
     )
     max_images: int | None = field(default=None, metadata={"help": "Compare on at most so many images."})
@@ -55,6 +54,14 @@ def export(args: ExportArguments) -> None:
     folder = Path(args.output_dir)
     check_new(folder)
     model, processor = load_for_export(args.model)
+    if args.measure_on:
+        try:  # it takes the packages for training
+            from ..export.compare import compare, comparison_table, load_labelled
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"--measure_on needs {error.name}. Install it with: pip install 'refiner_hf[train]'"
+            ) from error
+        images = load_labelled(args.measure_on, args.max_images, model)
     files = export_folder(model, processor, folder, args.int8)
     height, width = model.config.image_height_width
     difference = check_onnx(files[0], model)
@@ -65,15 +72,7 @@ def export(args: ExportArguments) -> None:
     if args.int8:
         print(f"{files[1]}: the same with linear layers in 8 bits; its answers differ a little.")
     if args.measure_on:
-        # Here, since it takes the packages for training.
-        from ..data.arguments import DataArguments
-        from ..export.compare import compare, comparison_table
-
-        is_folder = Path(args.measure_on).is_dir()
-        data = (
-            {} if args.measure_on == DIGITS else {"validation_dir" if is_folder else "dataset_name": args.measure_on}
-        )
-        compared = compare(model, processor, files, DataArguments(**data, max_eval_samples=args.max_images))
+        compared = compare(model, processor, files, images)
         (folder / COMPARISON).write_text(json.dumps(compared, indent=2) + "\n")
         print(f"\n{compared['images']} images of {compared['data']}, {compared['device']}, {compared['versions']}:\n")
         print(comparison_table(compared))

@@ -7,16 +7,17 @@ norm's weight and bias undo its own statistics, measured on real images. In trai
 place, which are nearly the same.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..attention_refiner import RefinerMapRefinement
 from ..configuration_refiner import RefinerConfig
+from ..hub.loading import load_classifier
 from ..modeling_refiner import RefinerForImageClassification
 from ..training.statistics import reestimate_norm_statistics
 from .weights import check_tensors
@@ -62,8 +63,8 @@ def refine_vit(
         [`RefinerForImageClassification`]: in evaluation mode, in float32, on the model's device.
 
     Raises:
-        `ValueError`: neither a ViT nor a DeiT, one without a classifier, a layer that shares its map with another, or
-            images that don't fit the model.
+        `ValueError`: neither a ViT nor a DeiT, one without a trained classifier, a layer that shares its map with
+            another, or images that don't fit the model.
         `StrictDataclassError` (of `huggingface_hub.errors`): sizes that make no Refiner.
         `OSError`: there is no such model.
 
@@ -79,7 +80,7 @@ def refine_vit(
             "A 'shared_refined' layer has no map of its own, so it can't start as the layer of another model: choose "
             "'refined' or 'plain' for each."
         )
-    source = _load(model_or_path) if isinstance(model_or_path, str) else model_or_path
+    source = load_refinable(model_or_path) if isinstance(model_or_path, str) else model_or_path
     tensors = _renamed(source)
     config = _refiner_config(
         source.config,
@@ -100,7 +101,7 @@ def refine_vit(
     return refiner
 
 
-def check_refinable(config: PretrainedConfig) -> None:
+def check_refinable(config: PreTrainedConfig) -> None:
     """Raises a `ValueError` where a model of this configuration is no ViT or DeiT."""
     if config.model_type not in REFINABLE:
         raise ValueError(
@@ -109,13 +110,16 @@ def check_refinable(config: PretrainedConfig) -> None:
         )
 
 
-def _load(path: str) -> PreTrainedModel:
+def load_refinable(path: str) -> PreTrainedModel:
+    """A ViT or DeiT image classifier from a folder or the Hub; errors as [`refine_vit`]'s."""
     check_refinable(AutoConfig.from_pretrained(path))
-    return AutoModelForImageClassification.from_pretrained(path, dtype=torch.float32)
+    return load_classifier(path)
 
 
 def _renamed(source: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The source's tensors in float32, under the names that they have in a Refiner."""
+    if not isinstance(source, PreTrainedModel):
+        raise ValueError(f"A {type(source).__name__} can't be refined: give a model of transformers, or its name.")
     check_refinable(source.config)
     if any(parameter.is_meta for parameter in source.parameters()):
         raise ValueError("Some of the model's weights are offloaded: load it whole, without a device_map.")
@@ -134,7 +138,7 @@ def _renamed(source: PreTrainedModel) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def _refiner_config(source: PretrainedConfig, tensors: dict[str, torch.Tensor], **refinement: Any) -> RefinerConfig:
+def _refiner_config(source: PreTrainedConfig, tensors: dict[str, torch.Tensor], **refinement: Any) -> RefinerConfig:
     return RefinerConfig(
         **{name: getattr(source, name) for name in _SAME_FIELDS},
         **refinement,
@@ -156,7 +160,15 @@ def _batches(images: torch.Tensor | Iterable[torch.Tensor] | None, model: Refine
         config = model.config
         noise = torch.Generator().manual_seed(0)
         images = torch.randn(_NOISE_IMAGES, config.num_channels, *config.image_height_width, generator=noise)
+    if isinstance(images, Mapping):  # what an image processor gives
+        images = images["pixel_values"]
     for batch in [images] if isinstance(images, torch.Tensor) else images:
+        if not isinstance(batch, torch.Tensor) or batch.ndim != 4:
+            got = tuple(batch.shape) if isinstance(batch, torch.Tensor) else f"a {type(batch).__name__}"
+            raise ValueError(
+                "images must be tensors of shape (batch, channels, height, width), as the model's image processor "
+                f"makes them with return_tensors='pt'; got {got}."
+            )
         yield batch.to(model.device)
 
 
@@ -179,5 +191,7 @@ def _start_as_identity(model: RefinerForImageClassification, batches: Iterable[t
     if refinements and measured == 0:
         raise ValueError("There are no images to take the norms' statistics from.")
     for norm in (refinement.output_norm for refinement in refinements):
+        if not norm.running_var.isfinite().all():
+            raise ValueError("The model's maps of these images aren't finite: images or weights hold NaN or infinity.")
         norm.weight.copy_((norm.running_var + norm.eps).sqrt())
         norm.bias.copy_(norm.running_mean)

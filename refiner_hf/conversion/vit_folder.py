@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image as PILImage
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..hub.card import CardFacts, describe_network, make_card, usage_example
 from ..hub.code import add_code
 from ..modeling_refiner import RefinerForImageClassification
-from .folder import check_new, check_same_answers, new_folder
-from .vit import check_refinable, refine_vit
+from .folder import check_new, check_processor, check_same_answers, new_folder
+from .vit import load_refinable, refine_vit
 
 
 _BATCH = 32
@@ -53,13 +53,12 @@ def refine_to_folder(
     """
     output_dir = Path(output_dir)
     check_new(output_dir)
-    config = AutoConfig.from_pretrained(model)
-    check_refinable(config)
-    layers = range(1, config.num_hidden_layers + 1)
+    source = load_refinable(model)
+    layers = range(1, source.config.num_hidden_layers + 1)
     if unknown := sorted(set(refined_layers or ()) - set(layers)):
         raise ValueError(f"The model has the layers 1 to {layers[-1]}, there is no layer {unknown[0]}.")
     processor = AutoImageProcessor.from_pretrained(model)
-    source = AutoModelForImageClassification.from_pretrained(model, dtype=torch.float32)
+    check_processor(processor, source.config)
     refined = refine_vit(
         source,
         None if pictures is None else _prepared(pictures, processor),

@@ -8,11 +8,12 @@ from threading import Lock
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention_refiner import RefinerMapRefinement
 from ..inspection.networks import Network, classes_of_layers
 from ..inspection.sight import CLASS_TOKEN, Query, Sight, look_at
+from ..prediction.scores import probabilities
 
 
 TOP = 5  # classes
@@ -62,7 +63,9 @@ class Viewer:
                 sight = look_at(self.network, image)
             finally:
                 hook.remove()
-        classes = None if logits[0] is None else likeliest(logits[0][0], self.network.model.config.id2label)
+        config = self.network.model.config
+        has_classes = logits[0] is not None and config.problem_type != "regression"
+        classes = likeliest(logits[0][0], config) if has_classes else None
         return Look(classes, sight, sight)
 
     def look_from(self, patch: tuple[int, int], image: Image.Image, look: Look) -> Look:
@@ -71,13 +74,13 @@ class Viewer:
             return replace(look, shown=look_at(self.network, image, [patch]))
 
 
-def likeliest(logits: torch.Tensor, id2label: dict[int, str]) -> dict[str, float]:
+def likeliest(logits: torch.Tensor, config: PreTrainedConfig) -> dict[str, float]:
     """The five likeliest classes and their probabilities; classes of one name are told apart by their numbers."""
-    probabilities, classes = logits.float().softmax(-1).cpu().topk(min(TOP, len(logits)))
-    namesakes = Counter(id2label.values())
-    labels = [(id2label[index], index) for index in classes.tolist()]
+    best, classes = probabilities(logits.float()[None], config)[0].cpu().topk(min(TOP, len(logits)))
+    namesakes = Counter(config.id2label.values())
+    labels = [(config.id2label[index], index) for index in classes.tolist()]
     names = [label if namesakes[label] == 1 else f"{label} ({index})" for label, index in labels]
-    return dict(zip(names, probabilities.tolist()))
+    return dict(zip(names, best.tolist()))
 
 
 def which_refine(model: PreTrainedModel) -> list[bool]:

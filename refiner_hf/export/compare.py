@@ -9,24 +9,28 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers.image_processing_utils import BaseImageProcessor
 
 from ..benchmarking.machine import describe_machine
 from ..benchmarking.measure import time_in_turns
 from ..data.arguments import DataArguments
-from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN, load_image_data
+from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN, ImageData, load_image_data
 from ..data.transforms import PrepareImages, evaluation_pixels, match_labels
 from ..hub.card import markdown_table
 from ..modeling_refiner import RefinerForImageClassification
 from .graph import open_onnx, run_onnx
 
 
+DIGITS = "digits"
 BATCHES = (1, 32)
 ROUNDS = 30
 
 Answer = Callable[[np.ndarray], np.ndarray]  # pixels (B, C, height, width) to logits (B, K)
 
 
-def compare(model: RefinerForImageClassification, processor, files: list[Path], data: DataArguments) -> dict[str, Any]:
+def compare(
+    model: RefinerForImageClassification, processor: BaseImageProcessor, files: list[Path], images: ImageData
+) -> dict[str, Any]:
     """
     Runs the model and its graphs on labelled images, and times them in turns on the CPU.
 
@@ -34,19 +38,14 @@ def compare(model: RefinerForImageClassification, processor, files: list[Path], 
         model ([`RefinerForImageClassification`]): on the CPU.
         processor (`BaseImageProcessor`): its image processor.
         files (`list[Path]`): graphs made of it.
-        data ([`DataArguments`]): the images are its validation images.
+        images ([`~refiner_hf.data.sources.ImageData`]): labelled ones, of [`load_labelled`].
 
     Returns:
         `dict`: `data`, `images` and what the machine is; `contenders`, for the model ("PyTorch") and each file
         `accuracy`, `same_answers` (share in which it agrees with the model), `bytes` (of a file), and by batch size
         `images_per_second` (median of the rounds).
-
-    Raises:
-        `ValueError`: the data has no labelled images, or labels that the model doesn't know.
     """
-    images = load_image_data(data, need_train=False, need_evaluation=True, seed=0)
-    label_ids = match_labels(images.labels, model.config.label_names)
-    prepare = PrepareImages(evaluation_pixels(processor), label_ids)
+    prepare = PrepareImages(evaluation_pixels(processor), match_labels(images.labels, model.config.label_names))
     contenders: dict[str, Answer] = {"PyTorch": partial(_answer, model)}
     contenders |= {file.name: partial(run_onnx, open_onnx(file)) for file in files}
 
@@ -73,6 +72,27 @@ def compare(model: RefinerForImageClassification, processor, files: list[Path], 
         for name, row in times.items():
             results[name].setdefault("images_per_second", {})[str(batch)] = batch / median(row["seconds"])
     return {"data": images.name, "images": len(labels), **describe_machine("cpu"), "contenders": results}
+
+
+def load_labelled(data: str, max_images: int | None, model: RefinerForImageClassification) -> ImageData:
+    """
+    Images to compare on.
+
+    Args:
+        data (`str`): a folder with one subfolder per label, the Hub name of a dataset, or `"digits"`.
+        max_images (`int`, *optional*): at most so many.
+        model ([`RefinerForImageClassification`]): must know the labels.
+
+    Raises:
+        `ValueError`, `OSError`: there are no labelled images, or labels that the model doesn't know.
+    """
+    if max_images is not None and max_images < 1:
+        raise ValueError(f"--max_images must be at least 1, got {max_images}.")
+    place = "validation_dir" if Path(data).is_dir() else "dataset_name"
+    named = DataArguments(**{} if data == DIGITS else {place: data}, max_eval_samples=max_images)
+    images = load_image_data(named, need_train=False, need_evaluation=True, seed=0)
+    match_labels(images.labels, model.config.label_names)
+    return images
 
 
 def comparison_table(compared: dict[str, Any]) -> str:

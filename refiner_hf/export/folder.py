@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-import torch
 from transformers import AutoConfig, AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration_refiner import RefinerConfig
-from ..conversion.folder import new_folder
+from ..conversion.folder import check_processor, new_folder
+from ..hub.code import without_code
+from ..hub.loading import load_classifier
 from ..modeling_refiner import RefinerForImageClassification
 from .graph import export_onnx, quantize_onnx
 
@@ -20,7 +21,7 @@ def load_for_export(model: str) -> tuple[RefinerForImageClassification, BaseImag
     A classifier in float32 and in evaluation mode, and its image processor.
 
     Raises:
-        `ValueError`: it isn't a Refiner with a classifier.
+        `ValueError`: it isn't a Refiner with a classifier, it is damaged, or its image processor doesn't fit it.
         `OSError`: there is no such model, or it has no image processor.
     """
     config = AutoConfig.from_pretrained(model)
@@ -28,10 +29,9 @@ def load_for_export(model: str) -> tuple[RefinerForImageClassification, BaseImag
         raise ValueError(
             f"{model} is a {config.model_type!r} model, not a Refiner. (Hugging Face's optimum exports others.)"
         )
-    if "RefinerForImageClassification" not in (config.architectures or []):
-        raise ValueError(f"{model} has no classifier, but is a {' or '.join(config.architectures or ['bare model'])}.")
-    network = RefinerForImageClassification.from_pretrained(model, dtype=torch.float32)
-    return network, AutoImageProcessor.from_pretrained(model)
+    network, processor = load_classifier(model), AutoImageProcessor.from_pretrained(model)
+    check_processor(processor, network.config)
+    return network, processor
 
 
 def export_folder(
@@ -63,4 +63,6 @@ def export_folder(
             quantize_onnx(unfinished / GRAPH, unfinished / QUANTIZED)
         model.config.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
+        for name, content in without_code(unfinished).items():  # the code isn't here
+            (unfinished / name).write_bytes(content)
     return [output_dir / GRAPH] + [output_dir / QUANTIZED] * int8

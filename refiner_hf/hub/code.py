@@ -30,7 +30,11 @@ def code_for(folder: str | Path) -> dict[str, bytes]:
         folder: holds `config.json` and, if images are prepared by this package, `preprocessor_config.json`.
     """
     files = {name: (PACKAGE / name).read_bytes() for name in CODE_FILES}
-    named = {file: content | {"auto_map": _NAMING[file]} for file, content in _configurations(folder).items()}
+    configurations = _configurations(folder)
+    prepared_by = configurations.get("preprocessor_config.json", {}).get("image_processor_type", "")
+    if not prepared_by.startswith("RefinerImageProcessor"):  # a Refiner that was a ViT has the ViT's
+        configurations.pop("preprocessor_config.json", None)
+    named = {file: content | {"auto_map": _NAMING[file]} for file, content in configurations.items()}
     return files | {file: _to_bytes(content) for file, content in named.items()}
 
 

@@ -77,6 +77,9 @@ class Answers:
 
     def __exit__(self, *error) -> None:
         self._file.close()
+        if not self.finished:  # as if it had never been begun
+            self._partial.unlink()
+            self._facts_file.unlink()
 
     def add(self, rows: list[list[str]]) -> None:
         """Writes rows; they are kept whatever happens next."""
@@ -93,12 +96,6 @@ class Answers:
         self._file.close()
         check_place(self._output)
         os.replace(self._partial, self._output)
-        self._facts_file.unlink()
-
-    def discard(self) -> None:
-        """As if it had never been begun."""
-        self._file.close()
-        self._partial.unlink()
         self._facts_file.unlink()
 
     def _write(self, rows: list[list[str]]) -> None:

@@ -2,22 +2,16 @@
 
 import hashlib
 import json
-import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from glob import escape
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    BaseImageProcessor,
-    PreTrainedConfig,
-)
+from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedConfig
+
+from ..hub.loading import load_classifier
+from .scores import probabilities
 
 
 class Classifier(ABC):
@@ -38,8 +32,6 @@ class Classifier(ABC):
             raise ValueError(f"{name} isn't an image classifier: it has no labels.")
         self.name, self.config, self.processor = name, config, processor
         self.labels = [config.id2label[i] for i in sorted(config.id2label)]
-        # As in transformers' pipeline. Alone, a label would always have all of softmax's probability.
-        self._one_of_many = config.problem_type != "multi_label_classification" and len(self.labels) > 1
 
     @torch.inference_mode()
     def scores(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -59,7 +51,7 @@ class Classifier(ABC):
             raise ValueError(
                 f"{self.name} answers with numbers that aren't finite: it is damaged, or its training broke."
             )
-        return logits.softmax(-1) if self._one_of_many else logits.sigmoid()
+        return probabilities(logits, self.config)
 
     @abstractmethod
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -104,22 +96,9 @@ class TorchClassifier(Classifier):
     """A model of transformers, in float32 however it was saved."""
 
     def __init__(self, name: str, device: str):
-        config = AutoConfig.from_pretrained(name)
-        if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-            raise ValueError(f"{name} is a {config.model_type!r} model, which isn't an image classifier.")
-        try:
-            model, loading = AutoModelForImageClassification.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True
-            )
-        except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise ValueError(f"The weights in {name} are damaged, or don't fit its config.json: {error}") from error
-        if missing := sorted(loading["missing_keys"]):
-            raise ValueError(
-                f"{name} isn't a trained image classifier: its weights lack {', '.join(missing[:3])}"
-                f"{' and others' if len(missing) > 3 else ''}. Fine-tune it first."
-            )
+        model = load_classifier(name)
         super().__init__(name, model.config, AutoImageProcessor.from_pretrained(name))
-        self._model = model.eval().to(device)
+        self._model = model.to(device)
 
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self._model(pixel_values=pixel_values.to(self._model.device)).logits

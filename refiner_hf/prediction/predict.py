@@ -88,7 +88,6 @@ def predict(
                 predictions.unreadable |= batch.unreadable
                 progress.update(len(batch.files) + len(batch.unreadable))
         if not answers.finished:
-            answers.discard()
             raise ValueError(f"None of the images can be read.\n{list_unreadable(predictions.unreadable)}")
         answers.finish()
     return predictions

@@ -1,5 +1,6 @@
 """The network and the image processor that a run begins with."""
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
@@ -52,7 +53,7 @@ def load_model(
             **hub,
             **args.overrides | sizes,
         )
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError) as error:
         raise ValueError(f"The weights of {args.model_name_or_path} don't fit the network: {error}") from error
     model_labels = model.config.label_names
     if keep_labels or set(labels) == set(model_labels):
@@ -92,6 +93,7 @@ def load_processor(args: ModelArguments, config: RefinerConfig) -> BaseImageProc
         return processor
     if not processor.do_center_crop:
         return AutoImageProcessor.from_pretrained(args.model_name_or_path, **hub, size=size)
-    grown = height / processor.crop_size["height"]
-    resized = {side: round(pixels * grown) for side, pixels in dict(processor.size).items() if pixels}
+    grown = {"height": height / processor.crop_size["height"], "width": width / processor.crop_size["width"]}
+    sides = {side: pixels for side, pixels in dict(processor.size).items() if pixels}
+    resized = {side: round(pixels * grown.get(side, max(grown.values()))) for side, pixels in sides.items()}
     return AutoImageProcessor.from_pretrained(args.model_name_or_path, **hub, size=resized, crop_size=size)

@@ -1,6 +1,8 @@
 """A ViT or DeiT refined: the same function at the start, and a Refiner that learns from there."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from huggingface_hub import ModelCard
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
+    BatchFeature,
     DeiTConfig,
     DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
@@ -136,6 +139,12 @@ def test_measured_on_the_pictures_that_were_given():
     assert_close(norm.running_var, variances)
 
 
+def test_pictures_as_the_image_processor_gives_them():
+    source = source_of("vit")
+    refined = refine_vit(source, BatchFeature({"pixel_values": pictures()}))
+    assert_close(refined(pictures()).logits, source(pictures()).logits)
+
+
 def test_without_pictures_the_answers_are_the_same_too():
     source = source_of("vit")
     with CaptureLogger(logging.get_logger("refiner_hf.conversion.vit")) as log:
@@ -225,6 +234,14 @@ def test_what_cannot_be_refined():
         refine_vit(source_of("vit"), pictures(size=(24, 24)))
     with pytest.raises(ValueError, match="no images"):
         refine_vit(source_of("vit"), [])
+    with pytest.raises(ValueError, match="aren't finite"):
+        refine_vit(source_of("vit"), torch.full((2, 3, 24, 40), torch.nan))
+    with pytest.raises(ValueError, match=r"images must be tensors .* got \(3, 24, 40\)"):
+        refine_vit(source_of("vit"), pictures()[0])
+    with pytest.raises(ValueError, match="got a ndarray"):
+        refine_vit(source_of("vit"), [pictures().numpy()])
+    with pytest.raises(ValueError, match="A Linear can't be refined"):
+        refine_vit(torch.nn.Linear(2, 2))
     with torch.device("meta"), pytest.raises(ValueError, match="offloaded"):
         refine_vit(ViTForImageClassification(ViTConfig(**SIZE)))
     with pytest.raises(OSError):
@@ -277,6 +294,31 @@ def test_command_and_pipeline(saved, photos, tmp_path, kind, capsys):
     assert card.data.base_model is None  # a folder of this machine is nobody's base
 
 
+ANSWER = """
+import sys
+sys.modules["refiner_hf"] = None  # importing it fails: the folder's own code must do
+from transformers import pipeline
+answers = pipeline("image-classification", model=sys.argv[1], trust_remote_code=True)(sys.argv[2])
+print("\\n".join(f"{each['label']} {each['score']:.6f}" for each in answers))
+"""
+
+
+@pytest.mark.parametrize("kind", ["vit", "deit"])
+def test_with_code(saved, photos, tmp_path, kind):
+    """The model's code is ours, the image processor stays the source's."""
+    source, out = saved(kind), tmp_path / "out"
+    main(["--model", str(source), "--images", str(photos), "--output_dir", str(out), "--with_code"])
+    picture = str(photos / "red" / "0.png")
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", ANSWER, str(out), picture], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr
+    answers = [line.split() for line in run.stdout.splitlines()]
+    expected = pipeline("image-classification", model=str(source))(picture)
+    assert [label for label, _ in answers] == [each["label"] for each in expected]
+    assert [float(score) for _, score in answers] == pytest.approx([each["score"] for each in expected], abs=1e-5)
+
+
 def test_command_refuses_and_leaves_nothing(saved, photos, tmp_path):
     source, out = str(saved("vit")), tmp_path / "out"
 
@@ -289,6 +331,12 @@ def test_command_refuses_and_leaves_nothing(saved, photos, tmp_path):
     fails("--model", source, "--images", str(tmp_path / "nowhere"), says="no folder")
     fails("--model", source, "--refinement_kernel_size", "2", says="odd")
     fails("--model", str(tmp_path / "none"), says="none")
+    ViTModel(ViTConfig(**SIZE)).save_pretrained(tmp_path / "headless")
+    PROCESSORS["vit"].save_pretrained(tmp_path / "headless")
+    fails("--model", str(tmp_path / "headless"), says="weights lack classifier.bias")
+    ViTImageProcessor(size={"height": 24, "width": 24}).save_pretrained(source)
+    fails("--model", source, says="makes .3, 24, 24. .channels, height, width. of a picture")
+    PROCESSORS["vit"].save_pretrained(source)
     weights = tmp_path / "vit" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     fails("--model", source, says="Error")
@@ -303,7 +351,7 @@ TRAINING = "--max_steps 2 --per_device_train_batch_size 4 --report_to none --use
 
 @pytest.mark.parametrize(
     "kind, size, resized",
-    [("vit", (48, 80), None), ("deit", (48, 80), (60, 100)), ("deit_with_teacher", (24, 40), None)],
+    [("vit", (48, 80), None), ("deit", (48, 40), (60, 50)), ("deit_with_teacher", (24, 40), None)],
 )
 def test_fine_tuned(saved, photos, tmp_path, kind, size, resized):
     """With the source's own image processor, at its own size and another."""

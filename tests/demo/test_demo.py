@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
+from transformers import PreTrainedConfig, ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
 
 from refiner_hf import RefinerConfig, RefinerImageProcessor, RefinerModel
 from refiner_hf.commands.demo import find_examples, main
@@ -163,9 +163,15 @@ class TestWords:
         assert which_refine(network(attention_types=LAYOUTS[layout]).model) == refining
 
     def test_namesakes_among_the_classes(self):
-        found = likeliest(torch.tensor([0.0, 3.0, 2.0, 1.0]), {0: "crane", 1: "gull", 2: "crane", 3: "owl"})
+        names = {0: "crane", 1: "gull", 2: "crane", 3: "owl"}
+        found = likeliest(torch.tensor([0.0, 3.0, 2.0, 1.0]), PreTrainedConfig(id2label=names))
         assert list(found) == ["gull", "crane (2)", "owl", "crane (0)"]
         assert sum(found.values()) == pytest.approx(1)
+
+    def test_labels_of_which_an_image_may_have_several(self):
+        config = PreTrainedConfig(id2label={0: "wet", 1: "cold"}, problem_type="multi_label_classification")
+        found = likeliest(torch.tensor([0.0, 100.0]), config)
+        assert found == pytest.approx({"cold": 1, "wet": 0.5})
 
 
 class TestPage:

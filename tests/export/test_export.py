@@ -11,9 +11,9 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from refiner_hf import RefinerForImageClassification, RefinerImageProcessor, RefinerModel
 from refiner_hf.commands.export_onnx import main
-from refiner_hf.data.arguments import DataArguments
-from refiner_hf.export.compare import compare, comparison_table
+from refiner_hf.export.compare import compare, comparison_table, load_labelled
 from refiner_hf.export.graph import check_onnx, export_onnx, open_onnx, quantize_onnx, run_onnx
+from refiner_hf.hub.code import add_code
 
 from ..conftest import GOLDEN_MODELS, LAYOUTS, assert_close, load_json
 from ..every_class import config_of, make
@@ -153,7 +153,7 @@ def test_comparison(saved, photos, tmp_path):
         other.classifier.bias[2] += 100
     export_onnx(other, files[1])
     processor = RefinerImageProcessor(size={"height": 16, "width": 16})
-    compared = compare(model.eval(), processor, files, DataArguments(validation_dir=str(photos)))
+    compared = compare(model.eval(), processor, files, load_labelled(str(photos), None, model))
     assert compared["images"] == 39
     rows = compared["contenders"]
     assert rows["other.onnx"]["accuracy"] == pytest.approx(1 / 3)
@@ -173,7 +173,7 @@ def test_what_cannot_be_exported(saved, photos, tmp_path):
 
     bare = tmp_path / "bare"
     RefinerModel(config_of()).save_pretrained(bare)
-    fails("--model", str(bare), says="no classifier, but is a RefinerModel")
+    fails("--model", str(bare), says="weights lack classifier.bias")
     ViTForImageClassification(ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
         tmp_path / "vit"
     )
@@ -187,8 +187,28 @@ def test_what_cannot_be_exported(saved, photos, tmp_path):
     (folder / "preprocessor_config.json").unlink()
     fails("--model", str(folder), says="processor")
     assert not out.exists() and not list(tmp_path.glob(".exported*"))
+    RefinerImageProcessor(size={"height": 24, "width": 16}).save_pretrained(folder)
+    fails("--model", str(folder), says="makes .3, 24, 16. .channels, height, width. of a picture")
     RefinerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    fails("--model", str(folder), "--measure_on", str(photos), "--max_images", "0", says="--max_images must be at")
     (photos / "red").rename(photos / "yellow")
     fails("--model", str(folder), "--measure_on", str(photos), says="doesn't know: .'yellow'")
-    assert (out / "model.onnx").exists()  # the graph is good, whatever it was to be measured on
+    assert not out.exists() and not list(tmp_path.glob(".exported*"))  # all of it before the long part
+    out.mkdir()
+    (out / "mine.txt").touch()
     fails("--model", str(folder), says="isn't an empty folder")
+
+
+def test_measuring_takes_the_packages_for_training(saved, photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "refiner_hf.export.compare", None)
+    words = ["--model", str(saved[1]), "--output_dir", str(tmp_path / "out"), "--measure_on", str(photos)]
+    with pytest.raises(SystemExit, match=r"refiner_hf\[train\]"):
+        main(words)
+
+
+def test_code_stays_behind(saved, tmp_path):
+    """An export can't be loaded with the model's code, so it doesn't name it."""
+    add_code(saved[1])
+    main(["--model", str(saved[1]), "--output_dir", str(tmp_path / "out")])
+    for name in ("config.json", "preprocessor_config.json"):
+        assert "auto_map" in load_json(saved[1] / name) and "auto_map" not in load_json(tmp_path / "out" / name)

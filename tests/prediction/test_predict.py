@@ -529,6 +529,7 @@ class TestModels:
         ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "nan")
         with pytest.raises(SystemExit, match="aren't finite"):
             run(str(tmp_path / "nan"), photos, table)
+        assert not list(table.parent.glob("*.partial*"))  # nothing stands in another model's way
 
     def test_without_a_processor_or_at_all(self, vit, photos, table, tmp_path):
         folder = shutil.copytree(vit, tmp_path / "bare")

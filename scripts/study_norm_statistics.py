@@ -26,8 +26,10 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from refiner_hf.configuration_refiner import RefinerConfig  # noqa: E402
 from refiner_hf.modeling_refiner import RefinerForImageClassification  # noqa: E402
-from refiner_hf.normalization_refiner import RefinerBatchNorm2d  # noqa: E402
-from refiner_hf.training.statistics import reestimate_norm_statistics  # noqa: E402
+from refiner_hf.normalization_refiner import (
+    RefinerBatchNorm2d,  # noqa: E402
+    reestimate_norm_statistics,  # noqa: E402
+)
 
 
 LAYOUTS = {

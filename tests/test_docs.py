@@ -118,6 +118,7 @@ def test_no_block_is_overlooked(page):
     blocks = [example for example in parse(page).examples() if isinstance(example.region.parsed, Lexeme)]
     assert len(blocks) == len(languages) - len(others)
     fenced_or_lists = r"^```(?s:.*?)^```$|^[-*] .*(?:\n(?: .*)?)*"
+    assert not re.search(r"^[A-Z]+$", text, re.MULTILINE), "a place that was to be filled"
     assert not re.search(r"^ {4}\S", re.sub(fenced_or_lists, "", text, flags=re.MULTILINE), re.MULTILINE)
 
 

@@ -19,7 +19,7 @@ from ..attention_refiner import RefinerMapRefinement
 from ..configuration_refiner import RefinerConfig
 from ..hub.loading import load_classifier
 from ..modeling_refiner import RefinerForImageClassification
-from ..training.statistics import reestimate_norm_statistics
+from ..normalization_refiner import reestimate_norm_statistics
 from .weights import check_tensors
 
 

@@ -6,70 +6,15 @@ their running statistics lag behind it: accuracy in evaluation can fall for an e
 `docs/norm_statistics.md` has the measurements.
 """
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, default_data_collator
 
-
-if TYPE_CHECKING:
-    from .ema import EmaCallback  # takes timm, which only training needs
-
-
-@torch.no_grad()
-def reestimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor | dict[str, torch.Tensor]]) -> int:
-    """
-    Replaces the running statistics of every batch norm by their average over `batches`, with everything else in
-    evaluation mode: no drop path, no dropout, no token mixing, no random numbers drawn. Weights don't change.
-
-    Args:
-        model (`nn.Module`): takes `pixel_values`; its training modes are restored.
-        batches (iterable of `torch.Tensor` of shape (batch, channels, height, width), or of `dict`): images prepared
-            as for evaluation, alone or as `pixel_values` with what else the model takes beside them, such as
-            `bool_masked_pos`. A few hundred are enough.
-
-    Returns:
-        `int`: the number of images used; 0 where the model has no batch norm or there are no batches, and then
-        nothing changed.
-    """
-    norms = [
-        m
-        for m in model.modules()
-        if isinstance(m, _BatchNorm) and m.track_running_stats and not getattr(m, "frozen", False)
-    ]
-    modes = {module: module.training for module in model.modules()}
-    momenta = [norm.momentum for norm in norms]
-    before = [
-        (norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()) for norm in norms
-    ]
-    images = 0
-    try:
-        model.eval()
-        for batch in batches if norms else ():
-            inputs = batch if isinstance(batch, dict) else {"pixel_values": batch}
-            if images == 0:
-                for norm in norms:
-                    norm.reset_running_stats()
-                    norm.momentum = None  # a plain average over what follows
-                    norm.train()
-            model(**inputs)
-            images += len(inputs["pixel_values"])
-    except BaseException:
-        for norm, (mean, variance, _) in zip(norms, before):
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(variance)
-        raise
-    finally:
-        for norm, momentum, (_, _, count) in zip(norms, momenta, before):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
-        for module, mode in modes.items():
-            module.training = mode
-    return images
+from ..normalization_refiner import reestimate_norm_statistics
+from .ema import EmaCallback
 
 
 class NormStatisticsCallback(TrainerCallback):
@@ -93,7 +38,7 @@ class NormStatisticsCallback(TrainerCallback):
         dataset: Dataset,
         batch_size: int,
         data_collator: Callable = default_data_collator,
-        ema: "EmaCallback | None" = None,
+        ema: EmaCallback | None = None,
     ):
         self.ema = ema
         # A loader draws a number each time it is gone through; from a generator of its own, so that training goes on

@@ -9,9 +9,9 @@ from transformers import Trainer, TrainerCallback
 
 from refiner_hf import RefinerForImageClassification, RefinerForMaskedImageModeling
 from refiner_hf.data.masking import MaskPatches
-from refiner_hf.normalization_refiner import RefinerBatchNorm2d
+from refiner_hf.normalization_refiner import RefinerBatchNorm2d, reestimate_norm_statistics
 from refiner_hf.training.arguments import RefinerTrainingArguments
-from refiner_hf.training.statistics import NormStatisticsCallback, reestimate_norm_statistics
+from refiner_hf.training.statistics import NormStatisticsCallback
 from refiner_hf.training.targets import smooth_labels
 from refiner_hf.training.trainer import RefinerTrainer
 

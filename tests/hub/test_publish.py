@@ -10,6 +10,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, snapshot_download
 from safetensors.torch import load_file, save_file
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from refiner_hf import (
     RefinerBackbone,
@@ -17,6 +18,7 @@ from refiner_hf import (
     RefinerForMaskedImageModeling,
     RefinerImageProcessor,
     RefinerModel,
+    refine_vit,
 )
 from refiner_hf.commands.push_to_hub import main
 from refiner_hf.hub.code import CODE_FILES, add_code
@@ -422,6 +424,16 @@ class TestVerification:
         """By its commit: what comes after it doesn't matter."""
         published = publish_folder(folder, "alice/model", token=token, private=True, with_code=with_code)
         HfApi(token=token).upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id="alice/model")
+        assert verify(published, token=token) < 1e-6
+
+    def test_with_the_image_processor_of_a_vit(self, hub, token, tmp_path):
+        """As a refined ViT has: beside our code it stays what it is."""
+        size = dict(image_size=16, patch_size=8, hidden_size=24, num_hidden_layers=2, num_attention_heads=2)
+        refine_vit(ViTForImageClassification(ViTConfig(**size, intermediate_size=48))).save_pretrained(
+            tmp_path / "vit"
+        )
+        ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
+        published = publish_folder(tmp_path / "vit", "alice/model", token=token, with_code=True)
         assert verify(published, token=token) < 1e-6
 
     def test_other_weights_are_found_out(self, hub, token, folder):

@@ -43,7 +43,7 @@ def predict() -> None:
 
 def demo() -> None:
     """`refiner-demo`"""
-    _run("demo", "demo")
+    _run("demo")
 
 
 def visualize() -> None:

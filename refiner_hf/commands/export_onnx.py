@@ -6,17 +6,16 @@ Write a classifier as an ONNX graph, for onnxruntime and whatever else reads ONN
     refiner-predict --model exported/model_int8.onnx --images photos --output_file answers.csv
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from ..conversion.folder import check_new
 from ..export.folder import export_folder, load_for_export
-from ..export.graph import INPUT, OUTPUT, check_onnx
+from ..export.graph import INPUT, OUTPUT
+from ..hub.files import write_json
 from .parsing import HelpFormatter
 
 
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     ).parse_args_into_dataclasses(argv)
     try:
         export(args)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"Error: {error}")
 
 
@@ -62,9 +61,8 @@ def export(args: ExportArguments) -> None:
                 f"--measure_on needs {error.name}. Install it with: pip install 'refiner_hf[train]'"
             ) from error
         images = load_labelled(args.measure_on, args.max_images, model)
-    files = export_folder(model, processor, folder, args.int8)
+    files, difference = export_folder(model, processor, folder, args.int8)
     height, width = model.config.image_height_width
-    difference = check_onnx(files[0], model)
     print(
         f"{files[0]}: {INPUT} (batch, {model.config.num_channels}, {height}, {width}) to {OUTPUT} "
         f"(batch, {model.config.num_labels}); the largest difference from PyTorch's is {difference:.1e}."
@@ -73,7 +71,7 @@ def export(args: ExportArguments) -> None:
         print(f"{files[1]}: the same with linear layers in 8 bits; its answers differ a little.")
     if args.measure_on:
         compared = compare(model, processor, files, images)
-        (folder / COMPARISON).write_text(json.dumps(compared, indent=2) + "\n")
+        write_json(folder / COMPARISON, compared)
         print(f"\n{compared['images']} images of {compared['data']}, {compared['device']}, {compared['versions']}:\n")
         print(comparison_table(compared))
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from ..conversion.vit_folder import refine_to_folder
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         pictures = None if images is None else decoded(load_images(images, count)[1])
         model = refine_to_folder(pictures=pictures, **options)
-    except (ValueError, OSError, RuntimeError, StrictDataclassError, SafetensorError) as error:
+    except (ValueError, OSError, RuntimeError, StrictDataclassError) as error:
         sys.exit(f"Error: {error}")
     new = sum(p.numel() for name, p in model.named_parameters() if ".refinement." in name)
     refined = model.config.attention_types.count("refined")

@@ -32,8 +32,8 @@ def refine_to_folder(
     with_code: bool = False,
 ) -> RefinerForImageClassification:
     """
-    [`~refiner_hf.refine_vit`] from folder to folder: weights, configuration, the source's own
-    image processor, and a card. The saved model is loaded back and must answer as the source.
+    [`~refiner_hf.refine_vit`] from folder to folder: weights, configuration, the source's own image processor, and a
+    card. The saved model is loaded back and must answer as the source.
 
     Args:
         model (`str`): folder or Hub name of a ViT or DeiT image classifier.

@@ -12,13 +12,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention_refiner import RefinerMapRefinement
 from ..inspection.networks import Network, classes_of_layers
-from ..inspection.sight import CLASS_TOKEN, Query, Sight, look_at
+from ..inspection.sight import CLASS_TOKEN, Query, Sight, coloured, look_at
 from ..prediction.scores import probabilities
 
 
 TOP = 5  # classes
 _SIDE = 480  # pixels that a drawing's longer side has at least
-_ADDS, _SUBTRACTS = (0.84, 0.1, 0.1), (0.1, 0.3, 0.9)
 _MARK = (0, 200, 0)
 
 
@@ -116,10 +115,8 @@ def draw_map(look: Look, weights: np.ndarray) -> np.ndarray:
     ground = _enlarged(look.shown.grey)[..., None]
     height, width, _ = ground.shape
     places = (np.arange(side) * count // side for side, count in zip((height, width), weights.shape))
-    weights = weights[np.ix_(*places)]
-    strength = 0.9 * np.abs(weights) / (np.abs(weights).max() or 1)
-    colours = np.where(weights[..., None] >= 0, _ADDS, _SUBTRACTS)
-    return _marked(ground + strength[..., None] * (colours - ground), look)
+    shades = coloured(weights)[np.ix_(*places)]
+    return _marked(ground + shades[..., 3:] * (shades[..., :3] - ground), look)
 
 
 def patch_at(look: Look, x: int, y: int) -> tuple[int, int]:

@@ -39,7 +39,7 @@ def export_folder(
     processor: BaseImageProcessor,
     output_dir: str | Path,
     int8: bool = False,
-) -> list[Path]:
+) -> tuple[list[Path], float]:
     """
     Writes `model.onnx`, with `int8` also `model_int8.onnx`, and beside them what says how images are prepared and how
     labels are called: `preprocessor_config.json` and `config.json`.
@@ -50,7 +50,7 @@ def export_folder(
         int8 (`bool`, *optional*): also with linear layers in 8 bits.
 
     Returns:
-        `list[Path]`: the graphs.
+        the graphs (`list[Path]`), and the largest difference between the first one's logits and the model's.
 
     Raises:
         `RuntimeError`: the graph's answers aren't the model's.
@@ -58,11 +58,11 @@ def export_folder(
     """
     output_dir = Path(output_dir)
     with new_folder(output_dir) as unfinished:
-        export_onnx(model, unfinished / GRAPH)
+        difference = export_onnx(model, unfinished / GRAPH)
         if int8:
             quantize_onnx(unfinished / GRAPH, unfinished / QUANTIZED)
         model.config.save_pretrained(unfinished)
         processor.save_pretrained(unfinished)
         for name, content in without_code(unfinished).items():  # the code isn't here
             (unfinished / name).write_bytes(content)
-    return [output_dir / GRAPH] + [output_dir / QUANTIZED] * int8
+    return [output_dir / GRAPH] + [output_dir / QUANTIZED] * int8, difference

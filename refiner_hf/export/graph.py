@@ -33,7 +33,7 @@ class _Logits(nn.Module):
         return self.model(pixel_values).logits
 
 
-def export_onnx(model: RefinerForImageClassification, file: str | Path) -> None:
+def export_onnx(model: RefinerForImageClassification, file: str | Path) -> float:
     """
     Writes a model, as it is in evaluation, as an ONNX graph from `pixel_values` (B, C, height, width) to `logits`
     (B, K), both float32, for any number B of images. Their height and width are those of the model.
@@ -41,6 +41,9 @@ def export_onnx(model: RefinerForImageClassification, file: str | Path) -> None:
     Args:
         model ([`RefinerForImageClassification`]): in float32. Its mode is restored.
         file: the `.onnx` file.
+
+    Returns:
+        `float`: the largest difference between the graph's logits and the model's, see [`check_onnx`].
 
     Raises:
         `ValueError`: the model isn't in float32.
@@ -62,7 +65,7 @@ def export_onnx(model: RefinerForImageClassification, file: str | Path) -> None:
                 dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
             )
         program.save(str(file))
-        check_onnx(file, model)
+        return check_onnx(file, model)
     finally:
         model.train(training)
 

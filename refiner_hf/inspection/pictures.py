@@ -9,11 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ..attention_refiner import RefinerMapRefinement
-from .sight import APPLIED, BEFORE, CLASS_TOKEN, EXPANDED, LOCAL, Sight, name_of
+from .sight import APPLIED, BEFORE, CLASS_TOKEN, EXPANDED, LOCAL, Sight, coloured, name_of
 
 
 _COLUMNS = 16  # of layers, side by side
-_ADDS, _SUBTRACTS = (0.84, 0.1, 0.1), (0.1, 0.3, 0.9)
 _LEGEND = "each map on its own scale; red adds, blue subtracts"
 
 
@@ -166,10 +165,8 @@ def _overlay(axis: Axes, sight: Sight, weights: np.ndarray) -> None:
     """A map's row over the image in grey, patch by patch."""
     height, width, _ = sight.picture.shape
     axis.imshow(sight.grey, cmap="gray", vmin=0, vmax=1)
-    colours = np.where(weights[..., None] >= 0, _ADDS, _SUBTRACTS)
-    strength = np.abs(weights) / (np.abs(weights).max() or 1)
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    axis.imshow(np.dstack((colours, 0.9 * strength)), extent=extent, interpolation="nearest")
+    axis.imshow(coloured(weights), extent=extent, interpolation="nearest")
     axis.set(xticks=[], yticks=[])
 
 

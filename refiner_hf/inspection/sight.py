@@ -24,6 +24,7 @@ STAGES = BEFORE, EXPANDED, LOCAL, APPLIED = (
     "after distributed local attention",
     "as applied",
 )
+_ADDS, _SUBTRACTS = (0.84, 0.1, 0.1), (0.1, 0.3, 0.9)
 
 
 @dataclass
@@ -131,6 +132,12 @@ def as_picture(processor: BaseImageProcessor, pixel_values: torch.Tensor) -> np.
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
         pixels = pixels * std + mean
     return pixels.expand(3, -1, -1).permute(1, 2, 0).clamp(0, 1).numpy()
+
+
+def coloured(weights: np.ndarray) -> np.ndarray:
+    """A map's row as it is laid over a picture, (rows, columns, red green blue alpha): red adds, blue subtracts."""
+    colours = np.where(weights[..., None] >= 0, _ADDS, _SUBTRACTS)
+    return np.dstack((colours, 0.9 * np.abs(weights) / (np.abs(weights).max() or 1)))
 
 
 def _dim_own(rollout: np.ndarray, queries: list[Query]) -> np.ndarray:

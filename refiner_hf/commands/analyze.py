@@ -10,7 +10,6 @@ files, or a dataset of the Hub; labels aren't needed. Default: scikit-learn's di
     refiner-analyze --model my_refiner my_plain_network google/vit-base-patch16-224 --data photos --max_images 256
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +19,9 @@ from ..data.unlabelled import decoded, load_images
 from ..inspection.analysis import analyze
 from ..inspection.networks import open_network, short_names
 from ..inspection.report import facts_of, summary_table, write_analyses
+from ..utils.locking import locked_folder
 from .parsing import HelpFormatter, pick_device
+from .running import command
 
 
 @dataclass
@@ -35,29 +36,37 @@ class AnalyzeArguments:
     batch_size: int = field(default=16, metadata={"help": "Images whose features are compared with each other."})
     seed: int = field(default=0, metadata={"help": "Decides which images."})
     output_dir: str = field(default="analysis", metadata={"help": "Folder for the numbers and figures."})
+    revision: list[str] | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit on the Hub: one for all networks, or one for each. Default: main."},
+    )
     device: str | None = field(default=None, metadata={"help": "cpu or cuda. Default: cuda where there is one."})
 
     def __post_init__(self):
         if self.max_images < 1:
             raise ValueError(f"--max_images must be at least 1, got {self.max_images}.")
+        self.revision = self.revision or ["main"]
+        if len(self.revision) == 1:
+            self.revision *= len(self.model)
+        if len(self.revision) != len(self.model):
+            raise ValueError(
+                f"Give one --revision, or one for each --model, got {len(self.revision)} for {len(self.model)}."
+            )
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `refiner-analyze` and scripts/analyze.py."""
     parser = HfArgumentParser(AnalyzeArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        device = pick_device(args.device)
+    (args,) = parser.parse_args_into_dataclasses(argv)
+    folder, device = Path(args.output_dir), pick_device(args.device)
+    with locked_folder(folder):
         data, rows = load_images(args.data, args.max_images, args.seed)
-        networks = [open_network(name, device) for name in args.model]
+        networks = [open_network(name, device, revision) for name, revision in zip(args.model, args.revision)]
         for network, name in zip(networks, short_names(args.model)):
             network.name = name
         analyses = [analyze(network, decoded(rows), len(rows), args.batch_size) for network in networks]
         write_analyses(analyses, facts_of(data, args.seed, args.batch_size, device), folder)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"Error: {error}")
     print(f"Means over layers and {analyses[0]['images']} images of {data}:\n")
     print(summary_table(analyses))
     print(f"\nWrote analysis.json, analysis_curves and analysis_layers (.png, .pdf) into {folder}.")

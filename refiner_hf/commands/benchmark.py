@@ -11,30 +11,33 @@ all in the same run. Prints a table; writes the record (JSON), the table and plo
 """
 
 import shlex
-import sys
 from dataclasses import fields
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
 from ..benchmarking.record import read_record
 from ..benchmarking.report import write_report
 from ..benchmarking.run import BenchmarkOptions, run_benchmark
 from ..hub.files import without_paths
+from ..utils.locking import locked
 from .parsing import HelpFormatter
+from .running import command
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `refiner-benchmark` and scripts/benchmark.py."""
     parser = HfArgumentParser(BenchmarkOptions, description=__doc__, formatter_class=HelpFormatter)
-    try:
-        (options,) = parser.parse_args_into_dataclasses(argv)
+    (options,) = parser.parse_args_into_dataclasses(argv)
+    options.stem.parent.mkdir(parents=True, exist_ok=True)
+    with locked(options.stem.with_name(f".{options.stem.name}.lock"), str(options.stem)):
         path = Path(f"{options.stem}.json")
-        record = read_record(path) if options.report else run_benchmark(options, command_of(options))
+        try:
+            record = read_record(path) if options.report else run_benchmark(options, command_of(options))
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt("The same command goes on with what isn't measured yet.") from interrupt
         print(write_report(record, options.stem))
-    except (ValueError, OSError, StrictDataclassError) as error:
-        sys.exit(f"Error: {error}")
     print(f"Wrote {options.stem}.json, .md and plots.")
 
 

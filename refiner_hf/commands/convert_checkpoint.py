@@ -7,14 +7,13 @@ Architecture, image size, heads, layout, dense head and stem are read from the f
     refiner-convert --checkpoint model_best.pth.tar --output_dir refiner-small-ema --use_ema --with_code
 """
 
-import sys
 from dataclasses import dataclass, field
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
 from ..conversion.checkpoint import convert_checkpoint
 from .parsing import HelpFormatter
+from .running import command
 
 
 @dataclass
@@ -34,15 +33,13 @@ class ConversionArguments:
     )
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `refiner-convert` and scripts/convert_checkpoint.py."""
     (args,) = HfArgumentParser(
         ConversionArguments, description=__doc__, formatter_class=HelpFormatter
     ).parse_args_into_dataclasses(argv)
-    try:
-        model = convert_checkpoint(**vars(args))
-    except (ValueError, OSError, RuntimeError, StrictDataclassError) as error:
-        sys.exit(f"Error: {error}")
+    model = convert_checkpoint(**vars(args))
     config = model.config
     size = "x".join(map(str, config.image_height_width))
     print(

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 
 from ..inspection.networks import open_network
 from .parsing import HelpFormatter, pick_device
+from .running import command
 
 
 @dataclass
@@ -26,9 +27,13 @@ class DemoArguments:
     model: str = field(metadata={"help": "Folder or Hub name of a Refiner, ViT, DeiT, DINOv2 or the like."})
     port: int = field(default=7860, metadata={"help": "The page's port on this machine."})
     share: bool = field(default=False, metadata={"help": "Ask Gradio's service for a public address as well."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a model on the Hub. Default: main."}
+    )
     device: str | None = field(default=None, metadata={"help": "cpu or cuda. Default: cuda where there is one."})
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `refiner-demo` and scripts/demo.py."""
     (args,) = HfArgumentParser(
@@ -38,11 +43,8 @@ def main(argv: list[str] | None = None) -> None:
         from ..demo.app import build_demo, launch
     except ModuleNotFoundError as error:
         sys.exit(f"Error: this command needs {error.name}. Install it with: pip install 'refiner_hf[demo]'")
-    try:
-        network = open_network(args.model, pick_device(args.device))
-        launch(build_demo(network, find_examples(args.model)), args.port, args.share)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"Error: {error}")
+    network = open_network(args.model, pick_device(args.device), args.revision)
+    launch(build_demo(network, find_examples(args.model)), args.port, args.share)
 
 
 def find_examples(model: str) -> list[Path]:

@@ -6,7 +6,6 @@ Write a classifier as an ONNX graph, for onnxruntime and whatever else reads ONN
     refiner-predict --model exported/model_int8.onnx --images photos --output_file answers.csv
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from ..export.folder import export_folder, load_for_export
 from ..export.graph import INPUT, OUTPUT
 from ..hub.files import write_json
 from .parsing import HelpFormatter
+from .running import command
 
 
 COMPARISON = "comparison.json"
@@ -35,24 +35,25 @@ class ExportArguments:
         },
     )
     max_images: int | None = field(default=None, metadata={"help": "Compare on at most so many images."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a model on the Hub. Default: main."}
+    )
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `refiner-export` and scripts/export_onnx.py."""
     (args,) = HfArgumentParser(
         ExportArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
     ).parse_args_into_dataclasses(argv)
-    try:
-        export(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"Error: {error}")
+    export(args)
 
 
 def export(args: ExportArguments) -> None:
     """What `args` asks for."""
     folder = Path(args.output_dir)
     check_new(folder)
-    model, processor = load_for_export(args.model)
+    model, processor = load_for_export(args.model, args.revision)
     if args.measure_on:
         try:  # it takes the packages for training
             from ..export.compare import compare, comparison_table, load_labelled

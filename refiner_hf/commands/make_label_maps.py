@@ -9,7 +9,6 @@ the data. Then train with --label_map_dir.
     refiner-label-maps --teacher my_classifier --train_dir photos --output_dir maps     # photos/LABEL/*.jpg
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from ..data.sources import load_image_data
 from ..labelling.make import make_label_maps
 from ..labelling.teachers import load_teacher
 from .parsing import HelpFormatter, pick_device
+from .running import command
 
 
 @dataclass
@@ -44,33 +44,37 @@ class LabelMapArguments:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `refiner-label-maps` and scripts/make_label_maps.py."""
     parser = HfArgumentParser(
         (LabelMapArguments, DataArguments), description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
     )
+    args, data_args = parser.parse_args_into_dataclasses(argv)
+    if data_args.streaming:
+        raise ValueError("Label maps are made of a data set that is here: drop --streaming.")
+    device, teacher = pick_device(args.device), load_teacher(args.teacher, args.image_size)
+    data = load_image_data(data_args, need_train=True, need_evaluation=False, seed=0)
+    images, unreadable = find_unreadable(data.train, "training")
+    if data_args.unreadable_images == "stop":
+        stop_for(unreadable)
+    if len(images) == 0:
+        raise ValueError("There are no training images that can be read.")
     try:
-        args, data_args = parser.parse_args_into_dataclasses(argv)
-        if data_args.streaming:
-            raise ValueError("Label maps are made of a data set that is here: drop --streaming.")
-        data = load_image_data(data_args, need_train=True, need_evaluation=False, seed=0)
-        images, unreadable = find_unreadable(data.train, "training")
-        if data_args.unreadable_images == "stop":
-            stop_for(unreadable)
         facts = make_label_maps(
             images,
             data.labels,
-            load_teacher(args.teacher, args.image_size),
+            teacher,
             Path(args.output_dir),
             teacher_name=args.teacher,
             top_k=args.top_k,
             batch_size=args.batch_size,
             shard_size=args.shard_size,
             num_workers=args.num_workers,
-            device=pick_device(args.device),
+            device=device,
         )
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt("The same command goes on with the images that have no maps yet.") from interrupt
     share = facts["agreeing"] / facts["images"]
     print(f"Label maps of {facts['images']:,} images, {facts['rows']} x {facts['columns']} places: {args.output_dir}")
     print(f"The teacher gives {share:.1%} of the images the label that they have.")

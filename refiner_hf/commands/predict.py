@@ -13,12 +13,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
 from ..prediction.answers import partial_file, whole_rows
 from ..prediction.predict import DEFAULT_WORKERS, Predictions, list_unreadable, predict
 from .parsing import HelpFormatter, pick_device
+from .running import command
 
 
 _LABELS_SHOWN = 10
@@ -39,22 +39,22 @@ class PredictArguments:
     top_k: int = field(default=1, metadata={"help": "How many labels of each image."})
     batch_size: int = field(default=32, metadata={"help": "Images at a time."})
     num_workers: int = field(default=DEFAULT_WORKERS, metadata={"help": "Processes that read images ahead."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a model on the Hub. Default: main."}
+    )
     device: str | None = field(default=None, metadata={"help": "cpu or cuda. Default: cuda where there is one."})
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `refiner-predict` and scripts/predict.py."""
     (args,) = HfArgumentParser(
         PredictArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
     ).parse_args_into_dataclasses(argv)
     try:
-        args.device = pick_device(args.device)
-        predictions = predict(**vars(args))
-    except (ValueError, OSError, RuntimeError, StrictDataclassError) as error:
-        sys.exit(f"Error: {error}")
-    except KeyboardInterrupt:
-        print(f"\nInterrupted. {_what_is_kept(partial_file(Path(args.output_file)))}", file=sys.stderr)
-        sys.exit(130)
+        predictions = predict(**{**vars(args), "device": pick_device(args.device)})
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(_what_is_kept(partial_file(Path(args.output_file)))) from interrupt
     print(_summary(predictions, args.output_file))
     if predictions.unreadable:
         print(list_unreadable(predictions.unreadable), file=sys.stderr)

@@ -4,10 +4,10 @@ and the model's code if asked. The folder isn't changed; after a failure the sam
 
     refiner-push --folder outputs/demo --repo_id USER/my-refiner --verify
     refiner-push --folder out --repo_id my-refiner --private --with_code
+    refiner-push --folder out --repo_id SOMEBODY/their-refiner --create_pr
     refiner-push --folder out --repo_id LAB/my-refiner --branch trial --tag v1 --message "Trained for longer"
 """
 
-import sys
 from dataclasses import dataclass, field
 
 from transformers import HfArgumentParser
@@ -15,6 +15,7 @@ from transformers import HfArgumentParser
 from ..hub.publish import publish_folder
 from ..hub.verification import verify
 from .parsing import HelpFormatter
+from .running import command
 
 
 @dataclass
@@ -31,6 +32,9 @@ class PushArguments:
         },
     )
     branch: str | None = field(default=None, metadata={"help": "Branch to write to. Made if it isn't there."})
+    create_pr: bool = field(
+        default=False, metadata={"help": "Open a pull request instead, also in somebody else's repository."}
+    )
     tag: str | None = field(default=None, metadata={"help": "Tag to put on the commit. Must be new."})
     message: str = field(default="Upload a Refiner with refiner_hf", metadata={"help": "Message of the commit."})
     token: str | None = field(default=None, metadata={"help": "By default that of `hf auth login` or HF_TOKEN."})
@@ -48,27 +52,26 @@ class PushArguments:
             raise ValueError("Private or public? Give only one of --private and --public.")
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `refiner-push` and scripts/push_to_hub.py."""
     parser = HfArgumentParser(PushArguments, description=__doc__, formatter_class=HelpFormatter)
-    try:
-        (args,) = parser.parse_args_into_dataclasses(argv)
-        published = publish_folder(
-            args.folder,
-            args.repo_id,
-            private=True if args.private else False if args.public else None,
-            branch=args.branch,
-            tag=args.tag,
-            token=args.token,
-            message=args.message,
-            with_code=args.with_code,
-        )
-        print(f"Published: {published.url} (commit {published.commit[:8]})")
-        if args.verify:
-            difference = verify(published, token=args.token)
-            print(f"Loaded back from the Hub in a fresh process: largest difference of an output {difference:g}.")
-    except (ValueError, OSError) as error:
-        sys.exit(f"Error: {error}")
+    (args,) = parser.parse_args_into_dataclasses(argv)
+    published = publish_folder(
+        args.folder,
+        args.repo_id,
+        private=True if args.private else False if args.public else None,
+        branch=args.branch,
+        tag=args.tag,
+        create_pr=args.create_pr,
+        token=args.token,
+        message=args.message,
+        with_code=args.with_code,
+    )
+    print(f"Published: {published.url} (commit {published.commit[:8]})")
+    if args.verify:
+        difference = verify(published, token=args.token)
+        print(f"Loaded back from the Hub in a fresh process: largest difference of an output {difference:g}.")
 
 
 if __name__ == "__main__":

@@ -7,16 +7,15 @@ teaches its refinements.
     refiner-train fine_tune --model_name_or_path refined --train_dir photos --output_dir out
 """
 
-import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
 from ..conversion.vit_folder import refine_to_folder
 from ..data.unlabelled import decoded, load_images
 from .parsing import HelpFormatter
+from .running import command
 
 
 @dataclass
@@ -31,6 +30,9 @@ class RefineViTArguments:
         },
     )
     max_images: int = field(default=128, metadata={"help": "At most so many of them, picked at random."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a model on the Hub. Default: main."}
+    )
     refined_layers: list[int] | None = field(
         default=None, metadata={"help": "Layers that refine their map, from 1. Default: all."}
     )
@@ -45,18 +47,16 @@ class RefineViTArguments:
     )
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `refiner-refine-vit` and scripts/refine_vit.py."""
     (args,) = HfArgumentParser(
         RefineViTArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
     ).parse_args_into_dataclasses(argv)
-    options = vars(args)
+    options = dict(vars(args))
     images, count = options.pop("images"), options.pop("max_images")
-    try:
-        pictures = None if images is None else decoded(load_images(images, count)[1])
-        model = refine_to_folder(pictures=pictures, **options)
-    except (ValueError, OSError, RuntimeError, StrictDataclassError) as error:
-        sys.exit(f"Error: {error}")
+    pictures = None if images is None else decoded(load_images(images, count)[1])
+    model = refine_to_folder(pictures=pictures, **options)
     new = sum(p.numel() for name, p in model.named_parameters() if ".refinement." in name)
     refined = model.config.attention_types.count("refined")
     print(

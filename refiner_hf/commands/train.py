@@ -12,24 +12,22 @@ that broke off goes on when started again.
     refiner-train --model_name_or_path out --validation_dir more_photos --do_eval --output_dir out_eval
 """
 
-import sys
-
-from huggingface_hub.errors import StrictDataclassError
-
 import refiner_hf
 
 from ..data.arguments import DataArguments
 from ..training.run import RunResult, run
 from .parsing import parse_arguments
+from .running import command
 
 
+@command
 def main(argv: list[str] | None = None) -> RunResult:
     """Entry point of `refiner-train` and scripts/train.py."""
     arguments = parse_arguments(argv, description=f"refiner_hf {refiner_hf.__version__}.{__doc__}")
     try:
         result = run(*arguments)
-    except (ValueError, OSError, FloatingPointError, StrictDataclassError) as error:
-        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt("The same command goes on from the last checkpoint.") from interrupt
     if arguments[-1].should_save:
         report(result, arguments[1])
     return result

@@ -9,7 +9,6 @@ Takes a Refiner, or any of transformers' ViTs, which has maps as applied only.
     refiner-visualize --model outputs/demo --image photo.png --html       # one page with sliders, beside the PNGs
 """
 
-import sys
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -21,7 +20,9 @@ from ..inspection.networks import open_network
 from ..inspection.page import query_bytes, write_page
 from ..inspection.pictures import plot_heads, plot_overview, plot_weights
 from ..inspection.sight import look_at, name_of
+from ..utils.locking import locked_folder
 from .parsing import HelpFormatter, pick_device
+from .running import command
 
 
 _LARGEST_PAGE = 40 * 2**20  # bytes up to which a page holds all patches' maps
@@ -43,19 +44,21 @@ class VisualizeArguments:
         metadata={"help": "Patches whose looks to draw beside the class token's, each as ROW,COLUMN, from 1."},
     )
     html: bool = field(default=False, metadata={"help": "Also write one self-contained page with sliders."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a model on the Hub. Default: main."}
+    )
     device: str | None = field(default=None, metadata={"help": "cpu or cuda. Default: cuda where there is one."})
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Entry point of `refiner-visualize` and scripts/visualize.py."""
     (args,) = HfArgumentParser(
         VisualizeArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
     ).parse_args_into_dataclasses(argv)
-    try:
+    with locked_folder(args.output_dir):
         for written in visualize(args):
             print(f"Wrote {written}")
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"Error: {error}")
 
 
 def visualize(args: VisualizeArguments) -> list[Path]:
@@ -63,8 +66,7 @@ def visualize(args: VisualizeArguments) -> list[Path]:
     image = to_8_bit_rgb(open_image(args.image))
     patches = [_parse_patch(text) for text in args.patch or []]
     folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    network = open_network(args.model, pick_device(args.device))
+    network = open_network(args.model, pick_device(args.device), args.revision)
     sight = look_at(network, image, patches)
     layers = [layer - 1 for layer in args.layer or []] or [max(sight.refining_layers, default=len(sight.layers) - 1)]
     heads = [head - 1 for head in args.head] if args.head else None

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..attention_refiner import RefinerMapRefinement
 from ..configuration_refiner import RefinerConfig
-from ..hub.loading import load_classifier
 from ..modeling_refiner import RefinerForImageClassification
 from ..normalization_refiner import reestimate_norm_statistics
+from ..utils.loading import load_classifier, load_config
 from .weights import check_tensors
 
 
@@ -110,10 +110,10 @@ def check_refinable(config: PreTrainedConfig) -> None:
         )
 
 
-def load_refinable(path: str) -> PreTrainedModel:
+def load_refinable(path: str, revision: str | None = None) -> PreTrainedModel:
     """A ViT or DeiT image classifier from a folder or the Hub; errors as [`refine_vit`]'s."""
-    check_refinable(AutoConfig.from_pretrained(path))
-    return load_classifier(path)
+    check_refinable(load_config(path, revision=revision))
+    return load_classifier(path, revision)
 
 
 def _renamed(source: PreTrainedModel) -> dict[str, torch.Tensor]:

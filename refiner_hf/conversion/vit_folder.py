@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from PIL import Image as PILImage
-from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..hub.card import CardFacts, describe_network, make_card, usage_example
 from ..hub.code import add_code
 from ..modeling_refiner import RefinerForImageClassification
+from ..utils.loading import load_image_processor
 from .folder import check_new, check_processor, check_same_answers, new_folder
 from .vit import load_refinable, refine_vit
 
@@ -25,6 +25,7 @@ def refine_to_folder(
     output_dir: str | Path,
     pictures: Iterable[PILImage.Image] | None = None,
     *,
+    revision: str | None = None,
     refined_layers: list[int] | None = None,
     refinement: str = "expansion_convolution",
     expansion_ratio: int = 3,
@@ -39,6 +40,7 @@ def refine_to_folder(
         model (`str`): folder or Hub name of a ViT or DeiT image classifier.
         output_dir: the folder to make; must be new or empty.
         pictures (`PIL.Image` ones, *optional*): some dozens, for the norms' statistics.
+        revision (`str`, *optional*): branch, tag or commit of the model on the Hub.
         refined_layers (`list[int]`, *optional*): which layers refine their map, from 1. Default: all.
         refinement, expansion_ratio, refinement_kernel_size (*optional*): as in [`RefinerConfig`].
         with_code (`bool`, *optional*): put the model's code into the folder.
@@ -53,11 +55,11 @@ def refine_to_folder(
     """
     output_dir = Path(output_dir)
     check_new(output_dir)
-    source = load_refinable(model)
+    source = load_refinable(model, revision)
     layers = range(1, source.config.num_hidden_layers + 1)
     if unknown := sorted(set(refined_layers or ()) - set(layers)):
         raise ValueError(f"The model has the layers 1 to {layers[-1]}, there is no layer {unknown[0]}.")
-    processor = AutoImageProcessor.from_pretrained(model)
+    processor = load_image_processor(model, {"revision": revision})
     check_processor(processor, source.config)
     refined = refine_vit(
         source,

@@ -2,35 +2,43 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration_refiner import RefinerConfig
 from ..conversion.folder import check_processor, new_folder
 from ..hub.code import without_code
-from ..hub.loading import load_classifier
 from ..modeling_refiner import RefinerForImageClassification
+from ..utils.loading import load_classifier, load_config, load_image_processor, try_out
 from .graph import export_onnx, quantize_onnx
 
 
 GRAPH, QUANTIZED = "model.onnx", "model_int8.onnx"
 
 
-def load_for_export(model: str) -> tuple[RefinerForImageClassification, BaseImageProcessor]:
+def load_for_export(
+    model: str, revision: str | None = None
+) -> tuple[RefinerForImageClassification, BaseImageProcessor]:
     """
     A classifier in float32 and in evaluation mode, and its image processor.
 
     Raises:
-        `ValueError`: it isn't a Refiner with a classifier, it is damaged, or its image processor doesn't fit it.
+        `ValueError`: it isn't a Refiner with a classifier, it is quantized or damaged, or its image processor doesn't
+            fit it.
         `OSError`: there is no such model, or it has no image processor.
     """
-    config = AutoConfig.from_pretrained(model)
+    config = load_config(model, revision=revision)
     if not isinstance(config, RefinerConfig):
         raise ValueError(
             f"{model} is a {config.model_type!r} model, not a Refiner. (Hugging Face's optimum exports others.)"
         )
-    network, processor = load_classifier(model), AutoImageProcessor.from_pretrained(model)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{model} is quantized, which ONNX has no operations for. Export the model that it was made of; --int8 "
+            "quantizes the graph."
+        )
+    network, processor = load_classifier(model, revision), load_image_processor(model, {"revision": revision})
     check_processor(processor, network.config)
+    try_out(model, network, processor)
     return network, processor
 
 

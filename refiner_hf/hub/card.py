@@ -100,17 +100,19 @@ def make_card(facts: CardFacts) -> ModelCard:
 _TEXTS = ("title", "summary", "usage", "limits", "results", "pictures", "architecture", "data", "training")
 
 
-def basic_card(model: RefinerPreTrainedModel, name: str) -> ModelCard:
-    """A card that says what a model shows of itself, for one that comes without a card."""
+def basic_card(model: RefinerPreTrainedModel, name: str, base_model: str | None = None) -> ModelCard:
+    """A card that says what a model (an adapter with its `base_model`) shows of itself, where there is no other."""
     task = task_of(model)
+    adapts = f", as a PEFT adapter of `{base_model}`" if base_model else ""
     return make_card(
         CardFacts(
             title=name.split("/")[-1],
-            summary=f"A Refiner (`{type(model).__name__}`).",
+            summary=f"A Refiner (`{type(model).__name__}`){adapts}.",
             usage=usage_example(name, False, task),
             architecture=describe_network(model),
             limits="How this model was trained, on what, and how well it does was not recorded when it was published. "
             "Ask whoever published it.",
+            base_model=base_model,
             task=task,
         )
     )

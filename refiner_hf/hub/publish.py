@@ -9,10 +9,19 @@ from pathlib import Path
 import numpy as np
 import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from transformers import AutoImageProcessor
 
 from .. import modeling_refiner
 from ..modeling_refiner import RefinerPreTrainedModel
+from ..utils.loading import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PROCESSOR_NAME,
+    find_source,
+    has_image_processor,
+    load_config,
+    load_image_processor,
+    load_network,
+)
 from .answers import answers_of
 from .card import basic_card, for_repository
 from .code import AUTO_MAP, code_for, has_code, without_code
@@ -61,6 +70,7 @@ def publish_folder(
     private: bool | None = None,
     branch: str | None = None,
     tag: str | None = None,
+    create_pr: bool = False,
     token: str | None = None,
     message: str = "Upload a Refiner with refiner_hf",
     with_code: bool = False,
@@ -74,9 +84,11 @@ def publish_folder(
     token and the repository; then the upload begins. Pushing again after a failure sends only what isn't there yet.
 
     Args:
-        folder: as training, conversion or `save_pretrained` left it. A card is made where it has none.
+        folder: as training, conversion or `save_pretrained` left it, or a PEFT adapter of a Refiner on the Hub. A card
+            is made where it has none.
         repo_id: "name" or "namespace/name".
         private, branch, tag, token: see [`prepare_repository`].
+        create_pr (`bool`, *optional*): open a pull request instead, also in somebody else's repository.
         message: of the commit.
         with_code (`bool`, *optional*): the repository loads with `trust_remote_code=True` where this package isn't
             installed. A folder that holds the code already is published with it in any case.
@@ -87,20 +99,26 @@ def publish_folder(
     """
     folder = Path(folder)
     files = files_to_publish(folder)
+    base_model = check_adapter(folder) if is_adapter(folder) else None
     model = check_model(folder)
     answers = check_answers(folder, model)
     card = read_card(folder)
-    remote_code = with_code or has_code(folder)
-    files |= code_for(folder) if with_code else {} if remote_code else without_code(folder)
+    if base_model and with_code:
+        raise ValueError("An adapter carries no code: publish its base model with code, and the adapter without.")
+    remote_code = base_model is None and (with_code or has_code(folder))
+    if with_code:
+        files |= code_for(folder)
+    elif not remote_code:
+        files |= without_code(folder)
 
-    repo_id = prepare_repository(repo_id, private=private, branch=branch, tag=tag, token=token)
+    repo_id = prepare_repository(repo_id, private=private, branch=branch, tag=tag, create_pr=create_pr, token=token)
     if card is None:
         logger.warning(f"{folder} has no model card: publishing one that says what the model shows of itself.")
-        card = basic_card(model, repo_id)
+        card = basic_card(model, repo_id, base_model)
     files[CARD] = str(for_repository(card, repo_id, remote_code, branch)).encode("utf-8")
     api = hub(token)
     try:
-        commit = commit_files(api, repo_id, files, message, branch)
+        commit = (open_pull_request if create_pr else commit_files)(api, repo_id, files, message, branch)
         if tag is not None:
             patiently(
                 lambda: api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True), f"Making the tag {tag}"
@@ -110,9 +128,9 @@ def publish_folder(
     return Published(
         repo_id=repo_id,
         commit=commit.oid,
-        url=f"{api.endpoint}/{repo_id}/tree/{tag or branch or 'main'}",
+        url=commit.pr_url or f"{api.endpoint}/{repo_id}/tree/{tag or branch or 'main'}",
         model_class=type(model).__name__,
-        processed=_has_processor(folder),
+        processed=(folder / PROCESSOR_NAME).exists(),
         remote_code=remote_code,
         answers=answers,
     )
@@ -127,6 +145,11 @@ def files_to_publish(folder: Path) -> Files:
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
+    if is_adapter(folder):
+        files = public_files(folder)
+        if ADAPTER_WEIGHTS not in files:
+            raise ValueError(f"{folder} lacks {ADAPTER_WEIGHTS}: the adapter's weights aren't there.")
+        return files
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no model: it has no config.json. Give the folder of a finished run.")
     files = public_files(folder)
@@ -156,17 +179,34 @@ def check_model(folder: Path) -> RefinerPreTrainedModel:
     Raises:
         `ValueError`: the folder's model isn't a Refiner, or its weights don't fit its configuration.
     """
-    config = _read_json(folder / "config.json")
-    name = (config.get("architectures") or [None])[0]
+    config = load_config(str(folder))
+    name = (config.architectures or [None])[0]
     if name not in AUTO_CLASSES:
         raise ValueError(f"{folder} holds a {name}, not one of {', '.join(AUTO_CLASSES)}.")
-    try:
-        model, loading = getattr(modeling_refiner, name).from_pretrained(folder, output_loading_info=True)
-    except Exception as error:  # safetensors, torch and transformers each have their own for a damaged file
-        raise ValueError(f"The model in {folder} can't be loaded: {error}") from error
-    if loading["missing_keys"]:
-        raise ValueError(f"The weights in {folder} lack {', '.join(sorted(loading['missing_keys']))}.")
-    return model.eval()
+    return load_network(str(folder), getattr(modeling_refiner, name), config=config)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter, and not the network that it adapts."""
+    return (folder / ADAPTER_CONFIG).is_file() and not any(
+        (folder / name).exists() for name in (WEIGHTS, WEIGHTS_INDEX)
+    )
+
+
+def check_adapter(folder: Path) -> str:
+    """
+    The Hub name of an adapter's base model.
+
+    Raises:
+        `ValueError`: the base model is a folder of this machine, so that nobody else could load the adapter.
+    """
+    base = find_source(str(folder)).weights.name
+    if Path(base).exists():
+        raise ValueError(
+            f"{folder} adapts the model in {base}, a folder of this machine that others don't have. Publish that one "
+            f"first, and put its name on the Hub into base_model_name_or_path of {folder / ADAPTER_CONFIG}."
+        )
+    return base
 
 
 def check_answers(folder: Path, model: RefinerPreTrainedModel) -> np.ndarray:
@@ -176,10 +216,11 @@ def check_answers(folder: Path, model: RefinerPreTrainedModel) -> np.ndarray:
     Raises:
         `ValueError`: the processor can't be loaded or doesn't fit the model, or the answer isn't finite.
     """
-    if not _has_processor(folder):
+    prepares = has_image_processor(str(folder))
+    if not prepares:
         logger.warning(f"{folder} has no image processor: pipelines won't know how to prepare images.")
     try:
-        answers = answers_of(model, AutoImageProcessor.from_pretrained(folder) if _has_processor(folder) else None)
+        answers = answers_of(model, load_image_processor(str(folder)) if prepares else None)
     except Exception as error:
         raise ValueError(f"The model in {folder} doesn't work with its image processor: {error}") from error
     if not np.isfinite(answers).all():
@@ -225,14 +266,25 @@ def commit_files(api: HfApi, repo_id: str, files: Files, message: str, branch: s
     return patiently(commit, f"Publishing to {repo_id}")
 
 
+def open_pull_request(api: HfApi, repo_id: str, files: Files, message: str, branch: str | None = None) -> CommitInfo:
+    """The same commit as a pull request."""
+    additions = [CommitOperationAdd(path, content) for path, content in files.items()]
+    patiently(
+        lambda: api.preupload_lfs_files(repo_id, additions, create_pr=True, free_memory=False),
+        f"Uploading to {repo_id}",
+    )
+    # Once: had an answer been lost, a second try would open a second pull request.
+    return patiently(
+        lambda: api.create_commit(repo_id, additions, commit_message=message, create_pr=True),
+        f"Opening a pull request in {repo_id}",
+        tries=1,
+    )
+
+
 def _weight_files(folder: Path) -> set[str]:
     if (folder / WEIGHTS).exists() or not (folder / WEIGHTS_INDEX).exists():
         return {WEIGHTS}
     return {WEIGHTS_INDEX, *_read_json(folder / WEIGHTS_INDEX)["weight_map"].values()}
-
-
-def _has_processor(folder: Path) -> bool:
-    return (folder / "preprocessor_config.json").exists()
 
 
 def _read_json(path: Path) -> dict:

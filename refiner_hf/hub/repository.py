@@ -45,6 +45,7 @@ def prepare_repository(
     private: bool | None = None,
     branch: str | None = None,
     tag: str | None = None,
+    create_pr: bool = False,
     token: str | None = None,
 ) -> str:
     """
@@ -57,6 +58,8 @@ def prepare_repository(
             its namespace has it (usually public).
         branch (`str`, *optional*): that will be written to, instead of `main`.
         tag (`str`, *optional*): that will be made; it must be new, or be at the branch's last commit.
+        create_pr (`bool`, *optional*): a pull request will be opened, which takes no right to write to the repository;
+            it must be there.
         token (`str`, *optional*): by default the one of `hf auth login` or `HF_TOKEN`.
 
     Returns:
@@ -76,6 +79,11 @@ def prepare_repository(
     name = repo_id.split("/")[-1]
     namespace = repo_id.split("/")[0] if "/" in repo_id else user["name"]
     repo_id = f"{namespace}/{name}"
+    if create_pr:
+        if private is not None or tag is not None or branch not in (None, "main"):
+            raise ValueError("A pull request goes to main as it is: give no branch, tag or visibility with it.")
+        patiently(lambda: _check_pull_request(api, user, repo_id), f"Looking for the repository {repo_id}")
+        return repo_id
     _check_namespace(user, namespace, name)
 
     def make() -> None:
@@ -108,14 +116,15 @@ def prepare_repository(
     return repo_id
 
 
-def patiently(action: Callable[[], Result], what: str) -> Result:
+def patiently(action: Callable[[], Result], what: str, tries: int = TRIES) -> Result:
     """
-    Runs `action`, again after a while where the Hub is busy, limits the rate, or the connection broke.
+    Runs `action`, again after a while where the Hub is busy, limits the rate, or the connection broke, up to `tries`
+    times in all.
 
     Raises:
         [`PublishError`]: it failed in a way that waiting doesn't mend, or too often.
     """
-    for attempt in range(1, TRIES + 1):
+    for attempt in range(1, tries + 1):
         try:
             return action()
         except OfflineModeIsEnabled as error:
@@ -126,12 +135,12 @@ def patiently(action: Callable[[], Result], what: str) -> Result:
                 raise
             response = cause.response if isinstance(cause, HfHubHTTPError) else None
             passing = response is None or response.status_code in _PASSING_STATUS
-            if not passing or attempt == TRIES:
-                tried = f" after {attempt} tries" if passing else ""
+            if not passing or attempt == tries:
+                tried = f" after {attempt} tries" if passing and tries > 1 else ""
                 raise PublishError(f"{what} failed{tried}: {_explain(cause, response)}") from error
             seconds = _seconds_to_wait(response, attempt)
             busy = f"status {response.status_code}" if response is not None else "no connection"
-            logger.warning(f"{what}: {busy}. Trying again in {seconds:g} s ({attempt} of {TRIES - 1}).")
+            logger.warning(f"{what}: {busy}. Trying again in {seconds:g} s ({attempt} of {tries - 1}).")
             time.sleep(seconds)
     raise AssertionError("unreachable")
 
@@ -161,6 +170,15 @@ def _check_namespace(user: dict[str, Any], namespace: str, name: str) -> None:
         )
     if roles[namespace] == "read":
         raise PublishError(f"{user['name']} may only read in the organisation {namespace}. Ask its admins.")
+
+
+def _check_pull_request(api: HfApi, user: dict[str, Any], repo_id: str) -> None:
+    try:
+        api.repo_info(repo_id)
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"There is no repository {repo_id} to open a pull request in.") from error
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise PublishError(f"The token of {user['name']} may only read. Make one with the right to write.")
 
 
 def _check_rights(user: dict[str, Any], repo_id: str, exists: bool) -> None:

@@ -4,16 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    BaseImageProcessor,
-    PreTrainedModel,
-)
+from transformers import AutoModel, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+
+from ..utils.loading import load_config, load_image_processor, load_network, try_out
 
 
 def short_names(names: list[str]) -> list[str]:
@@ -45,27 +39,31 @@ class Network:
         return patch_grid(self.model, pixel_values)
 
 
-def open_network(name: str, device: str = "cpu") -> Network:
+def open_network(name: str, device: str = "cpu", revision: str | None = None) -> Network:
     """
     Args:
         name (`str`): folder or Hub name of a Refiner, or of a transformer in transformers whose layers attend to all
             patches alike: ViT, DeiT, DINOv2, BEiT and others.
         device (`str`, *optional*, defaults to `"cpu"`): where it shall run.
+        revision (`str`, *optional*): branch, tag or commit of a model on the Hub.
 
     Raises:
-        `ValueError`, `OSError`: there is no such model, or one without maps of this kind.
+        `ValueError`, `OSError`: there is no such model, it is damaged, or it has no maps of this kind.
     """
-    config = AutoConfig.from_pretrained(name)
+    hub = {"revision": revision}
+    config = load_config(name, **hub)
     # With its classifier, where it has one: what is left out or made anew, transformers reports at length.
     classifies = any("ForImageClassification" in kind for kind in config.architectures or [])
     kind = AutoModelForImageClassification if classifies else AutoModel
     # In float32 however it was saved, since rounding looks like directions in a smooth map.
-    try:
-        model = kind.from_pretrained(name, attn_implementation="eager", dtype=torch.float32).eval().to(device)
-    except SafetensorError as error:
-        raise ValueError(f"The weights in {name} are damaged: {error}") from error
+    options = {"config": config, "attn_implementation": "eager", "dtype": torch.float32}
+    # A pooler, which some are saved without, comes after the maps.
+    model = load_network(name, kind, hub=hub, may_lack=lambda tensor: "pooler." in tensor, **options)
     classes_of_layers(model)
-    return Network(short_names([name])[0], model, AutoImageProcessor.from_pretrained(name))
+    network = Network(short_names([name])[0], model, load_image_processor(name, hub))
+    try_out(name, model, network.processor)
+    model.to(device)
+    return network
 
 
 def patch_grid(model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[int, int]:

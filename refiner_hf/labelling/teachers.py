@@ -19,7 +19,8 @@ import torch
 from PIL import Image as PILImage
 from torch import nn
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from ..utils.loading import load_classifier, load_image_processor, try_out
 
 
 TIMM_PREFIX = "timm/"
@@ -57,9 +58,9 @@ class TimmTeacher(Teacher):
 
     def __init__(self, name: str, image_size: int | None):
         try:
-            model = timm.create_model(name, pretrained=True, img_size=image_size)
+            model = _create(name, img_size=image_size)
         except TypeError:  # it takes any size
-            model = timm.create_model(name, pretrained=True)
+            model = _create(name)
         config = timm.data.resolve_model_data_config(model)
         super().__init__(model, config["mean"], config["std"])
         self.labels = model.pretrained_cfg.get("label_names")
@@ -86,8 +87,8 @@ class TransformersTeacher(Teacher):
     """
 
     def __init__(self, name: str, image_size: int | None):
-        model = AutoModelForImageClassification.from_pretrained(name)
-        processor = AutoImageProcessor.from_pretrained(name)
+        model, processor = load_classifier(name), load_image_processor(name)
+        try_out(name, model, processor)
         super().__init__(model, processor.image_mean or [0.0] * 3, processor.image_std or [1.0] * 3)
         self.num_labels = model.config.num_labels
         self.labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
@@ -154,12 +155,30 @@ def load_teacher(name: str, image_size: int | None = None) -> Teacher:
     Raises:
         `ValueError`, `OSError`: there is no such classifier.
     """
-    config = Path(name) / "config.json"
-    if config.is_file() and "architecture" in json.loads(config.read_text(encoding="utf-8")):
+    if _is_timm_folder(Path(name)):
         return TimmTeacher(f"local-dir:{name}", image_size)
     if name.startswith(TIMM_PREFIX):
         return TimmTeacher(f"hf-hub:{name}", image_size)
     return TransformersTeacher(name, image_size)
+
+
+def _is_timm_folder(folder: Path) -> bool:
+    try:
+        return "architecture" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):  # none, or a damaged one, of which loading says more
+        return False
+
+
+def _create(name: str, **options: int | None) -> nn.Module:
+    try:
+        model = timm.create_model(name, pretrained=True, **options)
+    except (OSError, TypeError):
+        raise
+    except Exception as error:  # timm, torch and safetensors each have their own for a damaged file
+        raise ValueError(f"timm can't load {name.split(':', 1)[-1]}: {error}") from error
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise ValueError(f"The weights of {name.split(':', 1)[-1]} hold NaN or infinity.")
+    return model
 
 
 def _places_of_map(features: torch.Tensor, channels_first: bool) -> tuple[torch.Tensor, tuple[int, int]]:

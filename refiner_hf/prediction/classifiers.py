@@ -8,9 +8,9 @@ from glob import escape
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, BaseImageProcessor, PreTrainedConfig
+from transformers import BaseImageProcessor, PreTrainedConfig
 
-from ..hub.loading import load_classifier
+from ..utils.loading import load_classifier, load_config, load_image_processor, try_out
 from .scores import probabilities
 
 
@@ -72,13 +72,14 @@ class Classifier(ABC):
         return digest.hexdigest()
 
 
-def open_classifier(name: str, device: str = "cpu") -> Classifier:
+def open_classifier(name: str, device: str = "cpu", revision: str | None = None) -> Classifier:
     """
     Args:
         name (`str`): folder or Hub name of any of transformers' image classifiers, Refiners among them; or an exported
             one: an `.onnx` file with `config.json` and `preprocessor_config.json` beside it, or the folder of a
             `model.onnx` that has no safetensors.
         device (`str`, *optional*, defaults to `"cpu"`): where it shall run.
+        revision (`str`, *optional*): branch, tag or commit of a model on the Hub.
 
     Raises:
         `ValueError`, `OSError`: there is no such model, it is damaged, or it isn't a classifier.
@@ -89,15 +90,16 @@ def open_classifier(name: str, device: str = "cpu") -> Classifier:
         return OnnxClassifier(path, device)
     if (path / "model.onnx").is_file() and not any(path.glob("*.safetensors")):
         return OnnxClassifier(path / "model.onnx", device)
-    return TorchClassifier(name, device)
+    return TorchClassifier(name, device, revision)
 
 
 class TorchClassifier(Classifier):
     """A model of transformers, in float32 however it was saved."""
 
-    def __init__(self, name: str, device: str):
-        model = load_classifier(name)
-        super().__init__(name, model.config, AutoImageProcessor.from_pretrained(name))
+    def __init__(self, name: str, device: str, revision: str | None = None):
+        model = load_classifier(name, revision)
+        super().__init__(name, model.config, load_image_processor(name, {"revision": revision}))
+        try_out(name, model, self.processor)
         self._model = model.to(device)
 
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -106,7 +108,9 @@ class TorchClassifier(Classifier):
     def weights(self) -> Iterable[memoryview]:
         for name, tensor in sorted(self._model.state_dict().items()):
             yield name.encode()
-            yield tensor.cpu().flatten().view(torch.uint8).numpy().data
+            # Quantized weights are of classes of their own; as numbers they are like any others.
+            plain = tensor if type(tensor) is torch.Tensor else tensor.dequantize()
+            yield plain.cpu().flatten().view(torch.uint8).numpy().data
 
 
 class OnnxClassifier(Classifier):
@@ -122,7 +126,7 @@ class OnnxClassifier(Classifier):
         if not file.is_file():
             raise ValueError(f"There is no file {file}.")
         folder = str(file.parent)
-        super().__init__(str(file), AutoConfig.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder))
+        super().__init__(str(file), load_config(folder), load_image_processor(folder))
         self._file = file
         wanted = torch.device(device)
         providers = ["CPUExecutionProvider"]

@@ -37,6 +37,7 @@ def predict(
     batch_size: int = 32,
     num_workers: int = DEFAULT_WORKERS,
     device: str = "cpu",
+    revision: str | None = None,
 ) -> Predictions:
     """
     Writes a table of a classifier's answers to images: `file,label,score`, and with `top_k` also `label_2,score_2` and
@@ -56,6 +57,7 @@ def predict(
         batch_size (`int`, *optional*, defaults to 32): images at a time.
         num_workers (`int`, *optional*): processes that read ahead; 0 reads here. Default: 4, or the number of cores.
         device (`str`, *optional*, defaults to `"cpu"`): where the model runs.
+        revision (`str`, *optional*): branch, tag or commit of a model on the Hub.
 
     Returns:
         [`Predictions`]. Images that can't be read have no row; they are listed there.
@@ -70,7 +72,7 @@ def predict(
     files = find_images([images] if isinstance(images, str | os.PathLike) else images)
     output = Path(output_file)
     check_place(output)
-    classifier = open_classifier(model, device)
+    classifier = open_classifier(model, device, revision)
     top_k = min(top_k, len(classifier.labels))
 
     with Answers(output, _columns(top_k), {"model": classifier.digest(), "top_k": top_k}) as answers:

@@ -1,7 +1,5 @@
 """The network and the image processor that a run begins with."""
 
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
@@ -11,10 +9,13 @@ from ..data.transforms import match_labels
 from ..image_processing_pil_refiner import RefinerImageProcessorMixin
 from ..image_processing_refiner import RefinerImageProcessor
 from ..modeling_refiner import RefinerForImageClassification
+from ..utils.loading import has_image_processor, load_config, load_image_processor, load_network
 from .arguments import ModelArguments
 
 
 logger = logging.get_logger(__name__)
+
+_HEADS = ("classifier.", "distillation_classifier.", "dense_classifier.")
 
 
 def load_model(
@@ -24,13 +25,14 @@ def load_model(
     A new network for `labels`, or a checkpoint's, fitted to them.
 
     A checkpoint with the same labels keeps its heads and its label order, whatever order the data has. With other
-    labels its heads are replaced, with a warning, unless `keep_labels`.
+    labels its heads are replaced, with a warning, unless `keep_labels`; only then may the checkpoint lack them.
 
     Returns:
         the model, and its number of each of the data's labels (`None` where they are the same).
 
     Raises:
-        `ValueError`: the checkpoint isn't a Refiner's; or, with `keep_labels`, labels that it doesn't know.
+        `ValueError`: the checkpoint isn't a Refiner's, or isn't whole; or, with `keep_labels`, labels that it doesn't
+            know.
     """
     sizes = {} if args.image_size is None else {"image_size": args.image_size}
     if args.model_name_or_path is None:
@@ -39,24 +41,30 @@ def load_model(
         config = new(**names, **args.overrides | sizes)
         return RefinerForImageClassification(config, args.refine_implementation), None
 
-    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
-    config = AutoConfig.from_pretrained(args.model_name_or_path, **hub)
+    config = load_config(args.model_name_or_path, **_hub(args))
     if not isinstance(config, RefinerConfig):
         raise ValueError(
             f"{args.model_name_or_path} is a {config.model_type!r} model, not a Refiner. (Of a ViT or DeiT "
             "refiner-refine-vit makes one.)"
         )
-    try:
-        model = RefinerForImageClassification.from_pretrained(
-            args.model_name_or_path,
-            refine_implementation=args.refine_implementation,
-            **hub,
-            **args.overrides | sizes,
-        )
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"The weights of {args.model_name_or_path} don't fit the network: {error}") from error
+    replaced = not keep_labels and set(labels) != set(config.label_names)
+    # A head that the checkpoint's own configuration doesn't have was asked for by --config_overrides.
+    own = {"dense_classifier.": config.use_dense_head, "distillation_classifier.": config.use_distillation_head}
+    new_heads = tuple(head for head in _HEADS if replaced or not own.get(head, True))
+    for name, value in (args.overrides | sizes).items():
+        setattr(config, name, value)
+    model = load_network(
+        args.model_name_or_path,
+        RefinerForImageClassification,
+        hub=_hub(args),
+        may_lack=lambda tensor: tensor.startswith(new_heads),
+        # What masked image modelling needs beside the network.
+        may_have=lambda tensor: tensor.startswith("decoder.") or tensor.endswith(".mask_token"),
+        config=config,
+        refine_implementation=args.refine_implementation,
+    )
     model_labels = model.config.label_names
-    if keep_labels or set(labels) == set(model_labels):
+    if not replaced:
         return model, match_labels(labels, model_labels)
     logger.warning(
         f"The data's {len(labels)} labels are not the checkpoint's {len(model_labels)}: its classifiers are replaced "
@@ -72,28 +80,43 @@ def load_processor(args: ModelArguments, config: RefinerConfig) -> BaseImageProc
     ([`~refiner_hf.refine_vit`]) keeps the ViT's.
 
     Raises:
-        `ValueError`: `crop_pct` for a processor that has none.
+        `ValueError`: the checkpoint's is damaged, or makes images of another size than its network takes; `crop_pct`
+            for a processor that has none.
     """
     height, width = config.image_height_width
     size = {"height": height, "width": width}
     own = {"size": size} if args.crop_pct is None else {"size": size, "crop_pct": args.crop_pct}
-    if args.model_name_or_path is None:
+    name, hub = args.model_name_or_path, _hub(args)
+    if name is None:
         return RefinerImageProcessor(**own)
-    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
+    if not has_image_processor(name, hub):
+        logger.warning(f"{name} has no image processor; taking the standard one.")
+        return RefinerImageProcessor(**own)
+    processor = load_image_processor(name, hub)
     try:
-        processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, **hub)
-    except OSError:
-        logger.warning(f"{args.model_name_or_path} has no image processor; taking the standard one.")
-        return RefinerImageProcessor(**own)
+        made = output_size(processor)
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"The image processor of {name} doesn't say which height and width its images have."
+        ) from error
+    if made != (height, width) and args.image_size is None and "image_size" not in args.overrides:
+        raise ValueError(
+            f"The image processor of {name} makes images of {made[0]}x{made[1]} pixels, and its network takes "
+            f"{height}x{width}. Give the size that you want: --image_size."
+        )
     if isinstance(processor, RefinerImageProcessorMixin):
-        return RefinerImageProcessor.from_pretrained(args.model_name_or_path, **hub, **own)
+        return RefinerImageProcessor.from_dict(processor.to_dict(), **own)
     if args.crop_pct is not None:
-        raise ValueError(f"{args.model_name_or_path} has a {type(processor).__name__}, which knows no --crop_pct.")
-    if output_size(processor) == (height, width):
+        raise ValueError(f"{name} has a {type(processor).__name__}, which knows no --crop_pct.")
+    if made == (height, width):
         return processor
     if not processor.do_center_crop:
-        return AutoImageProcessor.from_pretrained(args.model_name_or_path, **hub, size=size)
+        return load_image_processor(name, hub, size=size)
     grown = {"height": height / processor.crop_size["height"], "width": width / processor.crop_size["width"]}
     sides = {side: pixels for side, pixels in dict(processor.size).items() if pixels}
     resized = {side: round(pixels * grown.get(side, max(grown.values()))) for side, pixels in sides.items()}
-    return AutoImageProcessor.from_pretrained(args.model_name_or_path, **hub, size=resized, crop_size=size)
+    return load_image_processor(name, hub, size=resized, crop_size=size)
+
+
+def _hub(args: ModelArguments) -> dict[str, str | None]:
+    return {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}

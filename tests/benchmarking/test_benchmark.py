@@ -210,7 +210,7 @@ def test_a_run_cut_off_keeps_what_was_measured(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(
         run, "peak_memory_in_child", lambda c, n: (interrupted if c.kind == "training" else peak)(c, n)
     )
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         main(words)
     assert len(quick) == 2
     monkeypatch.setattr(run, "peak_memory_in_child", peak)

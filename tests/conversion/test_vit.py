@@ -333,7 +333,7 @@ def test_command_refuses_and_leaves_nothing(saved, photos, tmp_path):
     fails("--model", str(tmp_path / "none"), says="none")
     ViTModel(ViTConfig(**SIZE)).save_pretrained(tmp_path / "headless")
     PROCESSORS["vit"].save_pretrained(tmp_path / "headless")
-    fails("--model", str(tmp_path / "headless"), says="weights lack classifier.bias")
+    fails("--model", str(tmp_path / "headless"), says="they lack classifier.bias")
     ViTImageProcessor(size={"height": 24, "width": 24}).save_pretrained(source)
     fails("--model", source, says="makes .3, 24, 24. .channels, height, width. of a picture")
     PROCESSORS["vit"].save_pretrained(source)

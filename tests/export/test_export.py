@@ -173,7 +173,7 @@ def test_what_cannot_be_exported(saved, photos, tmp_path):
 
     bare = tmp_path / "bare"
     RefinerModel(config_of()).save_pretrained(bare)
-    fails("--model", str(bare), says="weights lack classifier.bias")
+    fails("--model", str(bare), says="they lack classifier.bias")
     ViTForImageClassification(ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
         tmp_path / "vit"
     )

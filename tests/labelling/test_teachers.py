@@ -105,7 +105,7 @@ def test_a_refiner(tiny_model, tmp_path):
 def test_a_classifier_of_an_unknown_kind(tmp_path, monkeypatch):
     make, config, _ = CLASSIFIERS["vit"]
     make(config).save_pretrained(tmp_path)
-    ViTImageProcessor().save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
     teacher = load_teacher(str(tmp_path))
     monkeypatch.setattr(teacher.model.classifier, "forward", lambda found: torch.rand(len(found), 3))
     with pytest.raises(ValueError, match="in a way that isn't known here. Take another teacher"):

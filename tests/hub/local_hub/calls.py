@@ -178,9 +178,20 @@ def delete_name(request: Request, repo: Repository, kind_of_name: str, name: str
     return {}
 
 
-@route("POST", f"{API}/preupload{REVISION}", "write")
+def check_writer(request: Request, repo: Repository) -> bool:
+    """Whether a pull request is opened, which takes no more than the right to read; else it takes that to write."""
+    opens_pull_request = request.asks_for("create_pr")
+    if opens_pull_request:
+        request.must_be_known()
+    else:
+        request.repository(repo.kind, repo.id, "write")
+    return opens_pull_request
+
+
+@route("POST", f"{API}/preupload{REVISION}", "read")
 def preupload(request: Request, repo: Repository, revision: str):
     """Tells how to upload each file, and what there is under its name, so that the client leaves out what it has."""
+    check_writer(request, repo)
     present = repo.at(revision).files
 
     def plan(path: str, size: int) -> dict:
@@ -191,10 +202,9 @@ def preupload(request: Request, repo: Repository, revision: str):
     return {"files": [plan(file["path"], file["size"]) for file in request.json()["files"]]}
 
 
-@route("POST", f"{API}/commit{REVISION}", "write")
+@route("POST", f"{API}/commit{REVISION}", "read")
 def commit(request: Request, repo: Repository, revision: str):
-    if request.asks_for("create_pr"):
-        raise HubError(400, "This server has no pull requests")
+    opens_pull_request = check_writer(request, repo)
     if revision not in repo.branches:
         raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
     parent, header = repo.at(revision), {}
@@ -210,8 +220,15 @@ def commit(request: Request, repo: Repository, revision: str):
     if errors := check_card(files.get("README.md", b"").decode())[0]:
         raise HubError(400, "Invalid metadata in README.md: " + "; ".join(errors))
     author = request.must_be_known().user.name
-    new = repo.commit(revision, Commit(parent.sha, header["summary"], header.get("description", ""), files, author))
-    return {"success": True, "commitOid": new.sha, "commitUrl": f"{request.hub.url}/{repo.path}/commit/{new.sha}"}
+    new = Commit(parent.sha, header["summary"], header.get("description", ""), files, author)
+    page = f"{request.hub.url}/{repo.path}"
+    answer = {"success": True, "commitOid": new.sha, "commitUrl": f"{page}/commit/{new.sha}"}
+    if not opens_pull_request:
+        repo.commit(revision, new)
+        return answer
+    number = len(repo.pull_requests) + 1
+    repo.commits[new.sha], repo.pull_requests[f"refs/pr/{number}"] = new, new.sha
+    return {**answer, "pullRequestUrl": f"{page}/discussions/{number}"}
 
 
 def apply(action: str, value: dict, files: dict[str, Blob], repo: Repository) -> None:

@@ -10,9 +10,10 @@ from .repositories import Blob, Repository
 from .requests import Request
 
 
-@route("POST", rf"{PAGE}\.git/info/lfs/objects/batch", "write")
+@route("POST", rf"{PAGE}\.git/info/lfs/objects/batch", "read")
 def batch(request: Request, repo: Repository):
-    """Where to put each large file that isn't there yet."""
+    """Where to put each large file that isn't there yet. Whether it may become part of a commit is asked there."""
+    request.must_be_known()
     verify = {"href": f"{request.hub.url}/{repo.path}.git/info/lfs/objects/verify"}
 
     def plan(oid: str, size: int) -> dict:

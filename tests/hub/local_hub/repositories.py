@@ -67,6 +67,7 @@ class Repository:
         self.commits: dict[str, Commit] = {}
         self.branches: dict[str, str] = {}
         self.tags: dict[str, str] = {}
+        self.pull_requests: dict[str, str] = {}
         # Uploaded contents by their sha256, committed or not, and the parts of those that are under way.
         self.objects: dict[str, Blob] = {}
         self.parts: dict[str, dict[int, bytes]] = {}
@@ -88,7 +89,7 @@ class Repository:
         return commit
 
     def at(self, revision: str) -> Commit:
-        sha = self.branches.get(revision) or self.tags.get(revision) or revision
+        sha = self.branches.get(revision) or self.tags.get(revision) or self.pull_requests.get(revision) or revision
         if sha not in self.commits:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return self.commits[sha]

@@ -1,0 +1,57 @@
+"""Two commands never write to one place at the same time."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+
+LOCK = ".lock"  # in a folder that is written to
+
+
+@contextmanager
+def locked(file: str | Path, what: str) -> Iterator[None]:
+    """
+    Holds a lock while something is written. It ends with the process that holds it, however that ends.
+
+    Args:
+        file: of the lock, in a folder that can be written; gone afterwards.
+        what (`str`): what is written, for the error.
+
+    Raises:
+        `OSError`: another process holds the lock, or the file can't be made.
+    """
+    lock = FileLock(file, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BlockingIOError(
+            f"Another process writes to {what} at this moment. Wait until it has ended, or write somewhere else."
+        ) from error
+    try:
+        yield
+    finally:
+        # While it is held: whoever opened the file before it went sees that it is gone, and makes another.
+        Path(file).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def locked_folder(folder: str | Path) -> Iterator[None]:
+    """
+    [`locked`] for a folder, which is made where it isn't there.
+
+    Raises:
+        `OSError`: another process writes to it, or it can't be written.
+    """
+    folder = Path(folder)
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(folder / LOCK, f"the folder {folder}"))
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise OSError(f"The folder {folder} can't be written: {error}. Give another one.") from error
+        yield

@@ -58,8 +58,6 @@ def main(argv: list[str] | None = None) -> None:
     images, unreadable = find_unreadable(data.train, "training")
     if data_args.unreadable_images == "stop":
         stop_for(unreadable)
-    if len(images) == 0:
-        raise ValueError("There are no training images that can be read.")
     try:
         facts = make_label_maps(
             images,

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..modeling_refiner import RefinerForImageClassification
+from ..utils.locking import locked
 
 
 def check_new(folder: Path) -> None:
@@ -23,18 +24,20 @@ def check_new(folder: Path) -> None:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside it to write into, which becomes `folder` at the end, or is removed where anything failed."""
-    check_new(folder)
+    folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        unfinished.chmod(0o755)
-        yield unfinished
-        if folder.exists():
-            folder.rmdir()
-        unfinished.rename(folder)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
+    with locked(folder.with_name(f".{folder.name}.lock"), f"the folder {folder}"):
+        check_new(folder)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            unfinished.chmod(0o755)
+            yield unfinished
+            if folder.exists():
+                folder.rmdir()
+            unfinished.rename(folder)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
 
 def check_processor(processor: BaseImageProcessor, config: PreTrainedConfig) -> None:

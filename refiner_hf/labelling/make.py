@@ -15,6 +15,7 @@ from ..data.images import EncodedImage
 from ..data.label_maps import CLASSES, FACTS_FILE, KEY, SCORES, key_of
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN
 from ..hub.files import write_json
+from ..utils.locking import LOCK, locked_folder
 from .teachers import Teacher
 
 
@@ -66,9 +67,11 @@ def make_label_maps(
         the facts in `label_maps.json`.
 
     Raises:
-        `ValueError`: the teacher's labels aren't the data's, or the folder holds other maps.
-        `OSError`: the folder can't be written.
+        `ValueError`: there are no images, the teacher's labels aren't the data's, or the folder holds other maps.
+        `OSError`: the folder can't be written, or another process writes to it.
     """
+    if len(data) == 0:
+        raise ValueError("There are no images to make label maps of: none of them can be read.")
     columns = match_teacher(teacher.labels, teacher.num_labels, labels)
     top_k = min(top_k, len(labels))
     facts: dict[str, Any] = {
@@ -79,7 +82,22 @@ def make_label_maps(
         "top_k": top_k,
         "shard_size": shard_size,
     }
-    begun = _begin(folder, facts)
+    with locked_folder(folder):
+        return _make(data, teacher, folder, facts, columns, top_k, batch_size, num_workers, device)
+
+
+def _make(
+    data: Dataset,
+    teacher: Teacher,
+    folder: Path,
+    facts: dict[str, Any],
+    columns: list[int] | None,
+    top_k: int,
+    batch_size: int,
+    num_workers: int,
+    device: str,
+) -> dict[str, Any]:
+    begun, shard_size = _begin(folder, facts), facts["shard_size"]
     teacher.model.to(device)
     shards = math.ceil(len(data) / shard_size)
     agreeing = begun.get("agreeing", 0)
@@ -139,21 +157,27 @@ def _scores(teacher: Teacher, pixels: torch.Tensor, columns: list[int] | None) -
 
 def _begin(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """What is in the folder already."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if (folder / FACTS_FILE).exists():
-            begun = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-        elif any(folder.iterdir()):
-            raise ValueError(f"{folder} isn't empty and holds no label maps. Give another --output_dir.")
-        else:
-            begun = {}
-            write_json(folder / FACTS_FILE, facts)
-    except OSError as error:
-        raise OSError(f"The folder {folder} can't be written: {error}. Give another --output_dir.") from error
+    if (folder / FACTS_FILE).exists():
+        begun = _read_facts(folder / FACTS_FILE)
+    elif any(path.name != LOCK for path in folder.iterdir()):
+        raise ValueError(f"{folder} isn't empty and holds no label maps. Give another --output_dir.")
+    else:
+        begun = {}
+        write_json(folder / FACTS_FILE, facts)
     changed = [name for name, value in facts.items() if begun and begun.get(name) != value]
     if changed:
         raise ValueError(f"{folder} holds label maps with another {', '.join(changed)}. Give another --output_dir.")
     return begun
+
+
+def _read_facts(file: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}. Remove the folder, or give another --output_dir.") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"{file} is damaged: it holds no facts. Remove the folder, or give another --output_dir.")
+    return facts
 
 
 def _write_shard(file: Path, content: dict[str, list], length: int) -> None:

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
 from ..image_processing_pil_refiner import open_image, to_8_bit_rgb
+from ..utils.locking import locked
 from .answers import Answers, check_place, partial_file
 from .classifiers import Classifier, open_classifier
 from .files import find_images
@@ -64,7 +65,8 @@ def predict(
 
     Raises:
         `ValueError`, `OSError`, `RuntimeError`: no images, or none that can be read; no classifier; a table that is
-            there already, or unfinished and of another model or `top_k`; a folder that can't be written.
+            there already, or unfinished and of another model or `top_k`; a folder that can't be written, or a table
+            that another process writes.
     """
     for name, value, least in (("top_k", top_k, 1), ("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
         if value < least:
@@ -75,7 +77,9 @@ def predict(
     classifier = open_classifier(model, device, revision)
     top_k = min(top_k, len(classifier.labels))
 
-    with Answers(output, _columns(top_k), {"model": classifier.digest(), "top_k": top_k}) as answers:
+    facts = {"model": classifier.digest(), "top_k": top_k}
+    alone = locked(output.with_name(f".{output.name}.lock"), str(output))
+    with alone, Answers(output, _columns(top_k), facts) as answers:
         if strangers := answers.finished - {_printable(file) for file in files}:
             raise ValueError(
                 f"{partial_file(output)} holds answers to images that aren't meant now, such as {min(strangers)}. "

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..modeling_refiner import RefinerForImageClassification
+from ..utils.loading import said_in_words
 from ..utils.locking import locked
 
 
@@ -43,7 +44,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def check_processor(processor: BaseImageProcessor, config: PreTrainedConfig) -> None:
     """Raises a `ValueError` where an image processor makes something else of a picture than what a model takes."""
     mode = "L" if config.num_channels == 1 else "RGB"
-    made = processor(Image.new(mode, (48, 32)), return_tensors="pt").pixel_values.shape[1:]
+    with said_in_words(f"The image processor ({type(processor).__name__}) can't prepare a picture"):
+        made = processor(Image.new(mode, (48, 32)), return_tensors="pt").pixel_values.shape[1:]
     size = config.image_size
     wanted = (config.num_channels, *((size, size) if isinstance(size, int) else size))
     if tuple(made) != wanted:

@@ -14,7 +14,14 @@ import transformers
 from PIL import Image
 
 
-def answers(model: str, auto_class: str, processed: bool, revision: str | None = None, remote_code: bool = False):
+def answers(
+    model: str,
+    auto_class: str,
+    processed: bool,
+    revision: str | None = None,
+    remote_code: bool = False,
+    base_model: str | None = None,
+):
     """
     Everything the model gives for one picture of noise, flattened into one array.
 
@@ -22,12 +29,24 @@ def answers(model: str, auto_class: str, processed: bool, revision: str | None =
         model: folder or Hub name.
         auto_class: of `transformers`, by name.
         processed: whether the picture goes through the model's image processor, or is made of its pixels at once.
+        base_model: where `model` is a PEFT adapter, of what.
     """
     options = {"revision": revision or "main", "trust_remote_code": remote_code}
-    return answers_of(
-        getattr(transformers, auto_class).from_pretrained(model, **options),
-        transformers.AutoImageProcessor.from_pretrained(model, **options) if processed else None,
-    )
+    load = getattr(transformers, auto_class).from_pretrained
+    if base_model is None:
+        network = load(model, **options)
+    else:  # given the adapter's name alone, transformers would look for the base model at the adapter's revision
+        network = load(base_model)
+        network.load_adapter(model, adapter_kwargs={"revision": options["revision"]})
+    processor = None
+    if processed:
+        try:
+            processor = transformers.AutoImageProcessor.from_pretrained(model, **options)
+        except OSError:
+            if base_model is None:
+                raise
+            processor = transformers.AutoImageProcessor.from_pretrained(base_model)  # the adapter has none of its own
+    return answers_of(network, processor)
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ from ..modeling_refiner import RefinerPreTrainedModel
 from ..utils.loading import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    PROCESSOR_NAME,
     find_source,
     has_image_processor,
     load_config,
@@ -50,8 +49,8 @@ Files = dict[str, Path | bytes]
 @dataclass
 class Published:
     """
-    Where a folder went: the repository, the commit and its page; what its model answers to one fixed picture, and
-    whether it loads with code of its own.
+    Where a folder went: the repository, the commit and its page; what its model answers to one fixed picture, whether
+    it loads with code of its own, and of an adapter the base model.
     """
 
     repo_id: str
@@ -61,6 +60,7 @@ class Published:
     processed: bool
     remote_code: bool
     answers: np.ndarray
+    base_model: str | None = None
 
 
 def publish_folder(
@@ -130,9 +130,10 @@ def publish_folder(
         commit=commit.oid,
         url=commit.pr_url or f"{api.endpoint}/{repo_id}/tree/{tag or branch or 'main'}",
         model_class=type(model).__name__,
-        processed=(folder / PROCESSOR_NAME).exists(),
+        processed=has_image_processor(str(folder)),
         remote_code=remote_code,
         answers=answers,
+        base_model=base_model,
     )
 
 

@@ -39,6 +39,7 @@ def verify(published: Published, *, token: str | None = None) -> float:
         "auto_class": AUTO_CLASSES[published.model_class],
         "remote_code": published.remote_code,
         "processed": published.processed,
+        "base_model": published.base_model,
     }
     expected, actual = published.answers, _ask(question, token)
     difference = float(np.abs(actual - expected).max()) if actual.shape == expected.shape else float("inf")

@@ -9,7 +9,7 @@ from ..data.transforms import match_labels
 from ..image_processing_pil_refiner import RefinerImageProcessorMixin
 from ..image_processing_refiner import RefinerImageProcessor
 from ..modeling_refiner import RefinerForImageClassification
-from ..utils.loading import has_image_processor, load_config, load_image_processor, load_network
+from ..utils.loading import has_image_processor, load_config, load_image_processor, load_network, try_out
 from .arguments import ModelArguments
 
 
@@ -74,15 +74,22 @@ def load_model(
     return model, None
 
 
-def load_processor(args: ModelArguments, config: RefinerConfig) -> BaseImageProcessor:
+def load_processor(args: ModelArguments, model: RefinerForImageClassification) -> BaseImageProcessor:
     """
-    The checkpoint's image processor, or a new one, at the model's image size. A Refiner that was a ViT before
-    ([`~refiner_hf.refine_vit`]) keeps the ViT's.
+    The checkpoint's image processor, or a new one, at the model's image size, tried out with the model. A Refiner that
+    was a ViT before ([`~refiner_hf.refine_vit`]) keeps the ViT's.
 
     Raises:
         `ValueError`: the checkpoint's is damaged, or makes images of another size than its network takes; `crop_pct`
             for a processor that has none.
     """
+    processor = _fitting_processor(args, model.config)
+    if args.model_name_or_path is not None:
+        try_out(args.model_name_or_path, model, processor)
+    return processor
+
+
+def _fitting_processor(args: ModelArguments, config: RefinerConfig) -> BaseImageProcessor:
     height, width = config.image_height_width
     size = {"height": height, "width": width}
     own = {"size": size} if args.crop_pct is None else {"size": size, "crop_pct": args.crop_pct}

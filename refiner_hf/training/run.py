@@ -106,7 +106,7 @@ def run(
         if not data_args.embedded:
             _look_at_images(data, data_args, training_args)
     model, label_ids = load_model(model_args, data.labels, keep_labels=not training_args.do_train)
-    processor = load_processor(model_args, model.config)
+    processor = load_processor(model_args, model)
 
     label_ids = label_ids or list(range(len(data.labels)))  # a stream's labels are checked when they come
     for_evaluation = PrepareImages(evaluation_pixels(processor), label_ids)

@@ -137,7 +137,7 @@ def load_network(
     def absent(tensor: str) -> bool:
         return may_lack(tensor) or any(f".{part}." in f".{tensor}" for part in trained)
 
-    with _said_in_words(f"The weights of {name} are damaged, or don't fit its {CONFIG_NAME}"):
+    with said_in_words(f"The weights of {name} are damaged, or don't fit its {CONFIG_NAME}"):
         # Misshapen tensors: our own words name them.
         model, loading = kind.from_pretrained(
             source.weights.name,
@@ -173,7 +173,7 @@ def load_image_processor(name: str, hub: Hub | None = None, **options: Any) -> B
         `OSError`: there is none.
     """
     place = find_source(name, **hub or {}).place_of(PROCESSOR_NAME)
-    with _said_in_words(f"The {PROCESSOR_NAME} of {name} is damaged"):
+    with said_in_words(f"The {PROCESSOR_NAME} of {name} is damaged"):
         return AutoImageProcessor.from_pretrained(place.name, **place.hub, **options)
 
 
@@ -191,7 +191,7 @@ def try_out(name: str, model: PreTrainedModel, processor: BaseImageProcessor) ->
         `ValueError`: one can't take what the other makes, or the answer isn't finite.
     """
     mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
-    with _said_in_words(f"The network of {name} can't take what its image processor makes of a picture"):
+    with said_in_words(f"The network of {name} can't take what its image processor makes of a picture"):
         pixels = processor(Image.new(mode, (48, 32), 128), return_tensors="pt").pixel_values
         answer = model(pixel_values=pixels.to(model.device)).to_tuple()[0]
     if not answer.isfinite().all():
@@ -203,7 +203,7 @@ def try_out(name: str, model: PreTrainedModel, processor: BaseImageProcessor) ->
 
 def _load_config(name: str, source: Source) -> PreTrainedConfig:
     place, shapes = source.place_of(CONFIG_NAME), _shapes(source.weight_files())
-    with _said_in_words(f"The {CONFIG_NAME} of {name} can't be used"):
+    with said_in_words(f"The {CONFIG_NAME} of {name} can't be used"):
         content, _ = PreTrainedConfig.get_config_dict(place.name, **place.hub)
         if shapes:
             _check_sizes(content, shapes)
@@ -223,7 +223,7 @@ def _check_sizes(content: dict[str, Any], shapes: list[tuple[int, ...]]) -> None
 def _shapes(files: list[Path]) -> list[tuple[int, ...]]:
     shapes = []
     for file in files:
-        with _said_in_words(f"The weights in {file} are damaged"), safe_open(file, "pt") as tensors:
+        with said_in_words(f"The weights in {file} are damaged"), safe_open(file, "pt") as tensors:
             shapes += [(0, *tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118
     return shapes
 
@@ -234,7 +234,7 @@ def _weight_files(place: Place) -> list[Path]:
     index = place.find(SAFE_WEIGHTS_INDEX_NAME)
     if index is None:
         return []
-    with _said_in_words(f"The list of weights {index} is damaged"):
+    with said_in_words(f"The list of weights {index} is damaged"):
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     files = {name: place.find(name) for name in names}
     if missing := [name for name, file in files.items() if file is None]:
@@ -251,8 +251,10 @@ def _check_tensors(
 ) -> None:
     # A base model is often loaded from a file with a head, whose tensors are left over: they lie outside of it.
     own = {key.split(".")[0] for key in model.state_dict()}
-    is_base = model.base_model is model
-    unexpected = [key for key in loading["unexpected_keys"] if not is_base or key.split(".")[0] in own]
+    is_base, prefix = model.base_model is model, f"{model.base_model_prefix}."
+    unexpected = [
+        key for key in loading["unexpected_keys"] if not is_base or key.removeprefix(prefix).split(".")[0] in own
+    ]
     # Of many published classifiers, which never use it.
     unexpected = [key for key in unexpected if "pooler." not in key and not left_over(key)]
     problems = {
@@ -295,7 +297,7 @@ def _with_adapter(name: str, model: PreTrainedModel, adapter: Place) -> PreTrain
     weights = adapter.find(ADAPTER_WEIGHTS)
     if weights is None:
         raise ValueError(f"{name} has no {ADAPTER_WEIGHTS}: the adapter's weights aren't there.")
-    with _said_in_words(f"The adapter {name} doesn't fit its base model"):
+    with said_in_words(f"The adapter {name} doesn't fit its base model"):
         with safe_open(weights, "pt") as tensors:
             there = set(tensors.keys())
         adapted = PeftModel.from_pretrained(model, adapter.name, **adapter.hub)
@@ -306,9 +308,9 @@ def _with_adapter(name: str, model: PreTrainedModel, adapter: Place) -> PreTrain
 
 
 @contextmanager
-def _said_in_words(what: str) -> Iterator[None]:
+def said_in_words(what: str) -> Iterator[None]:
     """
-    Loading calls into libraries each of which has errors of its own for a damaged file; all but an `OSError`, which
+    Loading calls into libraries each of which has errors of its own for a damaged file. All but an `OSError`, which
     says that there is no file, become a `ValueError` that begins with `what`.
     """
     try:

@@ -70,7 +70,7 @@ def complete(request: Request, repo: Repository, oid: str):
     return {}
 
 
-@route("POST", rf"{PAGE}\.git/info/lfs/objects/verify", "write")
+@route("POST", rf"{PAGE}\.git/info/lfs/objects/verify", "read")
 def verify(request: Request, repo: Repository):
     wanted = request.json()
     if wanted["oid"] not in repo.objects:

@@ -1,0 +1,86 @@
+"""How commands end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from refiner_hf.commands.running import command
+
+
+def ends(error: BaseException):
+    @command
+    def main(argv=None):
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        main([])
+    return end.value.code
+
+
+def test_errors_in_words(capsys):
+    assert ends(ValueError("Too large.")) == "Error: Too large."
+    assert ends(OSError(28, "No space left on device")) == "Error: [Errno 28] No space left on device"
+    assert ends(MemoryError()) == "Error: MemoryError"
+    assert ends(KeyboardInterrupt()) == 130 and capsys.readouterr().err == "\nInterrupted.\n"
+    assert ends(KeyboardInterrupt("Half is kept.")) == 130
+    assert capsys.readouterr().err == "\nInterrupted. Half is kept.\n"
+
+
+def test_a_fault_of_ours_shows_where_it_is():
+    @command
+    def main(argv=None):
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        main([])
+
+
+PROGRAM = """
+import os, sys, time
+from pathlib import Path
+from refiner_hf.commands.running import command
+from refiner_hf.conversion.folder import new_folder
+
+@command
+def main(argv=None):
+    with new_folder(Path(sys.argv[1])) as unfinished:
+        (unfinished / "half").write_text("half")
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)  # as a process that reads images would
+        print(child, flush=True)
+        time.sleep(60)
+
+main([])
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_leave_nothing_half_written(number, code, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Whoever runs the tests in the background may have it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    child = int(process.stdout.readline())
+    assert len(list(tmp_path.iterdir())) == 2  # the unfinished folder and its lock
+    process.send_signal(number)
+    os.kill(child, signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    assert not list(tmp_path.iterdir())
+    for _ in range(100):  # the child is gone, too, and quietly
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail("the child still runs")

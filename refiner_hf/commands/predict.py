@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 
 from ..prediction.answers import partial_file, whole_rows
 from ..prediction.predict import DEFAULT_WORKERS, Predictions, list_unreadable, predict
+from ..utils.text import FORMULA, printable
 from .parsing import HelpFormatter, pick_device
 from .running import command
 
@@ -63,9 +64,13 @@ def main(argv: list[str] | None = None) -> None:
 def _summary(predictions: Predictions, output_file: str) -> str:
     labels = predictions.labels
     lines = [f"{labels.total():,} images:"]
-    lines += [f"  {label}: {count:,}" for label, count in labels.most_common(_LABELS_SHOWN)]
+    lines += [f"  {printable(label)}: {count:,}" for label, count in labels.most_common(_LABELS_SHOWN)]
     if (others := len(labels) - _LABELS_SHOWN) > 0:
         lines.append(f"  and {others:,} other labels")
+    if formulas := [label for label in labels if label.startswith(FORMULA)]:
+        lines.append(
+            f"Labels such as {printable(formulas[0])!r} look like formulas to a spreadsheet: import the table as text."
+        )
     return "\n".join([*lines, f"Wrote {output_file}"])
 
 

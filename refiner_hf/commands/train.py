@@ -16,6 +16,7 @@ import refiner_hf
 
 from ..data.arguments import DataArguments
 from ..training.run import RunResult, run
+from ..utils.text import printable
 from .parsing import parse_arguments
 from .running import command
 
@@ -53,7 +54,7 @@ def report(result: RunResult, data_args: DataArguments) -> None:
         print("\nThe saved model on a few held-out pictures:")
     for example in result.examples:
         mark = "" if example.answer == example.label else "   <- wrong"
-        print(f"  {example.label:>12}: {example.answer} ({example.score:.1%}){mark}")
+        print(f"  {printable(example.label):>12}: {printable(example.answer)} ({example.score:.1%}){mark}")
     print(f"\nThe finished folder, with model, card and pictures: {result.folder.resolve()}")
     if result.published:
         print(f"Published: {result.published.url} (commit {result.published.commit[:8]})")

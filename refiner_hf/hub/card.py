@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..modeling_refiner import RefinerForImageClassification, RefinerPreTrainedModel
+from ..utils.text import markdown_text
 
 
 CLASSIFICATION = "image-classification"
@@ -93,7 +94,7 @@ def make_card(facts: CardFacts) -> ModelCard:
         eval_results=results or None,
         co2_eq_emissions=facts.co2,
     )
-    text = {name: getattr(facts, name) for name in _TEXTS}
+    text = {name: getattr(facts, name) for name in _TEXTS} | {"title": markdown_text(facts.title)}
     return ModelCard.from_template(data, template_path=str(TEMPLATE), citation=CITATION, **text)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -28,6 +28,7 @@ _PANELS = {
 }
 
 
+@rc_context({"text.parse_math": False})  # a "$" in a name is a "$"
 def plot_curves(analyses: list[Analysis], path: Path) -> None:
     """
     What each layer's maps and tokens are like, a line for each network; bands are a standard deviation over the
@@ -67,6 +68,7 @@ def plot_curves(analyses: list[Analysis], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+@rc_context({"text.parse_math": False})  # a "$" in a name is a "$"
 def plot_layers(analyses: list[Analysis], path: Path) -> None:
     """
     How alike maps (cosine, and correlation) and features (CKA) of all pairs of layers are, a row for each network.

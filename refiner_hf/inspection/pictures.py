@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -16,6 +17,7 @@ _COLUMNS = 16  # of layers, side by side
 _LEGEND = "each map on its own scale; red adds, blue subtracts"
 
 
+@rc_context({"text.parse_math": False})  # a "$" in a name is a "$"
 def plot_heads(sight: Sight, layer: int, query: int, path: Path, heads: Sequence[int] | None = None) -> None:
     """
     Where one token looks in one layer: a column for each head and one for their mean, a row for each stage of the
@@ -68,6 +70,7 @@ def plot_heads(sight: Sight, layer: int, query: int, path: Path, heads: Sequence
     figure.savefig(path, dpi=110)
 
 
+@rc_context({"text.parse_math": False})  # a "$" in a name is a "$"
 def plot_overview(sight: Sight, query: int, path: Path) -> None:
     """
     Where one token looks in all layers, heads averaged: before refinement (where a layer refines), as applied, and
@@ -104,6 +107,7 @@ def plot_overview(sight: Sight, query: int, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+@rc_context({"text.parse_math": False})  # a "$" in a name is a "$"
 def plot_weights(refinement: RefinerMapRefinement, layer: int, path: Path) -> None:
     """
     What a refinement has learned: the kernels of distributed local attention (over the plane of queries, down, and

@@ -19,6 +19,7 @@ from ..hub.card import (
     versions,
 )
 from ..modeling_refiner import RefinerForMaskedImageModeling
+from ..utils.text import markdown_text
 from .ema import FOLDER as EMA_FOLDER
 
 
@@ -79,7 +80,7 @@ def training_facts(
         kind = "masked image model, which paints hidden patches from the others,"
     elif task != CLASSIFICATION:
         kind = "image model"
-    on = f" on {data.name}" if data else ""
+    on = f" on {markdown_text(data.name)}" if data else ""
     metrics = {kind: (text, round(measured[key], 6)) for key, (kind, text) in _METRICS.items() if key in measured}
     emissions = _emissions(Path(args.output_dir)) if "train_runtime" in measured else None
     return CardFacts(
@@ -141,7 +142,7 @@ def _results(trainer: Trainer, measured: dict[str, float], metrics: dict, data: 
     if speed := measured.get("eval_samples_per_second"):
         rows.append(("Evaluation speed, reading images included", f"{speed:.1f} images/s on {device_name()}"))
     count = _length(data.evaluation if data else trainer.eval_dataset)
-    of = f" ({data.evaluation_split}) of {data.name}" if data else ""
+    of = f" ({data.evaluation_split}) of {markdown_text(data.name)}" if data else ""
     return f"Measured on {count} images{of}.\n\n" + markdown_table(["", ""], rows)
 
 
@@ -150,7 +151,7 @@ def _data(trainer: Trainer, data: ImageData | None) -> str:
         counts = f"{_length(trainer.train_dataset)} training images, {_length(trainer.eval_dataset)} evaluation images"
         return f"{counts}. Which ones was not recorded."
     return (
-        f"{data.name}: {_length(data.train)} training images, {_length(data.evaluation)} evaluation images "
+        f"{markdown_text(data.name)}: {_length(data.train)} training images, {_length(data.evaluation)} evaluation images "
         f"({data.evaluation_split}). Labels: {_name_some(trainer.model.config.label_names)}."
     )
 
@@ -225,7 +226,7 @@ def _footprint(emissions: dict[str, Any] | None) -> str:
 def _limits(data: ImageData | None, num_labels: int) -> str:
     return (
         f"The model knows {num_labels} labels and gives every picture one of them, also pictures of something else. "
-        f"It has been measured on {data.name if data else 'the data above'} only; expect less on pictures of another "
+        f"It has been measured on {markdown_text(data.name) if data else 'the data above'} only; expect less on pictures of another "
         "kind, size or origin. Its scores have not been calibrated, and its behaviour on different groups of people "
         "or things has not been examined."
     )
@@ -245,4 +246,5 @@ def _length(data) -> str:
 
 
 def _name_some(labels: list[str], most: int = 20) -> str:
-    return ", ".join(labels) if len(labels) <= most else ", ".join(labels[:most]) + f" and {len(labels) - most} more"
+    named = ", ".join(markdown_text(label) for label in labels[:most])
+    return named if len(labels) <= most else f"{named} and {len(labels) - most} more"

@@ -15,7 +15,7 @@ from transformers.utils.hub import PushInProgress
 
 from ..hub.card import make_card
 from ..hub.code import code_for, without_code
-from ..hub.publish import CARD, Files, Published, commit_files, public_files, publish_folder
+from ..hub.publish import CARD, Files, Published, check_adapter, commit_files, public_files, publish_folder
 from ..hub.repository import hub, prepare_repository
 from ..modeling_refiner import RefinerPreTrainedModel
 from .card import last_measured, training_facts
@@ -110,6 +110,10 @@ class PushingTrainer(Trainer):
                 return publish_folder(
                     folder, self.hub_model_id, branch=branch, token=token, message=message, with_code=self._with_code
                 )
+            try:
+                check_adapter(folder)
+            except ValueError as error:
+                logger.warning(str(error))
             prepare_repository(self.hub_model_id, branch=branch, token=token)
             return commit_files(hub(token), self.hub_model_id, public_files(folder), message, branch)
 

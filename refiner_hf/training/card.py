@@ -151,8 +151,8 @@ def _data(trainer: Trainer, data: ImageData | None) -> str:
         counts = f"{_length(trainer.train_dataset)} training images, {_length(trainer.eval_dataset)} evaluation images"
         return f"{counts}. Which ones was not recorded."
     return (
-        f"{markdown_text(data.name)}: {_length(data.train)} training images, {_length(data.evaluation)} evaluation images "
-        f"({data.evaluation_split}). Labels: {_name_some(trainer.model.config.label_names)}."
+        f"{markdown_text(data.name)}: {_length(data.train)} training images, {_length(data.evaluation)} evaluation "
+        f"images ({data.evaluation_split}). Labels: {_name_some(trainer.model.config.label_names)}."
     )
 
 
@@ -224,11 +224,11 @@ def _footprint(emissions: dict[str, Any] | None) -> str:
 
 
 def _limits(data: ImageData | None, num_labels: int) -> str:
+    known = markdown_text(data.name) if data else "the data above"
     return (
         f"The model knows {num_labels} labels and gives every picture one of them, also pictures of something else. "
-        f"It has been measured on {markdown_text(data.name) if data else 'the data above'} only; expect less on pictures of another "
-        "kind, size or origin. Its scores have not been calibrated, and its behaviour on different groups of people "
-        "or things has not been examined."
+        f"It has been measured on {known} only; expect less on pictures of another kind, size or origin. Its scores have "
+        "not been calibrated, and its behaviour on different groups of people or things has not been examined."
     )
 
 

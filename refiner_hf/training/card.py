@@ -227,8 +227,8 @@ def _limits(data: ImageData | None, num_labels: int) -> str:
     known = markdown_text(data.name) if data else "the data above"
     return (
         f"The model knows {num_labels} labels and gives every picture one of them, also pictures of something else. "
-        f"It has been measured on {known} only; expect less on pictures of another kind, size or origin. Its scores have "
-        "not been calibrated, and its behaviour on different groups of people or things has not been examined."
+        f"It has been measured on {known} only; expect less on pictures of another kind, size or origin. Its scores "
+        "have not been calibrated, and its behaviour on different groups of people or things has not been examined."
     )
 
 

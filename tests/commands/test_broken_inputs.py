@@ -18,6 +18,7 @@ from refiner_hf.commands.predict import main as predict
 from refiner_hf.commands.push_to_hub import main as push
 from refiner_hf.commands.train import main as train
 from refiner_hf.commands.visualize import main as visualize
+from refiner_hf.utils.locking import locked
 
 from ..images import write_folder
 
@@ -179,3 +180,22 @@ def test_sound(command, sound, photos, tmp_path):
     """The commands above do run."""
     run, words = COMMANDS[command]
     run([word.format(model=sound, photos=photos, out=tmp_path / "out") for word in words.split()])
+
+
+# Where a command's lock lies.
+LOCKS = {
+    "analyze": "out/.lock",
+    "visualize": "out/.lock",
+    "label_maps": "out/.lock",
+    "export": ".out.lock",
+    "predict": "out/.answers.csv.lock",
+}
+
+
+@pytest.mark.parametrize("command", LOCKS)
+def test_another_process_writes_there(command, sound, photos, tmp_path):
+    run, words = COMMANDS[command]
+    (tmp_path / LOCKS[command]).parent.mkdir(exist_ok=True)
+    with locked(tmp_path / LOCKS[command], "it"), pytest.raises(SystemExit, match="Another process writes to .*out"):
+        run([word.format(model=sound, photos=photos, out=tmp_path / "out") for word in words.split()])
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]

@@ -174,3 +174,22 @@ def test_dense_targets_follow_crop_and_flip(teacher, tmp_path):
         1
     )
     assert (wrong == shown[..., 0])[of_one_colour].float().mean() < 0.9, "the reference's order of a box"
+
+
+def test_nothing_readable(teacher, tmp_path):
+    """Before: KeyError 'agreeing', and a folder that said it was finished."""
+    for label in ("blue", "green"):
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        (tmp_path / "photos" / label / "0.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit, match="none of them can be read"):
+        main(options(teacher, tmp_path / "photos", tmp_path / "maps", "--unreadable_images", "skip"))
+    assert not (tmp_path / "maps").exists()
+
+
+def test_a_damaged_file_of_facts(teacher, photos, tmp_path):
+    maps = tmp_path / "maps"
+    main(options(teacher, photos, maps))
+    for content in ("{", "[]"):
+        (maps / "label_maps.json").write_text(content)
+        with pytest.raises(SystemExit, match="label_maps.json is damaged"):
+            main(options(teacher, photos, maps))

@@ -1,5 +1,6 @@
 """How every command ends: its errors in words, its exit codes, and what Ctrl-C and SIGTERM do."""
 
+import errno
 import os
 import signal
 import sys
@@ -10,10 +11,13 @@ from functools import wraps
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 
 # What is said in words; anything else is a fault of ours, whose traceback helps to mend it.
-_IN_WORDS = (ValueError, OSError, RuntimeError, FloatingPointError, StrictDataclassError, MemoryError)
+_IN_WORDS = (
+    ValueError, OSError, RuntimeError, FloatingPointError, MemoryError, StrictDataclassError, SafetensorError,
+)  # fmt: skip
 
 
 class Terminated(SystemExit):
@@ -36,12 +40,19 @@ def command(main: Callable[[list[str] | None], Any]) -> Callable[[list[str] | No
             with _sigterm_raises():
                 return main(argv)
         except _IN_WORDS as error:
-            sys.exit(f"Error: {str(error) or type(error).__name__}")
+            sys.exit(f"Error: {str(error) or type(error).__name__}{_what_to_do(error)}")
         except KeyboardInterrupt as interrupt:
             print(f"\nInterrupted. {interrupt}".rstrip(), file=sys.stderr)
             sys.exit(128 + signal.SIGINT)
 
     return run
+
+
+def _what_to_do(error: BaseException) -> str:
+    """For an error of the system's own, which says what is wrong and no more."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full |= isinstance(error, SafetensorError) and "No space left" in str(error)
+    return ". Make room on the disk, and give the same command again." if full else ""
 
 
 @contextmanager

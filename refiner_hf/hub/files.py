@@ -9,8 +9,12 @@ from typing import Any
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes `content` to `path`, readably, and whole or not at all."""
     new = path.with_name(path.name + ".new")
-    new.write_text(to_json(content), encoding="utf-8")
-    os.replace(new, path)
+    try:
+        new.write_text(to_json(content), encoding="utf-8")
+        os.replace(new, path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def to_json(content: dict[str, Any]) -> str:

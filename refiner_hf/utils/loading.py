@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from safetensors import safe_open
 from transformers import (
@@ -76,8 +77,10 @@ def find_source(name: str, **hub: Any) -> Source:
         hub (*optional*): `revision`, `token` and `cache_dir`, for names on the Hub.
 
     Raises:
-        `ValueError`: an adapter that doesn't say what it adapts.
+        `ValueError`: a folder that isn't there, or an adapter that doesn't say what it adapts.
     """
+    if not Path(name).exists() and not _may_be_on_hub(name):
+        raise ValueError(f"There is no folder {name}, and it can't be a name on the Hub.")
     place = Place(name, {option: value for option, value in hub.items() if value is not None})
     adapter = place.find(ADAPTER_CONFIG)
     if adapter is None or _weight_files(place):
@@ -199,6 +202,14 @@ def try_out(name: str, model: PreTrainedModel, processor: BaseImageProcessor) ->
             f"{name} answers with numbers that aren't finite: its weights are damaged, its training broke, or its "
             f"{PROCESSOR_NAME} is wrong."
         )
+
+
+def _may_be_on_hub(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _load_config(name: str, source: Source) -> PreTrainedConfig:

@@ -125,6 +125,7 @@ def pickled(folder: Path) -> None:
 
 NAN = torch.tensor(float("nan"))
 DEFECTS = {
+    "no folder": shutil.rmtree,
     "no configuration": lambda folder: (folder / "config.json").unlink(),
     "an empty configuration": written("config.json", b""),
     "a cut configuration": written("config.json", b'{"model_type": '),

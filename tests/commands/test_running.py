@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from safetensors import SafetensorError
 
 from refiner_hf.commands.running import command
 
@@ -23,7 +24,11 @@ def ends(error: BaseException):
 
 def test_errors_in_words(capsys):
     assert ends(ValueError("Too large.")) == "Error: Too large."
-    assert ends(OSError(28, "No space left on device")) == "Error: [Errno 28] No space left on device"
+    assert ends(OSError(28, "No space left on device")) == (
+        "Error: [Errno 28] No space left on device. Make room on the disk, and give the same command again."
+    )
+    assert "Make room" in ends(SafetensorError("I/O error: No space left on device (os error 28)"))
+    assert ends(OSError(13, "Permission denied", "x")) == "Error: [Errno 13] Permission denied: 'x'"
     assert ends(MemoryError()) == "Error: MemoryError"
     assert ends(KeyboardInterrupt()) == 130 and capsys.readouterr().err == "\nInterrupted.\n"
     assert ends(KeyboardInterrupt("Half is kept.")) == 130

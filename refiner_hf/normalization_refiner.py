@@ -1,13 +1,12 @@
 # Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
-"""The batch norm of the refinement and of the stem, its statistics over several processes, and their re-estimation."""
+"""The batch norm of the refinement and of the stem, and its statistics over several processes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import wraps
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class RefinerBatchNorm2d(nn.BatchNorm2d):
@@ -220,55 +219,3 @@ def _inside_backward() -> bool:
     # torch.utils.checkpoint itself tells its recomputation by this id. While compiling, checkpointed regions are
     # traced once, outside any backward pass.
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-@torch.no_grad()
-def reestimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor | dict[str, torch.Tensor]]) -> int:
-    """
-    Replaces the running statistics of every batch norm by their average over `batches`, with everything else in
-    evaluation mode: no drop path, no dropout, no token mixing, no random numbers drawn. Weights don't change.
-
-    Args:
-        model (`nn.Module`): takes `pixel_values`; its training modes are restored.
-        batches (iterable of `torch.Tensor` of shape (batch, channels, height, width), or of `dict`): images prepared
-            as for evaluation, alone or as `pixel_values` with what else the model takes beside them, such as
-            `bool_masked_pos`. A few hundred are enough.
-
-    Returns:
-        `int`: the number of images used; 0 where the model has no batch norm or there are no batches, and then
-        nothing changed.
-    """
-    norms = [
-        m
-        for m in model.modules()
-        if isinstance(m, _BatchNorm) and m.track_running_stats and not getattr(m, "frozen", False)
-    ]
-    modes = {module: module.training for module in model.modules()}
-    momenta = [norm.momentum for norm in norms]
-    before = [
-        (norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()) for norm in norms
-    ]
-    images = 0
-    try:
-        model.eval()
-        for batch in batches if norms else ():
-            inputs = batch if isinstance(batch, dict) else {"pixel_values": batch}
-            if images == 0:
-                for norm in norms:
-                    norm.reset_running_stats()
-                    norm.momentum = None  # a plain average over what follows
-                    norm.train()
-            model(**inputs)
-            images += len(inputs["pixel_values"])
-    except BaseException:
-        for norm, (mean, variance, _) in zip(norms, before):
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(variance)
-        raise
-    finally:
-        for norm, momentum, (_, _, count) in zip(norms, momenta, before):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
-        for module, mode in modes.items():
-            module.training = mode
-    return images

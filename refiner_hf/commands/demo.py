@@ -40,11 +40,11 @@ def main(argv: list[str] | None = None) -> None:
         DemoArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
     ).parse_args_into_dataclasses(argv)
     try:
-        from ..demo.app import build_demo, launch
+        from ..demo.app import launch
     except ModuleNotFoundError as error:
         sys.exit(f"Error: this command needs {error.name}. Install it with: pip install 'refiner_hf[demo]'")
     network = open_network(args.model, pick_device(args.device), args.revision)
-    launch(build_demo(network, find_examples(args.model)), args.port, args.share)
+    launch(network, find_examples(args.model), args.port, args.share)
 
 
 def find_examples(model: str) -> list[Path]:

@@ -1,6 +1,8 @@
 """The page: a picture in, classes and maps out, with controls for layer, head and who looks."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,22 @@ from PIL import Image
 from ..image_processing_pil_refiner import open_image, to_8_bit_rgb
 from ..inspection.networks import Network
 from ..inspection.sight import APPLIED, BEFORE, name_of
+from ..utils.text import markdown_text
 from .looks import (
     TOP,
     Look,
-    Viewer,
     draw_map,
     draw_picture,
+    drawing_size,
     in_words,
+    look_at_picture,
+    look_from,
     only_one_map,
     patch_at,
     weights_of,
     which_refine,
 )
+from .serving import guards, own_folder
 
 
 File = dict[str, Any] | None  # as Gradio describes it, with its path
@@ -31,7 +37,6 @@ Updates = dict[Component, Any]
 _PAPER = "https://arxiv.org/abs/2106.03714"
 _INVITATION = "Give it a picture, or take an example."
 _VISITORS = 100  # whose maps are kept, the latest ones'
-_HOUR = 3600  # seconds
 _CSS = """
 .gradio-container { width: 100%; max-width: 1240px !important; margin: 0 auto !important; }
 .uploaded img { width: 100%; height: 100%; object-fit: contain; }
@@ -46,8 +51,7 @@ def build_demo(network: Network, examples: Sequence[str | Path] = ()) -> gr.Bloc
     after their refinement over the picture, for each layer and head, from the class token or from a patch that the
     visitor clicks.
 
-    The network runs when a picture comes and when a patch is clicked, for one visitor at a time. What it showed stays
-    with the visitor.
+    The network runs when a picture comes and when a patch is clicked. What it showed stays with the visitor.
 
     Args:
         network ([`~refiner_hf.inspection.networks.Network`]): a Refiner, or another vision transformer, which has no
@@ -55,48 +59,65 @@ def build_demo(network: Network, examples: Sequence[str | Path] = ()) -> gr.Bloc
         examples (`Sequence[str | Path]`, *optional*): pictures to offer.
 
     Returns:
-        `gr.Blocks`: to be shown by [`launch`], or by its own `launch`.
+        `gr.Blocks`: to be shown by its own `launch`. ([`launch`] does it all.)
     """
     page = _Page(network)
-    with gr.Blocks(
-        title=f"Where {network.name} looks", analytics_enabled=False, delete_cache=(_HOUR, 24 * _HOUR)
-    ) as demo:
+    with gr.Blocks(title=f"Where {network.name} looks", analytics_enabled=False) as demo:
         page.lay_out(examples)
         page.connect()
     return demo
 
 
-def launch(demo: gr.Blocks, port: int = 7860, share: bool = False) -> None:
+@contextmanager
+def served(
+    network: Network, examples: Sequence[str | Path] = (), port: int | None = None, share: bool = False
+) -> Iterator[str]:
     """
-    Shows a page of [`build_demo`] on this machine until it is stopped (Ctrl-C). The server asks nobody anything, but
-    for `share`.
+    The page of [`build_demo`] on this machine, as long as the block lasts. The server asks nobody anything, but for
+    `share`, and answers this machine's own browser only, unless it is shared. What visitors upload is gone afterwards.
 
     Args:
-        demo (`gr.Blocks`): the page.
-        port (`int`, *optional*, defaults to 7860): where.
+        network, examples: see [`build_demo`].
+        port (`int`, *optional*): where. Default: one that is free.
         share (`bool`, *optional*, defaults to `False`): whether to ask Gradio's service for a public address as well.
+
+    Returns:
+        the page's address (of a context manager).
 
     Raises:
         `OSError`: the port is taken, or there is no such port.
     """
-    try:
-        _, address, public_address = demo.launch(
-            server_name="127.0.0.1",
-            server_port=port,
-            share=share,
-            ssr_mode=False,
-            show_error=True,
-            state_session_capacity=_VISITORS,
-            footer_links=[],
-            theme=gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono="monospace"),
-            css=_CSS,
-            quiet=True,
-            prevent_thread_lock=True,
-        )
-    except (OSError, OverflowError) as error:
-        raise OSError(f"Port {port} can't be opened: it is taken, or there is no such port.") from error
-    print(f"Open {public_address or address} in a browser. Ctrl-C ends it.", flush=True)
-    demo.block_thread()
+    with own_folder():
+        demo = build_demo(network, examples)
+        try:
+            _, address, public_address = demo.launch(
+                server_name="127.0.0.1",
+                server_port=port,
+                share=share,
+                ssr_mode=False,
+                show_error=True,
+                state_session_capacity=_VISITORS,
+                footer_links=[],
+                theme=gr.themes.Default(primary_hue="teal", font=["system-ui", "sans-serif"], font_mono="monospace"),
+                css=_CSS,
+                quiet=True,
+                prevent_thread_lock=True,
+                app_kwargs={"middleware": guards(share)},
+            )
+        except (OSError, OverflowError) as error:
+            raise OSError(f"Port {port} can't be opened: it is taken, or there is no such port.") from error
+        try:
+            yield public_address or address
+        finally:
+            demo.close(verbose=False)
+
+
+def launch(network: Network, examples: Sequence[str | Path] = (), port: int = 7860, share: bool = False) -> None:
+    """Shows the page until it is stopped (Ctrl-C). Arguments and errors as [`served`]'s."""
+    with served(network, examples, port, share) as address, suppress(KeyboardInterrupt):
+        print(f"Open {address} in a browser. Ctrl-C ends it.", flush=True)
+        while True:
+            time.sleep(1)
 
 
 class _Page:
@@ -104,13 +125,12 @@ class _Page:
 
     def __init__(self, network: Network):
         self.network = network
-        self.viewer = Viewer(network)
         self.refining = which_refine(network.model)
 
     def lay_out(self, examples: Sequence[str | Path]) -> None:
         gr.Markdown(
-            f"# {self.network.name}\nWhat the network sees in a picture, and where it looks: its attention maps "
-            f"before and after they are refined ([Refiner, arXiv 2106.03714]({_PAPER}))."
+            f"# {markdown_text(self.network.name)}\nWhat the network sees in a picture, and where it looks: "
+            f"its attention maps before and after they are refined ([Refiner, arXiv 2106.03714]({_PAPER}))."
         )
         self.shown = gr.State()
         with gr.Row():
@@ -171,13 +191,13 @@ class _Page:
     def look(self, file: File, layer: int, head: int) -> Updates:
         """A new picture, or none any more."""
         image = self.open(file)
-        look = image and self.viewer.look(image)
+        look = image and look_at_picture(self.network, image)
         return {self.shown: look, self.classes: look and look.classes} | self.draw(look, layer, head)
 
     def click(self, file: File, look: Look | None, layer: int, head: int, event: gr.SelectData) -> Updates:
         """A patch in one of the drawings, at (x, y) of its pixels."""
         if look and (image := self.open(file)):
-            look = self.viewer.look_from(patch_at(look, *event.index), image, look)
+            look = look_from(self.network, _patch_clicked(look, event.index), image, look)
         return {self.shown: look} | self.draw(look, layer, head)
 
     def go_back(self, look: Look | None, layer: int, head: int) -> Updates:
@@ -205,6 +225,8 @@ class _Page:
             captions = dict.fromkeys((self.seen_caption, self.before_caption, self.applied_caption), "")
             drawings = dict.fromkeys((self.seen, self.before, self.applied))
             return {self.who: _INVITATION, self.back: gr.update(visible=False)} | drawings | captions
+        layer = _number(layer, "layer", 1, len(self.refining))
+        head = _number(head, "head", 0, self.network.model.config.num_attention_heads)
         first, who = look.first.queries[-1], name_of(look.query)
         chosen = layer - 1, head - 1 if head else None
         before, applied = (weights_of(look, stage, *chosen) for stage in (BEFORE, APPLIED))
@@ -221,6 +243,22 @@ class _Page:
             self.applied: draw_map(look, applied),
             self.applied_caption: f"The map that layer {layer} looks with, {which}. {in_words(applied)}",
         }
+
+
+def _number(value: Any, what: str, first: int, last: int) -> int:
+    """A whole number from the page's controls; whoever speaks to the server without the page may send anything."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not first <= value <= last or value != int(value):
+        raise gr.Error(f"There is no {what} {value!r}: give a whole number from {first} to {last}.")
+    return int(value)
+
+
+def _patch_clicked(look: Look, place: Any) -> tuple[int, int]:
+    """The patch at (x, y) of a drawing."""
+    if not isinstance(place, list | tuple) or len(place) != 2:
+        raise gr.Error(f"A place in a drawing is [x, y], not {place!r}.")
+    height, width = drawing_size(look)
+    return patch_at(look, _number(place[0], "column", 0, width - 1), _number(place[1], "row", 0, height - 1))
 
 
 def _panel(title: str) -> tuple[gr.Image, gr.Markdown]:

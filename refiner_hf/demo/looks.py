@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from threading import Lock
 
 import numpy as np
 import torch
@@ -41,36 +40,20 @@ class Look:
         return replace(self, shown=self.first)
 
 
-class Viewer:
-    """Asks a network for all visitors, one at a time: who looks into a network, hangs hooks into it."""
+def look_at_picture(network: Network, image: Image.Image) -> Look:
+    """
+    Args:
+        network: what to look into. Several visitors may do so at a time.
+        image: an upright RGB image.
+    """
+    sight, config = look_at(network, image), network.model.config
+    has_classes = sight.logits is not None and config.problem_type != "regression"
+    return Look(likeliest(sight.logits, config) if has_classes else None, sight, sight)
 
-    def __init__(self, network: Network):
-        self.network = network
-        self._alone = Lock()
 
-    def look(self, image: Image.Image) -> Look:
-        """
-        Args:
-            image: an upright RGB image.
-        """
-        logits: list[torch.Tensor | None] = []
-        with self._alone:
-            hook = self.network.model.register_forward_hook(
-                lambda module, args, output: logits.append(getattr(output, "logits", None))
-            )
-            try:
-                sight = look_at(self.network, image)
-            finally:
-                hook.remove()
-        config = self.network.model.config
-        has_classes = logits[0] is not None and config.problem_type != "regression"
-        classes = likeliest(logits[0][0], config) if has_classes else None
-        return Look(classes, sight, sight)
-
-    def look_from(self, patch: tuple[int, int], image: Image.Image, look: Look) -> Look:
-        """Where a patch of the same image looks."""
-        with self._alone:
-            return replace(look, shown=look_at(self.network, image, [patch]))
+def look_from(network: Network, patch: tuple[int, int], image: Image.Image, look: Look) -> Look:
+    """Where a patch of the same image looks."""
+    return replace(look, shown=look_at(network, image, [patch]))
 
 
 def likeliest(logits: torch.Tensor, config: PreTrainedConfig) -> dict[str, float]:
@@ -121,9 +104,14 @@ def draw_map(look: Look, weights: np.ndarray) -> np.ndarray:
 
 def patch_at(look: Look, x: int, y: int) -> tuple[int, int]:
     """Row and column of the patch at a pixel of a drawing."""
-    picture, (rows, columns) = look.shown.picture, look.shown.grid
-    height, width = (side * _factor(picture) for side in picture.shape[:2])
+    (rows, columns), (height, width) = look.shown.grid, drawing_size(look)
     return min(y * rows // height, rows - 1), min(x * columns // width, columns - 1)
+
+
+def drawing_size(look: Look) -> tuple[int, int]:
+    """Height and width of the drawings of a look, in pixels."""
+    picture = look.shown.picture
+    return picture.shape[0] * _factor(picture), picture.shape[1] * _factor(picture)
 
 
 def in_words(weights: np.ndarray) -> str:

@@ -2,7 +2,10 @@
 
 import math
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +14,10 @@ from transformers import PreTrainedModel
 from ..attention_refiner import RefinerMapRefinement, expanded_maps
 from ..modeling_refiner import RefinerAttention, RefinerPreTrainedModel
 from .networks import classes_of_layers, patch_grid
+
+
+# Which call of `watch_layers` the forward pass that runs in this thread belongs to.
+_watching: ContextVar[object | None] = ContextVar("watching", default=None)
 
 
 @dataclass
@@ -36,9 +43,11 @@ class LayerView:
 
 
 @torch.no_grad()
-def watch_layers(model: PreTrainedModel, pixel_values: torch.Tensor, look: Callable[[LayerView], None]) -> None:
+def watch_layers(model: PreTrainedModel, pixel_values: torch.Tensor, look: Callable[[LayerView], None]) -> Any:
     """
     Runs a network and shows each layer when it is done. Nothing is kept but by `look`.
+
+    Several threads may watch one model at a time, and others use it meanwhile: each sees its own pass only.
 
     Args:
         model: a Refiner, or one of transformers' vision transformers with `attn_implementation="eager"`; in
@@ -46,9 +55,23 @@ def watch_layers(model: PreTrainedModel, pixel_values: torch.Tensor, look: Calla
         pixel_values (`torch.Tensor` of shape (B, C, height, width)): images as the processor prepares them.
         look: called with each [`LayerView`], first layer first.
 
+    Returns:
+        what the model gives.
+
     Raises:
         `ValueError`: a model that shows no maps, or has fewer tokens than patches.
     """
+    this_call = object()
+
+    def own(hook: Callable) -> Callable:
+        """The hook, in passes of this call only."""
+
+        @wraps(hook)
+        def in_this_call(*args: Any) -> Any:
+            return hook(*args) if _watching.get() is this_call else None
+
+        return in_this_call
+
     layer_class, attention_class = classes_of_layers(model)
     grid = patch_grid(model, pixel_values)
     seen: dict[str, torch.Tensor] = {}
@@ -83,17 +106,19 @@ def watch_layers(model: PreTrainedModel, pixel_values: torch.Tensor, look: Calla
     hooks = []
     for module in model.modules():
         if isinstance(module, RefinerAttention):
-            hooks.append(module.register_forward_pre_hook(want_map))
+            hooks.append(module.register_forward_pre_hook(own(want_map)))
         if isinstance(module, RefinerMapRefinement):
-            hooks.append(module.register_forward_hook(keep_refined))
+            hooks.append(module.register_forward_hook(own(keep_refined)))
         if isinstance(module, attention_class):
-            hooks.append(module.register_forward_hook(keep_map))
+            hooks.append(module.register_forward_hook(own(keep_map)))
         if isinstance(module, layer_class):
-            hooks.append(module.register_forward_hook(show))
+            hooks.append(module.register_forward_hook(own(show)))
+    before = _watching.set(this_call)
     try:
         # Whatever its configuration says: else transformers would keep all maps.
-        model(pixel_values, output_attentions=False, output_hidden_states=False)
+        return model(pixel_values, output_attentions=False, output_hidden_states=False)
     finally:
+        _watching.reset(before)
         for hook in hooks:
             hook.remove()
 

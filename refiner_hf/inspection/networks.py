@@ -57,8 +57,14 @@ def open_network(name: str, device: str = "cpu", revision: str | None = None) ->
     kind = AutoModelForImageClassification if classifies else AutoModel
     # In float32 however it was saved, since rounding looks like directions in a smooth map.
     options = {"config": config, "attn_implementation": "eager", "dtype": torch.float32}
-    # A pooler, which some are saved without, comes after the maps.
-    model = load_network(name, kind, hub=hub, may_lack=lambda tensor: "pooler." in tensor, **options)
+    model = load_network(
+        name,
+        kind,
+        hub=hub,
+        may_lack=lambda tensor: "pooler." in tensor,  # it comes after the maps, and some are saved without
+        may_have=lambda tensor: tensor.endswith("mask_token"),  # of masked image modelling
+        **options,
+    )
     classes_of_layers(model)
     network = Network(short_names([name])[0], model, load_image_processor(name, hub))
     try_out(name, model, network.processor)

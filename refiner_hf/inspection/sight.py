@@ -43,14 +43,15 @@ class LayerSight:
 @dataclass
 class Sight:
     """
-    What was seen of a picture: as the network got it, (height, width, 3) in 0..1, the grid of patches, who looked, and
-    what each layer showed.
+    What was seen of a picture: as the network got it, (height, width, 3) in 0..1, the grid of patches, who looked,
+    what each layer showed, and the logits (labels,) where the network has a classifier.
     """
 
     picture: np.ndarray
     grid: tuple[int, int]
     queries: list[Query]
     layers: list[LayerSight] = field(default_factory=list)
+    logits: torch.Tensor | None = None
 
     def check(self, layer: int, heads: Sequence[int] | None = None) -> None:
         """Raises a `ValueError` where there is no such layer, or it has no such heads (all from 0)."""
@@ -116,7 +117,9 @@ def look_at(network: Network, image: Image.Image, patches: Sequence[tuple[int, i
         stages = {name: rows(maps[0]).swapaxes(0, 1) for name, maps in stages.items() if maps is not None}
         sight.layers.append(LayerSight(stages, _dim_own(rows(rollout), sight.queries), view.refinement))
 
-    watch_layers(network.model, pixel_values, look)
+    outputs = watch_layers(network.model, pixel_values, look)
+    if (logits := getattr(outputs, "logits", None)) is not None:
+        sight.logits = logits[0].float().cpu()
     return sight
 
 

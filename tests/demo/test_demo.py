@@ -1,3 +1,4 @@
+import os
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ from transformers import PreTrainedConfig, ViTConfig, ViTForImageClassification,
 
 from refiner_hf import RefinerConfig, RefinerImageProcessor, RefinerModel
 from refiner_hf.commands.demo import find_examples, main
+from refiner_hf.image_processing_pil_refiner import open_image
 from refiner_hf.inspection.networks import Network
 from refiner_hf.inspection.sight import APPLIED, BEFORE, CLASS_TOKEN, Sight, look_at
 
@@ -29,14 +31,14 @@ gr = pytest.importorskip("gradio")
 
 from gradio_client import Client, handle_file  # noqa: E402
 
-from refiner_hf.demo.app import _Page, build_demo, launch  # noqa: E402
+from refiner_hf.demo.app import _Page, _patch_clicked, build_demo, launch, served  # noqa: E402
 from refiner_hf.demo.looks import (  # noqa: E402
     Look,
-    Viewer,
     draw_map,
     draw_picture,
     in_words,
     likeliest,
+    look_at_picture,
     only_one_map,
     patch_at,
     which_refine,
@@ -301,14 +303,13 @@ class TestPage:
 
 def test_visitors_at_the_same_time_do_not_mix(network, tmp_path):
     tiny = network()
-    viewer = Viewer(tiny)
     images = [Image.open(photo_of(tmp_path / f"{seed}.png", seed)).convert("RGB") for seed in range(4)]
     alone = [look_at(tiny, image).layers[3].stages[APPLIED] for image in images]
     looks = {}
 
     def visit(number: int) -> None:
         for _ in range(5):
-            looks.setdefault(number, []).append(viewer.look(images[number]))
+            looks.setdefault(number, []).append(look_at_picture(tiny, images[number]))
 
     visitors = [threading.Thread(target=visit, args=(number,)) for number in range(4)]
     for visitor in visitors:
@@ -324,10 +325,8 @@ def test_visitors_at_the_same_time_do_not_mix(network, tmp_path):
 class TestServer:
     @pytest.fixture
     def address(self, network, photo):
-        demo = build_demo(network(), [photo])
-        _, address, _ = demo.launch(prevent_thread_lock=True, quiet=True, server_name="127.0.0.1", ssr_mode=False)
-        yield address
-        demo.close()
+        with served(network(), [photo]) as address:
+            yield address
 
     def visitor(self, address, folder) -> Client:
         return Client(address, download_files=str(folder), verbose=False, analytics_enabled=False)
@@ -340,12 +339,47 @@ class TestServer:
             assert len(classes["confidences"]) == 5 and sum(one["confidence"] for one in classes["confidences"]) > 0.99
         for client, path in ((one, photo), (two, other)):
             drawn = client.predict(2, 3, api_name="/draw")
-            look = Viewer(tiny).look(Image.open(path).convert("RGB"))
+            look = look_at_picture(tiny, Image.open(path).convert("RGB"))
             np.testing.assert_array_equal(np.asarray(Image.open(drawn[1])), draw_picture(look))
             expected = draw_map(look, map_of(tiny, path, APPLIED, 1, 2))
             np.testing.assert_allclose(np.asarray(Image.open(drawn[5])).astype(int), expected, atol=1)
         nothing = three.predict(2, 3, api_name="/draw")
         assert nothing[0].startswith("Give it a picture") and nothing[2] == ""
+
+    @pytest.mark.parametrize("layer, head", [(-1, 0), (0, 0), (5, 0), (1.5, 0), (None, 0), ("two", 0), (True, 0),
+                                             (float("inf"), 0), (2, -1), (2, 99), (2, None), (2, "x")])  # fmt: skip
+    def test_layers_and_heads_that_are_not_there(self, network, photo, layer, head):
+        page = opened(network())
+        look = look_at_picture(page.network, open_image(photo))
+        with pytest.raises(gr.Error, match="There is no (layer|head) .*give a whole number from"):
+            page.draw(look, layer, head)
+
+    @pytest.mark.parametrize("place", [None, [1], "ab", [-1, 0], [0, 10**6], [0.5, 0], [None, 0]])
+    def test_clicks_beside_the_picture(self, network, photo, place):
+        page = opened(network())
+        look = look_at_picture(page.network, open_image(photo))
+        with pytest.raises(gr.Error, match="There is no|A place in a drawing"):
+            _patch_clicked(look, place)
+
+    def test_other_hosts_and_other_sites_are_refused(self, address):
+        """A name of somebody else's domain for this machine, and a page elsewhere that has a browser ask."""
+        own = address.rstrip("/").removeprefix("http://")
+        for headers, status in (
+            ({}, 200),
+            ({"Origin": f"http://{own}"}, 200),
+            ({"Host": own.replace("127.0.0.1", "localhost")}, 200),
+            ({"Host": "evil.example"}, 400),
+            ({"Origin": "http://evil.example"}, 403),
+            ({"Origin": "http://127.0.0.1:1"}, 403),
+            ({"Origin": "null"}, 403),
+        ):
+            for path in ("", "gradio_api/info"):
+                assert httpx.get(address + path, headers=headers).status_code == status, (headers, path)
+        posted = httpx.post(
+            f"{address}gradio_api/call/draw", json={"data": [1, 0]}, headers={"Origin": "http://evil.example"}
+        )
+        assert posted.status_code == 403
+        assert httpx.post(f"{address}gradio_api/call/draw", json={"data": [1, 0]}).status_code == 200
 
     def test_a_file_that_is_no_picture(self, address, tmp_path, capfd):
         (tmp_path / "letter.txt").write_text("no")
@@ -379,7 +413,9 @@ class TestCommand:
         write_folder(folder, 2, ("examples",))
         (folder / "examples" / "answers.json").write_text("{}")
         given = {}
-        monkeypatch.setattr("refiner_hf.demo.app.launch", lambda demo, *args: given.update(demo=demo, args=args))
+        monkeypatch.setattr(
+            "refiner_hf.demo.app.launch", lambda *args: given.update(demo=build_demo(*args[:2]), args=args[2:])
+        )
         main(["--model", str(folder), "--port", "7999", "--device", "cpu"])
         assert given["args"] == (7999, False) and given["demo"].title == "Where tiny looks"
         assert find_examples(str(folder)) == [folder / "examples" / f"{i}.png" for i in range(2)]
@@ -400,13 +436,60 @@ class TestCommand:
             taken.listen()
             number = taken.getsockname()[1] if port == "taken" else port
             with pytest.raises(OSError, match=f"Port {number} can't be opened"):
-                launch(build_demo(network()), number)
+                launch(network(), port=number)
 
     def test_without_gradio(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "gradio", None)
         monkeypatch.delitem(sys.modules, "refiner_hf.demo.app")
         with pytest.raises(SystemExit, match=r"needs gradio\. Install it with: pip install 'refiner_hf\[demo\]'"):
             main(["--model", "/nowhere/at/all"])
+
+
+PROGRAM = """
+import sys
+from PIL import Image
+from refiner_hf.commands.demo import main
+main(["--model", sys.argv[1], "--port", sys.argv[2], "--device", "cpu"])
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_uploads_are_gone_when_it_ends(number, code, network, tmp_path, photo):
+    """An upload that is named like a folder ended the cleaning in a traceback, and the others stayed."""
+    tiny, folder, place = network(), tmp_path / "tiny", tmp_path / "temporary"
+    tiny.model.save_pretrained(folder)
+    tiny.processor.save_pretrained(folder)
+    place.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "TMPDIR": str(place), "OMP_NUM_THREADS": "1"}
+    environment.pop("GRADIO_TEMP_DIR")
+    server = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(folder), str(port)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        assert "in a browser" in server.stdout.readline()
+        address = f"http://127.0.0.1:{port}"
+        client = Client(address, download_files=str(tmp_path / "down"), verbose=False, analytics_enabled=False)
+        client.predict(handle_file(photo), 4, 0, api_name="/look")
+        client.predict(2, 1, api_name="/draw")
+        files = [path for path in place.rglob("*") if path.is_file()]
+        assert files
+        httpx.post(f"{address}/gradio_api/call/look", json={"data": [{"path": str(files[0].parent)}, 4, 0]})
+        httpx.post(f"{address}/gradio_api/upload", files={"files": ("..", b"x")})
+        time.sleep(0.5)
+        server.send_signal(number)
+        _, errors = server.communicate(timeout=30)
+    finally:
+        server.kill()
+    assert server.returncode == code and "Traceback" not in errors, errors
+    assert not [path for path in place.rglob("*") if path.is_file()]
 
 
 @pytest.mark.slow
@@ -467,7 +550,7 @@ class TestBrowser:
 
         page.locator("input[type=file]").set_input_files(photo)
         first = wait_for("The map that layer 4 looks with, the average of its heads.", [])
-        answer = next(iter(Viewer(network()).look(Image.open(photo).convert("RGB")).classes))
+        answer = next(iter(look_at_picture(network(), Image.open(photo).convert("RGB")).classes))
         assert page.get_by_test_id("label-output-value").inner_text().strip() == answer
         assert len(set(first)) == 3 and page.locator(".uploaded img").is_visible()
 

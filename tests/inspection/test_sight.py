@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -124,3 +126,43 @@ def test_a_patch_that_is_not_there(network, image, patch):
 
 def test_names():
     assert [name_of(CLASS_TOKEN), name_of((0, 4))] == ["the class token", "patch 1,5"]
+
+
+def test_many_threads_at_once(tiny_model):
+    """Some look, some use the network as it is: everybody gets what they would get alone, and no hook is left."""
+    processor = RefinerImageProcessor(size={"height": 16, "width": 16})
+    network = Network("tiny", tiny_model(layerscale_value=1.0).eval(), processor)
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)) for _ in range(4)]
+    pixels = [processor(image, return_tensors="pt").pixel_values for image in images]
+    with torch.no_grad():
+        logits = [network.model(each).logits for each in pixels]
+    alone = [look_at(network, image) for image in images]
+    wrong = []
+
+    def look(number: int) -> None:
+        for _ in range(8):
+            sight = look_at(network, images[number])
+            for layer, expected in zip(sight.layers, alone[number].layers, strict=True):
+                for stage, maps in layer.stages.items():
+                    np.testing.assert_allclose(maps, expected.stages[stage], atol=1e-6)
+            torch.testing.assert_close(sight.logits, logits[number][0])
+
+    def use(number: int) -> None:
+        for _ in range(25):
+            with torch.no_grad():
+                torch.testing.assert_close(network.model(pixels[number]).logits, logits[number])
+
+    def kept(task, number):
+        try:
+            task(number)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=kept, args=(task, number)) for task in (look, look, use) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not wrong, wrong[0]
+    assert not [m for m in network.model.modules() if m._forward_hooks or m._forward_pre_hooks]

@@ -1,0 +1,71 @@
+"""Who may ask the page's server, and where the pictures that visitors hand it lie."""
+
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+
+_FOLDER_OPTION = "GRADIO_TEMP_DIR"  # where Gradio reads it
+_HOUR = 3600  # seconds
+
+
+class SameOriginMiddleware:
+    """Refuses what another site's page has a browser ask: its `Origin` isn't the `Host` that is asked."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            headers = Headers(scope=scope)
+            origin = headers.get("origin")
+            if origin is not None and origin.partition("://")[2] != headers.get("host"):
+                await PlainTextResponse("Another site's page may not use this one.", 403)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def guards(public: bool) -> list[Middleware]:
+    """
+    What stands before the server: the page of another site can't use it, and unless it is `public` neither can a name
+    that somebody else's domain gives this machine (DNS rebinding).
+    """
+    own_names = [] if public else [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])]
+    return [*own_names, Middleware(SameOriginMiddleware)]
+
+
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """
+    A folder for all that visitors upload and that the page draws, as long as the page is there. It goes with it,
+    whatever is in it and however the page ends; files of more than a day go before.
+    """
+    before, ended = os.environ.get(_FOLDER_OPTION), threading.Event()
+    with tempfile.TemporaryDirectory(prefix="refiner-demo-", ignore_cleanup_errors=True) as folder:
+        os.environ[_FOLDER_OPTION] = folder
+        threading.Thread(target=_clean, args=(Path(folder), ended), daemon=True).start()
+        try:
+            yield Path(folder)
+        finally:
+            ended.set()
+            del os.environ[_FOLDER_OPTION]
+            if before is not None:
+                os.environ[_FOLDER_OPTION] = before
+
+
+def _clean(folder: Path, ended: threading.Event) -> None:
+    while not ended.wait(_HOUR):
+        for path in folder.rglob("*"):
+            with suppress(OSError):  # somebody else was faster, or it is a folder
+                if path.is_file() and path.stat().st_mtime < time.time() - 24 * _HOUR:
+                    path.unlink()

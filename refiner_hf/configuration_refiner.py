@@ -13,6 +13,8 @@
 # limitations under the License.
 """Refiner model configuration."""
 
+import math
+import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -20,9 +22,12 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
+from .code_refiner import named_code_beside
+
 
 ATTENTION_TYPES = ("plain", "refined", "shared_refined")
 REFINEMENTS = ("expansion_convolution", "convolution", "expansion")
+_MOST_LAYERS = 10_000  # far above any network; below it a mistake is found before anything long begins
 
 
 @strict
@@ -166,6 +171,14 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # However they come: JSON, and transformers' own examples, have numbers as text.
+        if name == "id2label" and value is not None:
+            value = _numbered(value)
+        elif name == "label2id" and value is not None:
+            value = {label: int(number) for label, number in _dict(name, value).items()}
+        super().__setattr__(name, value)
+
     def __post_init__(self, **kwargs):
         self.complete()
         features, indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
@@ -177,9 +190,9 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         """Fills in what follows from other fields, where it is `None`."""
         if self.intermediate_size is None:
             self.intermediate_size = 3 * self.hidden_size
-        if self.attention_types is None:
+        if self.attention_types is None and self.num_hidden_layers <= _MOST_LAYERS:  # else it is refused
             self.attention_types = [("plain", "shared_refined")[i % 2] for i in range(self.num_hidden_layers)]
-        self.attention_types = list(self.attention_types)
+        self.attention_types = list(self.attention_types or ())
 
     # The published networks. Drop path is that of training without token labels.
 
@@ -205,6 +218,14 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         if not {"num_labels", "id2label"} & fields.keys():
             fields["num_labels"] = 1000
         return cls(**fields)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
+        """
+        As [`~transformers.PreTrainedConfig.save_pretrained`]. Code that the configuration names (`auto_map`) is saved
+        beside it, or isn't named.
+        """
+        with named_code_beside(self, save_directory):
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     # What follows from the fields.
 
@@ -234,6 +255,17 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         """What a backbone can give: the embeddings and each layer's output."""
         return ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
 
+    # By default the last stage, of however many there are then: a configuration may get other layers.
+    @BackboneConfigMixin.out_features.getter
+    def out_features(self) -> list[str]:
+        """The stages that [`RefinerBackbone`] gives."""
+        return [self.stage_names[-1]] if self._out_features is None else self._out_features
+
+    @BackboneConfigMixin.out_indices.getter
+    def out_indices(self) -> list[int]:
+        """Their numbers in `stage_names`."""
+        return [len(self.stage_names) - 1] if self._out_indices is None else self._out_indices
+
     @property
     def label_names(self) -> list[str]:
         """The labels' names in the order of the logits."""
@@ -257,7 +289,7 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"num_channels must be at least 1, got {self.num_channels}.")
 
     def validate_widths(self):
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        for name in ("hidden_size", "num_attention_heads", "intermediate_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.hidden_size % self.num_attention_heads:
@@ -267,6 +299,10 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def validate_attention_types(self):
+        if self.num_hidden_layers < 1:
+            raise ValueError(f"num_hidden_layers must be at least 1, got {self.num_hidden_layers}.")
+        if self.num_hidden_layers > _MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers must be at most {_MOST_LAYERS:,}, got {self.num_hidden_layers}.")
         types = self.attention_types
         if len(types) != self.num_hidden_layers:
             raise ValueError(
@@ -297,6 +333,14 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"got {self.refinement_kernel_size}."
             )
 
+    def validate_numbers(self):
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{name} must be a finite number, got {value}.")
+        for name in ("layer_norm_eps", "batch_norm_eps", "initializer_range"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+
     def validate_rates(self):
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
@@ -307,6 +351,28 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"residual_scale must be positive, got {self.residual_scale}.")
         if not 0 < self.batch_norm_momentum <= 1:
             raise ValueError(f"batch_norm_momentum must be in (0, 1], got {self.batch_norm_momentum}.")
+
+
+def _numbered(id2label: Any) -> dict[int, str]:
+    """Labels by number."""
+    try:
+        numbered = {int(number): label for number, label in _dict("id2label", id2label).items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"id2label must map each label's number to its name, such as {{0: 'cat'}}: {error}"
+        ) from error
+    if numbered and (min(numbered) != 0 or max(numbered) != len(numbered) - 1 or len(numbered) != len(id2label)):
+        raise ValueError(
+            f"id2label must number its {len(id2label):,} labels from 0 to {len(id2label) - 1:,}, each once; its "
+            f"numbers go from {min(numbered)} to {max(numbered)}."
+        )
+    return numbered
+
+
+def _dict(name: str, value: Any) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a dict, got a {type(value).__name__}.")
+    return value
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

@@ -18,6 +18,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
+from .code_refiner import named_code_beside
+
 
 class RefinerImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
@@ -50,6 +52,11 @@ class RefinerImageProcessorMixin:
     do_center_crop = True
     do_rescale = True
     do_normalize = True
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> list[str] | None:
+        """As everywhere in transformers. Code that its configuration names is saved beside it, or isn't named."""
+        with named_code_beside(self, save_directory):
+            return super().save_pretrained(save_directory, *args, **kwargs)
 
     def fetch_images(self, image_url_or_urls):
         if isinstance(image_url_or_urls, (str, os.PathLike)) and _is_path(image_url_or_urls):

@@ -6,6 +6,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from refiner_hf import RefinerConfig, RefinerForImageClassification
 
+from .conftest import TINY
+
 
 @pytest.mark.parametrize(
     "make, parameters",
@@ -83,3 +85,60 @@ def test_what_does_not_fit_is_refused_at_construction(fields, message):
 
 def test_odd_patches_are_fine_without_the_stem():
     assert RefinerConfig(image_size=225, patch_size=15, use_conv_stem=False).patch_grid == (15, 15)
+
+
+NAMES = ["w", "x", "y", "z"]
+
+
+def test_labels_by_number_however_they_are_given(tmp_path):
+    """As transformers' own run_image_classification.py gives them: numbers as text, both ways round."""
+    as_text = {str(i): name for i, name in enumerate(NAMES)}, {name: str(i) for i, name in enumerate(NAMES)}
+    constructed = RefinerConfig(**TINY | {"num_labels": 4}, id2label=as_text[0], label2id=as_text[1])
+    assigned = RefinerConfig(**TINY)
+    assigned.id2label, assigned.label2id = as_text
+    RefinerForImageClassification(RefinerConfig(**TINY)).save_pretrained(tmp_path)
+    options = dict(num_labels=4, id2label=as_text[0], label2id=as_text[1])
+    loaded = RefinerConfig.from_pretrained(tmp_path, **options)
+    model = RefinerForImageClassification.from_pretrained(tmp_path, ignore_mismatched_sizes=True, **options)
+    assert model.classifier.out_features == 4
+    for config in (constructed, assigned, loaded, model.config):
+        assert config.label_names == NAMES and config.num_labels == 4
+        assert config.id2label == dict(enumerate(NAMES)) and config.label2id == {n: i for i, n in enumerate(NAMES)}
+
+
+@pytest.mark.parametrize(
+    "id2label, says",
+    [
+        (["w", "x"], "must be a dict, got a list"),
+        ({"first": "w"}, "must map each label's number to its name"),
+        ({0: "w", 2: "x"}, "must number its 2 labels from 0 to 1, each once; its numbers go from 0 to 2"),
+        ({1: "w", 2: "x"}, "from 0 to 1"),
+        ({"0": "w", 0: "x"}, "each once"),
+    ],
+)
+def test_labels_that_are_none(id2label, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        RefinerConfig(**{**TINY, "num_labels": None}, id2label=id2label)
+    RefinerConfig(**TINY).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | {"id2label": id2label}))
+    if {"0": "w", 0: "x"} != id2label:  # JSON can't hold these two
+        with pytest.raises(ValueError, match=says):
+            RefinerConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        (dict(num_hidden_layers=10**6), "at most 10,000, got 1000000"),
+        (dict(num_hidden_layers=-1), "at least 1"),
+        (dict(layer_norm_eps=-1e-6), "layer_norm_eps must not be negative"),
+        (dict(residual_scale=float("nan")), "residual_scale must be a finite number"),
+        (dict(layerscale_value=float("inf")), "layerscale_value must be a finite number"),
+        (dict(patch_size=0), "patch_size must be a positive"),
+        (dict(hidden_size="24"), "hidden_size"),
+    ],
+)
+def test_numbers_out_of_range(fields, says):
+    with pytest.raises((ValueError, StrictDataclassError), match=says):
+        RefinerConfig(**TINY | fields)

@@ -241,7 +241,7 @@ class TestConfig:
             del written[field]
         (tmp_path / "config.json").write_text(json.dumps(written))
         config = RefinerConfig.from_pretrained(tmp_path)
-        assert RefinerBackbone(config).out_features == ["stage4"] and config.out_features is None
+        assert RefinerBackbone(config).out_features == ["stage4"] == config.out_features
         assert config.apply_layernorm and config.reshape_hidden_states
         loaded = RefinerForImageClassification.from_pretrained(tmp_path)
         assert torch.equal(loaded(**inputs_of(RefinerModel)).logits, model(**inputs_of(RefinerModel)).logits)
@@ -249,7 +249,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         "given, features, indices",
         [
-            (dict(), None, None),  # the backbone's matter: the last, however many there are
+            (dict(), ["stage4"], [4]),  # the last, however many there are
             (dict(out_features=["stem", "stage3"]), ["stem", "stage3"], [0, 3]),
             (dict(out_indices=(1, -1)), ["stage1", "stage4"], [1, -1]),
             (dict(out_features=["stage2"], out_indices=[2]), ["stage2"], [2]),
@@ -280,6 +280,28 @@ class TestConfig:
     def test_stages_that_do_not_fit(self, given, message):
         with pytest.raises(ValueError, match=message):
             RefinerConfig(**TINY, **given)
+
+    def test_as_the_librarys_own_backbone_tests_want_it(self):
+        """`test_config`, `test_channels` and `test_create_from_modified_config` of transformers' backbone tests."""
+        config = RefinerConfig(**TINY, out_features=None, out_indices=None)
+        assert config.out_features == [config.stage_names[-1]]
+        assert config.out_indices == [len(config.stage_names) - 1]
+        model = RefinerBackbone(config).eval()
+        assert len(model.channels) == len(config.out_features) == 1
+        for changes, count in (({"out_features": None}, 1), ({"out_indices": [1, 3]}, 2)):
+            changed = copy.deepcopy(config)
+            for name, value in changes.items():
+                setattr(changed, name, value)
+            model = RefinerBackbone(changed).eval()
+            assert len(model(torch.rand(1, 3, 16, 16)).feature_maps) == len(model.channels) == count
+            assert len(changed.out_features) == len(changed.out_indices) == count
+
+    def test_the_last_stage_of_other_layers(self, tmp_path):
+        """The default is never written down, so it can't be that of another number of layers."""
+        config = RefinerConfig(**TINY)
+        assert config.out_features == ["stage4"] and json.loads(config.to_json_string())["out_features"] is None
+        config.num_hidden_layers = 2
+        assert config.out_features == ["stage2"] and config.out_indices == [2]
 
     def test_fewer_layers_than_the_checkpoint(self, tmp_path):
         make(RefinerModel, out_features=None).save_pretrained(tmp_path)

@@ -16,7 +16,12 @@ AUTO_MAP = {
     "AutoModelForMaskedImageModeling": "modeling_refiner.RefinerForMaskedImageModeling",
     "AutoBackbone": "modeling_refiner.RefinerBackbone",
 }
-PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_refiner.RefinerImageProcessor"}
+PROCESSOR_AUTO_MAP = {
+    "AutoImageProcessor": {
+        "torchvision": "image_processing_refiner.RefinerImageProcessor",
+        "pil": "image_processing_pil_refiner.RefinerImageProcessorPil",
+    }
+}
 # The files that name the code.
 _NAMING = {"config.json": AUTO_MAP, "preprocessor_config.json": PROCESSOR_AUTO_MAP}
 

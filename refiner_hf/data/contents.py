@@ -1,4 +1,4 @@
-"""What is in the images: a number for each, which goes with a picture wherever its file lies and whatever it is called."""
+"""What is in the images: a number for each, which goes with a picture wherever it lies and whatever it is called."""
 
 import os
 from hashlib import blake2b

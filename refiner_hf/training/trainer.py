@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 
 from ..data.draws import DrawnImages, DrawSampler
 from ..data.streams import StreamedImages, StreamPosition, collate_streamed
@@ -70,6 +71,12 @@ class RefinerTrainer(PushingTrainer):
         self.add_callback(_FollowTraining(self))
         self._prepare_model()
         self.begin_clock()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, *args, **kwargs) -> TrainOutput:
+        if trial is not None:
+            # The stock Trainer makes a trial's model with the seed of the trial before, and only then sets its own.
+            super()._hp_search_setup(trial)
+        return super().train(resume_from_checkpoint, trial, *args, **kwargs)
 
     def _hp_search_setup(self, trial) -> None:
         # Each training calls this, once its model is there (a new one each time where `model_init` makes it) and

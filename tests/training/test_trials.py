@@ -84,22 +84,18 @@ def trainer(tiny_model, tmp_path):
 )
 def test_each_trial_has_its_own(search, trainer, name, values):
     found = search(trainer(num_train_epochs=2), [{name: value} for value in [*values, *values]])
-    assert found[: len(values)] == [
-        same(found[len(values) + i], curve) for i, curve in enumerate(found[: len(values)])
-    ]
-    curves = [tuple(curve) for curve, _ in found[: len(values)]]
-    assert len(set(curves)) == len(values)
+    first, again = found[: len(values)], found[len(values) :]
+    for one, other in zip(first, again):
+        assert_same(one, other)
+    assert len({tuple(curve) for curve, _ in first}) == len(values)
 
 
-def same(one, other):
-    """`other`, when both have the same losses and evaluation."""
-    timed = ("runtime", "per_second")
-    for each in (one, other):
-        assert each[0]
+def assert_same(one, other):
+    """The same losses and evaluation."""
     assert one[0] == other[0]
-    kept = [{k: v for k, v in each[1].items() if not any(t in k for t in timed)} for each in (one, other)]
+    timed = ("runtime", "per_second")
+    kept = [{k: v for k, v in metrics.items() if not any(t in k for t in timed)} for _, metrics in (one, other)]
     assert kept[0] == kept[1]
-    return other
 
 
 def test_averages_of_trials(search, trainer):
@@ -109,7 +105,7 @@ def test_averages_of_trials(search, trainer):
     tried = [{"ema_decay": decay} for decay in (0.5, 0.0, 0.99, 0.5)]
     found = search(searched, [trial | {"ema_warmup": False} for trial in tried])
     assert ["eval_ema_loss" in metrics for _, metrics in found] == [True, False, True, True]
-    same(found[0], found[3])
+    assert_same(found[0], found[3])
     assert found[0][1]["eval_ema_loss"] != found[2][1]["eval_ema_loss"]
     assert sum(isinstance(c, EmaCallback) for c in searched.callback_handler.callbacks) == 1
 
@@ -142,20 +138,21 @@ def test_a_loss_that_was_none_is_forgotten(search, trainer):
 
     found = search(trainer([Spoil()]), [{"seed": 2}, {"seed": 1}, {"seed": 2}])
     assert found[1] is None
-    same(found[0], found[2])
+    assert_same(found[0], found[2])
 
 
 def test_norm_statistics_leave_nothing_over(search, trainer):
     searched = trainer([NormStatisticsCallback(Images(), 8)], eval_strategy="epoch", num_train_epochs=2)
     found = search(searched, [{"weight_decay": 0.1}, {"weight_decay": 5.0}, {"weight_decay": 0.1}])
-    same(found[0], found[2])
+    assert_same(found[0], found[2])
     assert found[0][0] != found[1][0]
 
 
 def test_a_seed_is_its_trials_and_not_the_next_ones(search, trainer, tiny_config):
     searched = trainer(model=lambda: RefinerForImageClassification(tiny_config()))
     found = search(searched, [{"seed": seed} for seed in (1, 2, 1, 2)])
-    same(found[0], found[2]), same(found[1], found[3])
+    assert_same(found[0], found[2])
+    assert_same(found[1], found[3])
     assert found[0][0][0] != found[1][0][0], "they begin with other weights"
 
 
@@ -175,7 +172,7 @@ def test_a_stream_begins_anew(search, trainer):
     stream = StreamedImages(Table.from_dict({"x": list(range(24))}).to_iterable_dataset(num_shards=2), prepare, seed=0)
     searched = trainer(train=stream, max_steps=5)
     found = search(searched, [{"weight_decay": 0.1}] * 2)
-    same(*found)
+    assert_same(*found)
     searched.train_dataset = rows  # an ordinary one after it
     assert searched.train().global_step == 5
 

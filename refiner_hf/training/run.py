@@ -32,6 +32,7 @@ from .folder import CONFUSION_MATRIX, Example, finish_folder
 from .loading import load_model, load_processor
 from .metrics import ClassificationMetrics, rank_labels
 from .output_folder import prepare_output_folder, push_command, repository
+from .same_data import DATA_FILE, check_same_data, facts_of_data
 from .saving import writing
 from .statistics import NormStatisticsCallback
 from .targets import TrainingTargets
@@ -69,10 +70,11 @@ def run(
     the model, its processor, a card with pictures, and the measured results: it is ready for the Hub, and with
     `push_to_hub` it goes there, in one commit. The token and the repository are checked before anything else.
 
-    A run that broke off is taken up again from its last checkpoint.
+    A run that broke off is taken up again from its last whole checkpoint, with the data that it began with.
 
     Raises:
-        `ValueError`: options, data or labels that don't fit; before anything long begins wherever it can be seen.
+        `ValueError`: options, data or labels that don't fit, or a run that can't go on; before anything long begins
+            wherever it can be seen.
         `OSError`: an output folder that can't be written, before training.
         [`~refiner_hf.hub.repository.PublishError`]: a token that can't push, before training; or the push failed
             after it (the folder is finished, and the message says how to push it again).
@@ -104,6 +106,10 @@ def run(
         )
         if not data_args.embedded:
             _look_at_images(data, data_args, training_args)
+        if training_args.do_train:
+            facts = facts_of_data(data, data_args, evaluated=training_args.do_eval)
+            if checkpoint:
+                check_same_data(checkpoint, facts, named=checkpoint == training_args.resume_from_checkpoint)
     model, label_ids = load_model(model_args, data.labels, keep_labels=not training_args.do_train)
     processor = load_processor(model_args, model.config)
 
@@ -128,6 +134,7 @@ def run(
             callbacks.append(NormStatisticsCallback(for_statistics, batch_size, ema=ema))
         if training_args.should_save:
             write_json(Path(training_args.output_dir) / RUN_FILE, arguments)
+            write_json(Path(training_args.output_dir) / DATA_FILE, facts)
 
     trainer = RefinerTrainer(
         model=model,

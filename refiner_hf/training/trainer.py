@@ -20,6 +20,7 @@ from ..data.streams import StreamedImages, StreamPosition, collate_streamed
 from ..loss_refiner import problem_type_of
 from ..modeling_refiner import RefinerForMaskedImageModeling, RefinerPreTrainedModel
 from .arguments import RefinerTrainingArguments
+from .checkpoints import loading
 from .ema import EmaCallback
 from .optimization import hold_from, layerwise_groups, scaled_learning_rate
 from .pushing import PushingTrainer
@@ -294,10 +295,19 @@ class RefinerTrainer(PushingTrainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.ema is not None:
-            self.ema.begin(self.model)
-            self.ema.load(resume_from_checkpoint)
+        with loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.ema is not None:
+                self.ema.begin(self.model)
+                self.ema.load(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

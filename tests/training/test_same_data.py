@@ -100,9 +100,7 @@ def test_other_labels_stop_it_in_any_case(place, named):
     (place / "photos" / "red").rename(place / "photos" / "rose")
     shutil.rmtree(place / "others" / "red")
     named = ["--resume_from_checkpoint", str(place / "run" / "checkpoint-3")] if named else []
-    with pytest.raises(
-        SystemExit, match=r"labels aren't .*\(new: rose, violet; gone: red\).*--model_name_or_path"
-    ):
+    with pytest.raises(SystemExit, match=r"labels aren't .*\(new: rose, violet; gone: red\).*--model_name_or_path"):
         main(command(place, *named))
 
 

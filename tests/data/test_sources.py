@@ -1,5 +1,7 @@
 """Data from folders, parquet files, datasets and streams, in one form."""
 
+from importlib.resources import files
+
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
@@ -8,7 +10,7 @@ from PIL import Image
 
 from refiner_hf.data.arguments import DataArguments
 from refiner_hf.data.checking import find_unreadable, stop_for
-from refiner_hf.data.digits import digits_splits, logistic_regression_accuracy
+from refiner_hf.data.digits import SEEN, accuracy_seen, digits_splits, logistic_regression_accuracy
 from refiner_hf.data.images import decode_image
 from refiner_hf.data.sources import load_image_data, shuffled
 from refiner_hf.data.transforms import PrepareImages, evaluation_pixels, match_labels, with_transform
@@ -46,6 +48,11 @@ class TestDigits:
 
     def test_logistic_regression(self):
         assert 0.95 < logistic_regression_accuracy() < 0.98
+
+    def test_the_recipe_and_the_demo_say_the_same_range(self):
+        assert "98.89% to 99.17%" in accuracy_seen()
+        recipe = files("refiner_hf").joinpath("recipes/digits.yaml").read_text(encoding="utf-8")
+        assert f"{100 * SEEN[0]:.2f} to {100 * SEEN[1]:.2f} %" in recipe
 
 
 class TestFolders:

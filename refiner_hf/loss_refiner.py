@@ -49,7 +49,7 @@ def image_classification_loss(
     Raises:
         `ValueError`: labels whose shape, kind or range doesn't fit; the message says what would.
     """
-    problem = config.problem_type or _infer_problem_type(labels, config)
+    problem = problem_type_of(labels, config)
     criterion = _CRITERIA[problem]
     class_target, patch_target = _targets(labels, logits, problem, patch_logits)
 
@@ -86,7 +86,15 @@ _CRITERIA: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 }
 
 
-def _infer_problem_type(labels: torch.Tensor, config: RefinerConfig) -> str:
+def problem_type_of(labels: torch.Tensor, config: RefinerConfig) -> str:
+    """
+    Which problem labels belong to, as `config.problem_type` says or else by what they look like.
+
+    Raises:
+        `ValueError`: several integers an image, which may mean several things.
+    """
+    if config.problem_type:
+        return config.problem_type
     if config.num_labels == 1:
         return REGRESSION
     if labels.ndim > 1 and labels.shape[-1] > 1 and not labels.is_floating_point():

@@ -17,7 +17,11 @@ class DataArguments:
     )
     validation_dir: str | None = field(default=None, metadata={"help": "The same, with the images to evaluate on."})
     train_val_split: float = field(
-        default=0.15, metadata={"help": "Share of the training images held out where there is no validation set."}
+        default=0.15,
+        metadata={
+            "help": "About this share of the training images is held out where there is no validation set. Each is "
+            "decided by its content, so that a folder that grows never moves one from one side to the other."
+        },
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read the dataset as it comes instead of downloading it; needs --max_steps."}

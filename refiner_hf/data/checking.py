@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, Value
 
+from .columns import IMAGE_COLUMN
+from .contents import FEW
 from .images import UnreadableImageError, decode_image
-from .sources import IMAGE_COLUMN
 
 
-_FEW = 2000  # images that one process opens about as fast as several
 _MOST_NAMED = 20  # in an error's message
 
 
@@ -30,7 +30,7 @@ def find_unreadable(data: Dataset, what: str) -> tuple[Dataset, list[str]]:
         input_columns=IMAGE_COLUMN,
         remove_columns=data.column_names,
         features=Features({"reason": Value("string")}),
-        num_proc=os.cpu_count() if len(data) > _FEW else None,
+        num_proc=os.cpu_count() if len(data) > FEW else None,
         desc=f"Opening the {what} images",
     )["reason"]
     reasons = np.asarray(reasons)

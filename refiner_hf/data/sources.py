@@ -5,15 +5,16 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, Value, load_dataset
+from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, load_dataset
 from transformers.utils import logging
 
 from .arguments import DataArguments
+from .columns import IMAGE_COLUMN, LABEL_COLUMN
+from .holding_out import hold_out
 
 
 logger = logging.get_logger(__name__)
 
-IMAGE_COLUMN, LABEL_COLUMN = "image", "labels"
 _LABEL_NAMES = ("label", "labels", "fine_label")
 EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "test")
 _SHUFFLE_BUFFER = 1000  # images of a stream among which the next one is drawn
@@ -24,9 +25,9 @@ class ImageData:
     """
     What a run needs to know of its data.
 
-    `train` and `evaluation` have the columns `image` (not decoded) and `labels` (positions in `labels`); `name` is
-    what the card calls the data, `hub_id` its name on the Hub if it has one, `evaluation_split` where `evaluation`
-    comes from.
+    `train` and `evaluation` have the columns `image` (not decoded) and `labels` (positions in `labels`), and `content`
+    where images were held out; `name` is what the card calls the data, `hub_id` its name on the Hub if it has one,
+    `evaluation_split` where `evaluation` comes from.
     """
 
     name: str
@@ -45,10 +46,12 @@ def load_image_data(args: DataArguments, *, need_train: bool, need_evaluation: b
         args ([`DataArguments`]): the data options.
         need_train (`bool`): whether a missing training set is an error.
         need_evaluation (`bool`): whether images are held out of the training set where there is no validation set.
-        seed (`int`): decides which images are held out and which ones `max_train_samples` and `max_eval_samples` keep.
+        seed (`int`): decides, with each image's content, which ones are held out; and which ones `max_train_samples`
+            and `max_eval_samples` keep of either side.
 
     Raises:
-        `ValueError`: no such folder, no training set, no image or label column; the message lists what is there.
+        `ValueError`: no such folder, no training set, no image or label column; the message lists what is there. Or
+            too few images to hold some out.
     """
     splits, name = _load_splits(args)
     evaluation_split = next((split for split in EVALUATION_SPLITS if split in splits), None)
@@ -59,17 +62,18 @@ def load_image_data(args: DataArguments, *, need_train: bool, need_evaluation: b
         raise ValueError(f"{name} has neither a train, a validation nor a test split, but {sorted(splits)}.")
 
     train, names = _standard_columns(train, args, need_train) if train is not None else (None, None)
+    if need_train and len(names) < 2:
+        raise ValueError(f"{name} has one label only, {names}: there is nothing to tell apart.")
     if evaluation is not None:
         evaluation, evaluation_names = _standard_columns(evaluation, args, need_evaluation)
         names = names or evaluation_names
         evaluation = _relabel(evaluation, evaluation_names, names)
     elif need_evaluation:
-        train, evaluation = _hold_out(train, args.train_val_split, seed)
-        evaluation_split = f"{args.train_val_split:.0%} held out of train"
+        whole = train
+        train, evaluation = hold_out(whole, args.train_val_split, seed, need_train=need_train)
+        evaluation_split = f"{len(evaluation):,} of {len(whole):,} images held out of train"
         logger.warning(f"There is no validation set: evaluating on {evaluation_split}.")
 
-    if need_train and len(names) < 2:
-        raise ValueError(f"{name} has one label only, {names}: there is nothing to tell apart.")
     return ImageData(
         name=name,
         labels=names,
@@ -210,16 +214,6 @@ def pick_label(choices: list[int], label: int | None) -> int:
     if label is None or not 0 <= label < len(choices):
         raise ValueError(f"An image has the label {label}; labels must lie in 0..{len(choices) - 1}.")
     return choices[label]
-
-
-def _hold_out(train, share: float, seed: int):
-    if isinstance(train, IterableDataset):
-        raise ValueError("A stream without a validation split can't be divided; name a dataset that has one.")
-    try:
-        parts: DatasetDict = train.train_test_split(share, seed=seed, stratify_by_column=LABEL_COLUMN)
-    except ValueError:  # too few images of some label to have it on both sides
-        parts = train.train_test_split(share, seed=seed)
-    return parts["train"], parts["test"]
 
 
 def at_most(data: Dataset | IterableDataset | None, number: int | None, seed: int) -> Dataset | IterableDataset | None:

@@ -156,15 +156,33 @@ class StreamPosition:
         Of a checkpoint.
 
         Raises:
-            `ValueError`: it has no position for this process.
+            `ValueError`: it has no position for this process, or a damaged one.
         """
+        file = _file(folder, rank)
         try:
-            return json.loads(_file(folder, rank).read_text(encoding="utf-8"))
+            position = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(
                 f"{folder} doesn't say where process {rank} was in the stream: go on with as many processes as before."
             ) from error
+        except ValueError as error:
+            raise ValueError(f"{file.name} isn't JSON ({error})") from error
+        if not _is_position(position):
+            raise ValueError(f"{file.name} doesn't hold a position in a stream")
+        return position
 
 
 def _file(folder: str | Path, rank: int) -> Path:
     return Path(folder) / f"stream_position_{rank}.json"
+
+
+def _is_position(content: Any) -> bool:
+    """Whether it has the shape of what [`StreamPosition.save`] writes."""
+    if not isinstance(content, dict) or not isinstance(content.get("cursors"), dict):
+        return False
+    numbers = [content.get(name) for name in ("processes", "workers", "next")]
+    for cursor in content["cursors"].values():
+        if not isinstance(cursor, dict) or not isinstance(cursor.get("rows", ""), dict | None):
+            return False
+        numbers += [cursor.get(name) for name in ("epoch", "block", "place")]
+    return all(type(number) is int and number >= 0 for number in numbers) and content["next"] < content["workers"]

@@ -84,7 +84,7 @@ class RefinerTrainingArguments(TrainingArguments):
         },
     )
     cooldown_steps: float = field(
-        default=0,
+        default=0.0,
         metadata={
             "help": "Steps at the end, or below 1 their share of all steps, through which the learning rate stays "
             "where the schedule, --warmup_steps included, has ended before."
@@ -137,6 +137,15 @@ class RefinerTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False  # torch warns otherwise
         if self.remove_unused_columns:
             raise ValueError("--remove_unused_columns would drop the images before they are read; leave it off.")
+        # A hyperparameter search turns what it tries into the type of what was there before: 0.1 of the steps into 0.
+        self.warmup_steps = float(self.warmup_steps)
+        self.check()
+
+    def check(self) -> None:
+        """
+        Raises:
+            `ValueError`: an option out of its range; also where it was changed after the construction.
+        """
         if not 0 <= self.label_smoothing_factor < 1:
             raise ValueError(f"--label_smoothing_factor must be in [0, 1), got {self.label_smoothing_factor}.")
         for name in ("norm_statistics_images", "example_pictures", "analysis_images", "cooldown_steps"):

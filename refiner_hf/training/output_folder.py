@@ -1,17 +1,19 @@
 """The folder of a run: whether it can be written, and whether a run in it is to go on."""
 
 import json
-import os
 import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..hub.files import without_paths
 from .arguments import RefinerTrainingArguments
 from .card import RUN_FILE
+from .checkpoints import DamagedCheckpointError, check_checkpoint
 
 
 logger = logging.get_logger(__name__)
@@ -22,7 +24,28 @@ _MAY_CHANGE = {"cache_dir", "refine_implementation", "max_eval_samples"}
 
 
 def prepare_output_folder(args: RefinerTrainingArguments, arguments: dict[str, Any]) -> str | None:
-    """Checks that the folder can be written and holds nothing to lose. Returns the checkpoint to go on from."""
+    """
+    Checks that the folder can be written and holds nothing to lose. Returns the checkpoint to go on from: the newest
+    whole one, or the one that was named. The first process looks, and all do what it found.
+
+    Raises:
+        `OSError`: the folder can't be written.
+        `ValueError`: it holds a finished run, another run or something else; or there are checkpoints, but none
+            that is whole.
+    """
+    found: list[Any] = [None]
+    if args.process_index == 0:
+        try:
+            found = [_prepare(args, arguments)]
+        except (OSError, ValueError) as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def _prepare(args: RefinerTrainingArguments, arguments: dict[str, Any]) -> str | None:
     folder = Path(args.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -35,28 +58,42 @@ def prepare_output_folder(args: RefinerTrainingArguments, arguments: dict[str, A
         raise ValueError(f"{folder} holds a finished training run. Give another --output_dir.{push}")
     if not args.do_train:
         return None
+    streamed = arguments["data"]["streaming"]
     if args.resume_from_checkpoint and args.resume_from_checkpoint not in ("True", "true"):
-        if not os.path.isdir(args.resume_from_checkpoint):
-            raise ValueError(f"There is no checkpoint {args.resume_from_checkpoint}.")
+        named = Path(args.resume_from_checkpoint)
+        if not named.is_dir():
+            raise ValueError(f"There is no checkpoint {named}.")
+        try:
+            check_checkpoint(named, args, streamed=streamed)
+        except DamagedCheckpointError as error:
+            raise ValueError(f"The checkpoint {named} can't be used: {error}. Name another one.") from error
         return args.resume_from_checkpoint
     if any(folder.iterdir()) and not (folder / RUN_FILE).exists():
         raise ValueError(f"{folder} isn't empty and holds no training run of ours. Give another --output_dir.")
-    checkpoint = _last_whole_checkpoint(folder)
+    checkpoint = _last_whole_checkpoint(folder, args, streamed)
     if checkpoint:
-        _check_same_run(folder, arguments)
+        _check_same_run(folder, arguments, checkpoint)
         logger.warning(f"Going on from {checkpoint}.")
     elif args.resume_from_checkpoint:
         raise ValueError(f"There is no checkpoint in {folder} to resume from.")
     return checkpoint
 
 
-def _check_same_run(folder: Path, arguments: dict[str, Any]) -> None:
+def _check_same_run(folder: Path, arguments: dict[str, Any], checkpoint: str) -> None:
     """A run may go on for longer or on other hardware, but with the network and the data that it began with."""
-    begun = without_paths(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
+    groups = ("model", "data", "augmentation")
+    try:
+        begun = without_paths(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
+        begun = {group: dict(begun[group]) for group in groups}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / RUN_FILE} is damaged: it doesn't say with which options the run began. Give another "
+            f"--output_dir; or, to go on with the options given now, --resume_from_checkpoint {checkpoint}."
+        ) from error
     arguments = without_paths(arguments)
     changed = [
         f"{name} was {begun[group].get(name)!r} and is now {value!r}"
-        for group in ("model", "data", "augmentation")
+        for group in groups
         for name, value in arguments[group].items()
         if name not in _MAY_CHANGE and begun[group].get(name) != value
     ]
@@ -67,15 +104,25 @@ def _check_same_run(folder: Path, arguments: dict[str, Any]) -> None:
         )
 
 
-def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end: the Trainer writes its state last."""
+def _last_whole_checkpoint(folder: Path, args: RefinerTrainingArguments, streamed: bool) -> str | None:
+    """The newest checkpoint that was written to its end, and of which every file is still what was written."""
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    damaged = []
     for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-            return str(checkpoint)
-        except (OSError, ValueError):
+        if not (checkpoint / TRAINER_STATE_NAME).exists():  # the Trainer writes it last
             logger.warning(f"{checkpoint} is incomplete (the run broke off while saving it); leaving it aside.")
+            continue
+        try:
+            check_checkpoint(checkpoint, args, streamed=streamed)
+            return str(checkpoint)
+        except DamagedCheckpointError as error:
+            damaged.append(f"{checkpoint.name}: {error}")
+            logger.warning(f"{checkpoint} is damaged: {error}. Leaving it aside.")
+    if damaged:
+        raise ValueError(
+            f"No checkpoint in {folder} can be used ({'; '.join(damaged)}). To begin again from the start, delete "
+            "them or give another --output_dir."
+        )
     return None
 
 

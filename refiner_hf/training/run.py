@@ -31,8 +31,8 @@ from .ema import EmaCallback
 from .folder import CONFUSION_MATRIX, Example, finish_folder
 from .loading import load_model, load_processor
 from .metrics import ClassificationMetrics, rank_labels
-from .optimization import scaled_learning_rate
 from .output_folder import prepare_output_folder, push_command, repository
+from .same_data import DATA_FILE, check_same_data, facts_of_data
 from .saving import writing
 from .statistics import NormStatisticsCallback
 from .targets import TrainingTargets
@@ -70,10 +70,11 @@ def run(
     the model, its processor, a card with pictures, and the measured results: it is ready for the Hub, and with
     `push_to_hub` it goes there, in one commit. The token and the repository are checked before anything else.
 
-    A run that broke off is taken up again from its last checkpoint.
+    A run that broke off is taken up again from its last whole checkpoint, with the data that it began with.
 
     Raises:
-        `ValueError`: options, data or labels that don't fit; before anything long begins wherever it can be seen.
+        `ValueError`: options, data or labels that don't fit, or a run that can't go on; before anything long begins
+            wherever it can be seen.
         `OSError`: an output folder that can't be written, before training.
         [`~refiner_hf.hub.repository.PublishError`]: a token that can't push, before training; or the push failed
             after it (the folder is finished, and the message says how to push it again).
@@ -105,6 +106,10 @@ def run(
         )
         if not data_args.embedded:
             _look_at_images(data, data_args, training_args)
+        if training_args.do_train:
+            facts = facts_of_data(data, data_args, evaluated=training_args.do_eval)
+            if checkpoint:
+                check_same_data(checkpoint, facts, named=checkpoint == training_args.resume_from_checkpoint)
     model, label_ids = load_model(model_args, data.labels, keep_labels=not training_args.do_train)
     processor = load_processor(model_args, model)
 
@@ -119,25 +124,17 @@ def run(
         train = _training_images(data.train, prepare, data_args, augmentation_args, training_args, checkpoint)
         ema = EmaCallback(training_args.ema_decay, training_args.ema_warmup) if training_args.ema_decay else None
         callbacks += [ema] if ema else []
-        if training_args.freeze_norms:
-            model.freeze_norms()
-        else:
-            if training_args.world_size > 1 and training_args.synchronize_norms:
-                model.synchronize_norms()
-            if training_args.norm_statistics_images:
-                # Always the same training images.
-                some = at_most(
-                    shuffled(data.train, training_args.seed), training_args.norm_statistics_images, training_args.seed
-                )
-                for_statistics = with_transform(some, for_evaluation)
-                batch_size = training_args.per_device_eval_batch_size
-                callbacks.append(NormStatisticsCallback(for_statistics, batch_size, ema=ema))
+        if training_args.norm_statistics_images and not training_args.freeze_norms:
+            # Always the same training images.
+            some = at_most(
+                shuffled(data.train, training_args.seed), training_args.norm_statistics_images, training_args.seed
+            )
+            for_statistics = with_transform(some, for_evaluation)
+            batch_size = training_args.per_device_eval_batch_size
+            callbacks.append(NormStatisticsCallback(for_statistics, batch_size, ema=ema))
         if training_args.should_save:
             write_json(Path(training_args.output_dir) / RUN_FILE, arguments)
-        images = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
-        training_args.learning_rate = scaled_learning_rate(
-            training_args.learning_rate, images, training_args.learning_rate_batch_size
-        )
+            write_json(Path(training_args.output_dir) / DATA_FILE, facts)
 
     trainer = RefinerTrainer(
         model=model,
@@ -150,11 +147,10 @@ def run(
         preprocess_logits_for_metrics=rank_labels,
         callbacks=callbacks,
         make_targets=TrainingTargets(
-            training_args.label_smoothing_factor,
-            Mixup(augmentation_args.mixup, augmentation_args.cutmix, label_smoothing=0.0)
+            mixup=Mixup(augmentation_args.mixup, augmentation_args.cutmix, label_smoothing=0.0)
             if augmentation_args.mixup or augmentation_args.cutmix
             else None,
-            data_args.transposed_label_maps,
+            transposed_boxes=data_args.transposed_label_maps,
         ),
     )
 

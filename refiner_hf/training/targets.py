@@ -11,6 +11,7 @@ from torch import nn
 from torchvision.ops import roi_align
 
 from ..data.label_maps import BOX, FLIPPED, MAP_CLASSES, MAP_SCORES
+from ..loss_refiner import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 
 class TrainingTargets:
@@ -18,30 +19,43 @@ class TrainingTargets:
     Batches as they are loaded to batches that the model takes.
 
     Args:
-        smoothing (`float`): share of each target that is spread evenly over all labels.
         mixup ([`timm.data.Mixup`], *optional*): mixes images, and their targets alike. A batch of an odd number of
             images stays as it is.
         transposed_boxes (`bool`): see [`dense_targets`].
     """
 
-    def __init__(self, smoothing: float = 0.0, mixup: Mixup | None = None, transposed_boxes: bool = False):
-        self.smoothing, self.mixup, self.transposed_boxes = smoothing, mixup, transposed_boxes
+    def __init__(self, *, mixup: Mixup | None = None, transposed_boxes: bool = False):
+        self.mixup, self.transposed_boxes = mixup, transposed_boxes
 
     def __call__(
-        self, inputs: dict[str, torch.Tensor], num_labels: int, grid: tuple[int, int]
+        self,
+        inputs: dict[str, torch.Tensor],
+        num_labels: int,
+        grid: tuple[int, int],
+        smoothing: float = 0.0,
+        problem_type: str = SINGLE_LABEL,
     ) -> dict[str, torch.Tensor]:
         """
         Args:
             inputs: `pixel_values`, `labels`, and what belongs to label maps where there are some.
             num_labels (`int`): K.
             grid (`tuple[int, int]`): rows and columns of patches.
+            smoothing (`float`, *optional*, defaults to 0.0): share of each target that is spread evenly over all
+                labels; see [`smooth_labels`].
+            problem_type (`str`, *optional*, defaults to `"single_label_classification"`): as in a configuration.
 
         Returns:
-            `inputs` with soft labels (B, K) or dense ones (B, K, 2 + P); as they were where there is nothing to do.
+            `inputs` with soft labels (B, K) or dense ones (B, K, 2 + P), or numbers for regression; as they were where
+            there is nothing to do.
+
+        Raises:
+            `ValueError`: label maps, or smoothing, for a problem that they don't go with.
         """
         inputs = dict(inputs)
         label_maps = {name: inputs.pop(name) for name in (MAP_SCORES, MAP_CLASSES, BOX, FLIPPED) if name in inputs}
         if label_maps:
+            if problem_type != SINGLE_LABEL:
+                raise ValueError(f"Label maps are for images of one label each, not for {problem_type}.")
             inputs["labels"] = dense_targets(
                 scores=label_maps[MAP_SCORES],
                 classes=label_maps[MAP_CLASSES],
@@ -50,26 +64,51 @@ class TrainingTargets:
                 labels=inputs["labels"],
                 num_labels=num_labels,
                 grid=grid,
-                smoothing=self.smoothing,
+                smoothing=smoothing,
                 transposed_boxes=self.transposed_boxes,
             )
-        elif self.smoothing or self.mixup:
-            inputs["labels"] = smooth_labels(inputs["labels"], num_labels, self.smoothing)
+        elif smoothing or self.mixup:
+            inputs["labels"] = smooth_labels(inputs["labels"], num_labels, smoothing, problem_type)
         if self.mixup and len(inputs["labels"]) % 2 == 0:
             inputs["pixel_values"], share = _mix(self.mixup, inputs["pixel_values"])
             inputs["labels"] = share * inputs["labels"] + (1 - share) * inputs["labels"].flip(0)
         return inputs
 
 
-def smooth_labels(labels: torch.Tensor, num_labels: int, smoothing: float) -> torch.Tensor:
+def smooth_labels(
+    labels: torch.Tensor, num_labels: int, smoothing: float, problem_type: str = SINGLE_LABEL
+) -> torch.Tensor:
     """
-    Soft labels (images, labels): `1 - smoothing` on the given ones, `smoothing` spread evenly over all.
+    Smoothed targets, as floating point numbers.
+
+    - One label an image: soft labels (images, labels), `1 - smoothing` on the given ones, `smoothing` spread evenly
+      over all.
+    - Several labels an image (`"multi_label_classification"`): each label is a question of its own with two answers,
+      so that each 0 or 1 goes `smoothing` of the way to 1/2.
+    - Numbers (`"regression"`) have no labels to spread anything over; with `smoothing` 0 they stay what they are.
 
     Args:
-        labels (`torch.Tensor`): integers (images,) or soft labels (images, labels).
+        labels (`torch.Tensor`): integers (images,) or soft labels (images, labels); zeros and ones (images, labels)
+            of any type for several labels an image; numbers for regression.
+        num_labels (`int`): how many there are.
+        smoothing (`float`): from 0 to 1.
+        problem_type (`str`, *optional*, defaults to `"single_label_classification"`): as in a configuration.
+
+    Raises:
+        `ValueError`: smoothing for a regression.
     """
+    if problem_type == REGRESSION:
+        if smoothing:
+            raise ValueError(
+                "Label smoothing is for labels, and config.problem_type is 'regression', with numbers: set "
+                "label_smoothing_factor to 0."
+            )
+        return labels.float()
+    if problem_type == MULTI_LABEL:
+        return (1 - smoothing) * labels.float() + smoothing / 2
     if not labels.is_floating_point():
-        labels = nn.functional.one_hot(labels.long(), num_labels).float()
+        one_each = labels.numel() == len(labels)
+        labels = nn.functional.one_hot(labels.reshape(-1).long(), num_labels).float() if one_each else labels.float()
     return (1 - smoothing) * labels + smoothing / num_labels
 
 

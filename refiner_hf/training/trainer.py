@@ -1,6 +1,7 @@
 """The HF Trainer, with what Refiners need of it."""
 
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +13,16 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 
 from ..data.draws import DrawnImages, DrawSampler
 from ..data.streams import StreamedImages, StreamPosition, collate_streamed
+from ..loss_refiner import problem_type_of
 from ..modeling_refiner import RefinerForMaskedImageModeling, RefinerPreTrainedModel
 from .arguments import RefinerTrainingArguments
+from .checkpoints import loading
 from .ema import EmaCallback
-from .optimization import hold_from, layerwise_groups
+from .optimization import hold_from, layerwise_groups, scaled_learning_rate
 from .pushing import PushingTrainer
 from .saving import writing
 from .targets import TrainingTargets
@@ -33,11 +37,16 @@ class RefinerTrainer(PushingTrainer):
     [`~transformers.Trainer`] with these differences:
 
     - no weight decay on norms, biases, layer scale, class and mask token and positions, as in the reference. The stock
-      Trainer decays the last three. `layer_decay` and `cooldown_steps` in its arguments are heeded;
+      Trainer decays the last three;
+    - of [`~refiner_hf.training.arguments.RefinerTrainingArguments`] it heeds `layer_decay`, `cooldown_steps`,
+      `learning_rate_batch_size`, `ema_decay`, `ema_warmup`, `freeze_norms` and `synchronize_norms` by itself. All
+      arguments count as they are when a training begins, also where a hyperparameter search changes them, and
+      `label_smoothing_factor` as it is at each step;
     - an evaluation of masked image modelling has a loss. The stock Trainer looks for labels and finds none;
     - `make_targets` makes what a step aims at: by default, `label_smoothing_factor` becomes soft labels, so that it
       reaches the dense head and token mixing. The stock Trainer would take the model's own loss away and put one on
-      the class logits in its place. Evaluation losses are not smoothed;
+      the class logits in its place, and do nothing where images have several labels. Evaluation losses are not
+      smoothed;
     - training data that are [`~refiner_hf.data.draws.DrawnImages`] or [`~refiner_hf.data.streams.StreamedImages`] go
       on exactly where a checkpoint was made. An [`~refiner_hf.training.ema.EmaCallback`] among its callbacks is
       evaluated, saved and taken up again;
@@ -52,23 +61,68 @@ class RefinerTrainer(PushingTrainer):
     """
 
     def __init__(self, *args, make_targets: TrainingTargets | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        if isinstance(self.model, RefinerForMaskedImageModeling) and self.args.label_names is None:
-            self.label_names = ["bool_masked_pos"]  # without a label, an evaluation would have no loss
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Label smoothing is not compatible with multi-label")  # here it is
+            super().__init__(*args, **kwargs)
         self.label_smoother = None  # the targets themselves are smoothed
-        self.make_targets = make_targets or TrainingTargets(self.args.label_smoothing_factor)
-        self.ema = next((c for c in self.callback_handler.callbacks if isinstance(c, EmaCallback)), None)
-        if self.ema is not None:
-            self._check_average()
-            self.ema.begin(self.model)
+        self.make_targets = make_targets or TrainingTargets()
+        self.ema: EmaCallback | None = None
+        self._own_ema: EmaCallback | None = None
         self._position: StreamPosition | None = None
         self.add_callback(_FollowTraining(self))
-        self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+        self._prepare_model()
         self.begin_clock()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, trial=None, *args, **kwargs) -> TrainOutput:
+        if trial is not None:
+            # The stock Trainer makes a trial's model with the seed of the trial before, and only then sets its own.
+            super()._hp_search_setup(trial)
+        return super().train(resume_from_checkpoint, trial, *args, **kwargs)
+
+    def _hp_search_setup(self, trial) -> None:
+        # Each training calls this, once its model is there (a new one each time where `model_init` makes it) and
+        # before it looks at a checkpoint. Only now the arguments are those of the trial.
+        super()._hp_search_setup(trial)
+        if self.args.push_to_hub and self.args.hub_model_id != self.hub_model_id:
+            self.init_hf_repo()
+        self._prepare_model()
+
+    def _prepare_model(self) -> None:
+        """What the arguments, as they are now, want of the model that there is now."""
+        self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+        if isinstance(self.model, RefinerForMaskedImageModeling) and self.args.label_names is None:
+            self.label_names = ["bool_masked_pos"]  # without a label, an evaluation would have no loss
+        if isinstance(self.args, RefinerTrainingArguments):
+            self.args.check()
+            refiner = next((m for m in self.model.modules() if isinstance(m, RefinerPreTrainedModel)), None)
+            if refiner is not None and self.args.freeze_norms:
+                refiner.freeze_norms()
+            elif refiner is not None and self.args.world_size > 1 and self.args.synchronize_norms:
+                refiner.synchronize_norms()
+        self._begin_average()
 
     def begin_clock(self) -> None:
         """Training begins, or goes on."""
         self._logged_at, self._logged_step = time.monotonic(), self.state.global_step
+
+    def _begin_average(self) -> None:
+        """Finds the average's callback, or makes or drops one as `ema_decay` says, and begins it from the model."""
+        callbacks = self.callback_handler.callbacks
+        if self._own_ema in callbacks:
+            callbacks.remove(self._own_ema)
+        self.ema = next((c for c in callbacks if isinstance(c, EmaCallback)), None)
+        if isinstance(self.args, RefinerTrainingArguments) and self.args.ema_decay:
+            if self.ema is None:
+                self.ema = self._own_ema = EmaCallback(self.args.ema_decay, self.args.ema_warmup)
+                callbacks.insert(0, self.ema)  # others may look at the average
+            elif self.ema.decay != self.args.ema_decay:
+                raise ValueError(
+                    f"The EmaCallback's decay is {self.ema.decay:g}, and ema_decay in the arguments "
+                    f"{self.args.ema_decay:g}: leave one of them out."
+                )
+        if self.ema is not None:
+            self._check_average()
+            self.ema.begin(self.model)
 
     def _check_average(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -89,6 +143,7 @@ class RefinerTrainer(PushingTrainer):
         return DrawSampler(dataset, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def get_train_dataloader(self) -> DataLoader:
+        self._position = None
         if not isinstance(self.train_dataset, StreamedImages):
             return _with_own_numbers(super().get_train_dataloader())
         # Each process reads its own part already; accelerate would deal it out once more.
@@ -118,7 +173,8 @@ class RefinerTrainer(PushingTrainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training and "labels" in inputs:
             config = self.accelerator.unwrap_model(model).config
-            inputs = self.make_targets(inputs, config.num_labels, config.patch_grid)
+            problem, smoothing = problem_type_of(inputs["labels"], config), self.args.label_smoothing_factor
+            inputs = self.make_targets(inputs, config.num_labels, config.patch_grid, smoothing, problem)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
@@ -159,11 +215,16 @@ class RefinerTrainer(PushingTrainer):
         ]
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        new = self.optimizer is None
-        optimizer = super().create_optimizer(*args, **kwargs)
-        decay = self.args.layer_decay if isinstance(self.args, RefinerTrainingArguments) else 1
-        if new and decay < 1:
-            optimizer.param_groups[:] = layerwise_groups(optimizer.param_groups, self.model, decay)
+        if self.optimizer is not None or not isinstance(self.args, RefinerTrainingArguments):
+            return super().create_optimizer(*args, **kwargs)
+        given, images = self.args.learning_rate, self.get_total_train_batch_size(self.args)
+        self.args.learning_rate = scaled_learning_rate(given, images, self.args.learning_rate_batch_size)
+        try:
+            optimizer = super().create_optimizer(*args, **kwargs)
+        finally:
+            self.args.learning_rate = given
+        if self.args.layer_decay < 1:
+            optimizer.param_groups[:] = layerwise_groups(optimizer.param_groups, self.model, self.args.layer_decay)
         return optimizer
 
     def create_scheduler(
@@ -210,12 +271,12 @@ class RefinerTrainer(PushingTrainer):
 
     # ---- Checkpoints ----
 
-    def _save_checkpoint(self, *args, **kwargs) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # of an earlier run: not whole until it is written
         with self._clock_stopped(), writing(f"The checkpoint {folder}", folder):
-            super()._save_checkpoint(*args, **kwargs)
+            super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._check_finite()
@@ -234,10 +295,19 @@ class RefinerTrainer(PushingTrainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.ema is not None:
-            self.ema.begin(self.model)
-            self.ema.load(resume_from_checkpoint)
+        with loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.ema is not None:
+                self.ema.begin(self.model)
+                self.ema.load(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with loading(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -1,6 +1,7 @@
 """The same command in several processes, over gloo."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ from .test_run import QUICK
 # rounding in gradients that should be zero.
 OPTIONS = [
     *QUICK, "--optim", "sgd", "--learning_rate", "0.1",
-    "--num_train_epochs", "3", "--logging_steps", "1", "--train_val_split", "0.3333", "--ema_decay", "0.8",
+    "--num_train_epochs", "2", "--logging_steps", "1", "--ema_decay", "0.8",
     "--norm_statistics_images", "0", "--auto_augment", "rand-m9-mstd0.5-inc1", "--label_smoothing_factor", "0.1",
     "--eval_strategy", "epoch", "--save_strategy", "epoch", "--per_device_eval_batch_size", "4",
     "--config_overrides", json.dumps(dict(
@@ -31,7 +32,14 @@ OPTIONS = [
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("data") / "photos")  # 24, of which 8 are held out
+    folder = tmp_path_factory.mktemp("data")
+    write_folder(folder / "others", per_label=4, labels=("blue", "red"), side=20)
+    return write_folder(folder / "photos")
+
+
+def data(photos):
+    """24 training images, three steps of eight; 8 to evaluate on."""
+    return ["--train_dir", str(photos), "--validation_dir", str(photos.parent / "others")]
 
 
 def launch(processes, *words, launcher=("-m", "torch.distributed.run", "--standalone"), script="scripts/train.py"):
@@ -49,7 +57,7 @@ def runs(photos, tmp_path_factory):
     folders = []
     for processes in (1, 2):
         folder = tmp_path_factory.mktemp("runs") / f"processes_{processes}"
-        words = ["--train_dir", str(photos), "--output_dir", str(folder), *OPTIONS, "--per_device_train_batch_size"]
+        words = [*data(photos), "--output_dir", str(folder), *OPTIONS, "--per_device_train_batch_size"]
         run = launch(processes, *words, str(8 // processes))
         assert run.returncode == 0, run.stderr[-3000:]
         folders.append(folder)
@@ -78,7 +86,7 @@ def test_two_processes_train_as_one_with_the_joined_batch(runs):
 @pytest.mark.slow
 def test_each_processes_norms_alone_are_not_enough(photos, runs, tmp_path):
     """With --synchronize_norms False they normalise with the statistics of half of the images each."""
-    words = ["--train_dir", str(photos), "--output_dir", str(tmp_path), *OPTIONS, "--per_device_train_batch_size", "4"]
+    words = [*data(photos), "--output_dir", str(tmp_path), *OPTIONS, "--per_device_train_batch_size", "4"]
     run = launch(2, *words, "--synchronize_norms", "False")
     assert run.returncode == 0, run.stderr[-3000:]
     one, two = (
@@ -97,7 +105,7 @@ def test_the_card_and_the_folder_are_written_once(runs):
 def test_accelerate_launch(photos, tmp_path):
     """Its launcher starts several processes on GPUs (or with MPI) only; here one."""
     launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--mixed_precision", "no")
-    words = ["--train_dir", str(photos), "--output_dir", str(tmp_path), *OPTIONS, "--num_train_epochs", "1"]
+    words = [*data(photos), "--output_dir", str(tmp_path), *OPTIONS, "--num_train_epochs", "1"]
     run = subprocess.run(
         [sys.executable, *launcher, "scripts/train.py", *words, "--per_device_train_batch_size", "4"],
         capture_output=True, text=True, check=False, timeout=300,
@@ -110,11 +118,10 @@ def test_accelerate_launch(photos, tmp_path):
 def parquet(photos, tmp_path_factory):
     """The photos in four files, as a data set that can be streamed."""
     folder = tmp_path_factory.mktemp("stream")
-    data = load_dataset("imagefolder", data_dir=str(photos), split="train")
-    data = data.shuffle(seed=0)
+    images = load_dataset("imagefolder", data_dir=str(photos), split="train").shuffle(seed=0)
     for i in range(4):
-        data.shard(4, i).to_parquet(str(folder / f"train-{i}.parquet"))
-    data.select(range(6)).to_parquet(str(folder / "test-0.parquet"))
+        images.shard(4, i).to_parquet(str(folder / f"train-{i}.parquet"))
+    images.select(range(6)).to_parquet(str(folder / "test-0.parquet"))
     return folder
 
 
@@ -144,3 +151,27 @@ def test_a_stream_goes_on_where_it_was(parquet, tmp_path, processes, workers):
     assert again.returncode == 0, again.stderr[-3000:]
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_all_processes_leave_a_damaged_checkpoint_aside(photos, runs, tmp_path):
+    """Also where it is another process's file that was cut."""
+    broken = shutil.copytree(runs[1], tmp_path / "broken")
+    (broken / "train_results.json").unlink()
+    file = broken / "checkpoint-6" / "rng_state_1.pth"
+    file.write_bytes(file.read_bytes()[:100])
+    words = [*data(photos), "--output_dir", str(broken), *OPTIONS, "--per_device_train_batch_size", "4"]
+    again = launch(2, *words)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "checkpoint-6 is damaged: rng_state_1.pth can't be read" in again.stderr
+    one, two = (load_file(folder / "model.safetensors") for folder in (runs[1], broken))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    for name in ("checkpoint-3", "checkpoint-6"):
+        (broken / name / "scheduler.pt").write_bytes(b"")
+    (broken / "train_results.json").unlink()
+    again = launch(2, *words)
+    assert (
+        again.returncode != 0
+        and again.stderr.count("Error: No checkpoint in") == 2
+        and "ValueError" not in again.stderr
+    )

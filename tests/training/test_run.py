@@ -33,12 +33,17 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(photos, tmp_path_factory):
+def more_photos(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("more_data") / "photos", per_label=20)
+
+
+@pytest.fixture(scope="module")
+def trained(more_photos, tmp_path_factory):
     """A finished folder: a few epochs on the coloured photos."""
     folder = tmp_path_factory.mktemp("runs") / "colours"
     result = main(
         [
-            "--train_dir", str(photos), "--output_dir", str(folder), *QUICK, "--num_train_epochs", "8",
+            "--train_dir", str(more_photos), "--output_dir", str(folder), *QUICK, "--num_train_epochs", "4",
             "--train_val_split", "0.25", "--eval_strategy", "epoch", "--logging_steps", "1", "--with_code",
             "--weights_license", "apache-2.0", "--example_pictures", "8", "--analysis_images", "5",
         ]
@@ -58,6 +63,7 @@ class TestFinishedFolder:
             "README.md", "model.safetensors", "config.json", "preprocessor_config.json", "learning_curve.png",
             "confusion_matrix.png", "confusion_matrix.csv", "predictions.png", "all_results.json", "eval_results.json",
             "train_results.json", "trainer_state.json", "training_arguments.json", "examples", "analysis",
+            "_data.json",
         }  # fmt: skip
 
     def test_card(self, trained):
@@ -65,17 +71,20 @@ class TestFinishedFolder:
         card = ModelCard.load(folder / "README.md")
         (measured,) = [r for r in card.data.eval_results if r.metric_type == "accuracy"]
         assert measured.metric_value == pytest.approx(result.metrics["eval_accuracy"], abs=1e-6)
-        assert (measured.dataset_name, measured.dataset_split) == ("photos", "25% held out of train")
+        held = len(result.data.evaluation)
+        split = f"{held} of 60 images held out of train"
+        assert (measured.dataset_name, measured.dataset_split) == ("photos", split)
         assert card.data.license == "apache-2.0" and card.data.library_name == "transformers"
         assert card.data.pipeline_tag == "image-classification"
         assert "More information needed" not in card.text and "[]" not in card.text
-        for option in ("learning_rate | 0.002", "num_train_epochs | 8", "seed | 42", "crop_min_scale | 0.35"):
+        for option in ("learning_rate | 0.002", "num_train_epochs | 4", "seed | 42", "crop_min_scale | 0.35"):
             assert f"| {option} |" in card.text
         for picture in ("learning_curve.png", "confusion_matrix.png", "predictions.png"):
             assert f"]({picture})" in card.text
             assert Image.open(folder / picture).size[0] > 300
         assert "bibtex" in card.text and "Limits" in card.text and "24 x" not in card.text
-        assert "6 images (25% held out of train) of photos" in card.text
+        assert f"{held} images ({split}) of photos" in card.text
+        assert f"{60 - held} training images, {held} evaluation images" in card.text
         assert (
             f"| parameters | {AutoModelForImageClassification.from_pretrained(folder).num_parameters():,} |"
             in card.text
@@ -99,7 +108,7 @@ class TestFinishedFolder:
 
     def test_example_pictures(self, trained):
         examples = sorted((trained[0] / "examples").iterdir())
-        assert [path.name for path in examples] == [f"{i}.png" for i in range(6)]
+        assert [path.name for path in examples] == [f"{i}.png" for i in range(8)]
         assert Image.open(examples[0]).size == (30, 24)
 
     def test_analysis_is_in_the_card(self, trained):
@@ -116,7 +125,7 @@ class TestFinishedFolder:
         assert load_json(folder / "all_results.json")["eval_accuracy"] == result.metrics["eval_accuracy"]
         rows = list(csv.reader((folder / "confusion_matrix.csv").open()))
         assert [row[0] for row in rows[1:]] == sorted(COLOURS) == rows[0][1:]
-        assert sum(int(cell) for row in rows[1:] for cell in row[1:]) == 6
+        assert sum(int(cell) for row in rows[1:] for cell in row[1:]) == len(result.data.evaluation)
 
     def test_loads_and_answers_in_a_pipeline(self, trained, photos):
         folder, result = trained
@@ -217,9 +226,9 @@ class TestEvaluationOnly:
                  "--output_dir", str(tmp_path / "out")]
             )  # fmt: skip
 
-    def test_does_not_change_the_models_statistics(self, trained, tmp_path, photos):
+    def test_does_not_change_the_models_statistics(self, trained, tmp_path, more_photos):
         folder, result = trained
-        data = ["--train_dir", str(photos), "--train_val_split", "0.25"]
+        data = ["--train_dir", str(more_photos), "--train_val_split", "0.25"]
         again = main(
             [
                 "--model_name_or_path",
@@ -458,7 +467,9 @@ def test_a_killed_run_goes_on(tmp_path, photos):
         process = subprocess.Popen([*command, "--output_dir", str(tmp_path / "broken")], stdout=log, stderr=log)
         deadline = time.time() + 120
         while (
-            not (tmp_path / "broken" / "checkpoint-4").exists() and process.poll() is None and time.time() < deadline
+            not list((tmp_path / "broken").glob("checkpoint-*/trainer_state.json"))
+            and process.poll() is None
+            and time.time() < deadline
         ):
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
@@ -490,7 +501,7 @@ def test_a_checkpoint_that_was_cut_off_is_left_aside(tmp_path, photos, monkeypat
     with pytest.raises(SystemExit, match="train_dir was 'photos' and is now 'data'"):
         main([*options[:1], str(other), *options[2:]])
     main(options)
-    assert any("checkpoint-9 is incomplete" in line for line in said)
+    assert any("checkpoint-9 is damaged: trainer_state.json can't be read" in line for line in said)
     assert any("Going on from" in line and "checkpoint-6" in line for line in said)
     assert (tmp_path / "out" / "README.md").exists()
 

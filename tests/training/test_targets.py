@@ -6,8 +6,10 @@ import torch
 from timm.data import Mixup
 
 from refiner_hf.training.targets import TrainingTargets, dense_targets, smooth_labels
+from refiner_hf.training.trainer import RefinerTrainer
 
 from ..conftest import assert_close
+from .test_trainer import Images, arguments, losses
 
 
 LABELS = 20  # of the golden maps
@@ -105,12 +107,12 @@ class TestTrainingTargets:
     @pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
     def test_images_and_labels_are_mixed_alike(self, alphas):
         np.random.seed(3)
-        make, shares = TrainingTargets(0.1, Mixup(*alphas, label_smoothing=0.0)), []
+        make, shares = TrainingTargets(mixup=Mixup(*alphas, label_smoothing=0.0)), []
         for _ in range(16):
             # an image's levels are its number: its mean says what share of which images there is
             inputs = {"pixel_values": torch.arange(6.0)[:, None, None, None].expand(6, 3, 8, 8).clone()}
             inputs["labels"] = torch.arange(6)
-            made = make(inputs, 6, (2, 2))
+            made = make(inputs, 6, (2, 2), smoothing=0.1)
             means = made["pixel_values"].mean((1, 2, 3))
             share = (means[0].item() - 5) / (0 - 5)
             shares.append(share)
@@ -121,7 +123,7 @@ class TestTrainingTargets:
 
     def test_an_odd_batch_is_not_mixed(self):
         inputs = self.inputs(3)
-        made = TrainingTargets(0.1, Mixup(0.8, 1.0, label_smoothing=0.0))(inputs, 3, (2, 2))
+        made = TrainingTargets(mixup=Mixup(0.8, 1.0, label_smoothing=0.0))(inputs, 3, (2, 2), smoothing=0.1)
         assert (made["pixel_values"] == inputs["pixel_values"]).all()
         assert_close(made["labels"], smooth_labels(inputs["labels"], 3, 0.1))
 
@@ -137,7 +139,92 @@ class TestTrainingTargets:
         plain = TrainingTargets()(dict(inputs), 4, (2, 2))
         assert set(plain) == {"pixel_values", "labels"} and plain["labels"].shape == (2, 4, 6)
         pixels = inputs["pixel_values"].clone()
-        mixed = TrainingTargets(0.0, Mixup(0.8, label_smoothing=0.0))(dict(inputs), 4, (2, 2))
+        mixed = TrainingTargets(mixup=Mixup(0.8, label_smoothing=0.0))(dict(inputs), 4, (2, 2))
         share = ((mixed["pixel_values"] - pixels.flip(0)) / (pixels - pixels.flip(0))).median().item()
         assert 0 < share < 1
         assert_close(mixed["labels"], share * plain["labels"] + (1 - share) * plain["labels"].flip(0), 1e-4)
+
+
+SEVERAL, NUMBERS = "multi_label_classification", "regression"
+
+
+class TestOtherProblems:
+    """Several labels an image, and numbers: by hand."""
+
+    @pytest.mark.parametrize("kind", [torch.long, torch.bool, torch.uint8, torch.float32])
+    def test_each_of_several_labels_goes_towards_a_half(self, kind):
+        labels = torch.tensor([[1, 0, 1], [0, 0, 1]]).to(kind)
+        smoothed = smooth_labels(labels, 3, 0.2, SEVERAL)
+        assert_close(smoothed, torch.tensor([[0.9, 0.1, 0.9], [0.1, 0.1, 0.9]]))
+
+    def test_several_labels_are_mixed(self):
+        np.random.seed(3)
+        labels = torch.tensor([[1, 0, 1], [0, 0, 1]])
+        inputs = {"pixel_values": torch.arange(2.0)[:, None, None, None].expand(2, 3, 8, 8).clone(), "labels": labels}
+        made = TrainingTargets(mixup=Mixup(0.8, label_smoothing=0.0))(inputs, 3, (2, 2), 0.2, SEVERAL)
+        share = 1 - made["pixel_values"][0].mean().item()  # image i is i everywhere
+        assert 0 < share < 1
+        one, other = torch.tensor([0.9, 0.1, 0.9]), torch.tensor([0.1, 0.1, 0.9])
+        assert_close(made["labels"][0], share * one + (1 - share) * other)
+        assert_close(made["labels"][1], share * other + (1 - share) * one)
+
+    def test_numbers_are_mixed_and_not_smoothed(self):
+        np.random.seed(3)
+        inputs = {"pixel_values": torch.arange(2.0)[:, None, None, None].expand(2, 3, 8, 8).clone()}
+        inputs["labels"] = torch.tensor([4, 8])
+        make = TrainingTargets(mixup=Mixup(0.8, label_smoothing=0.0))
+        made = make(dict(inputs), 1, (2, 2), 0.0, NUMBERS)
+        share = 1 - made["pixel_values"][0].mean().item()
+        assert_close(made["labels"], torch.tensor([8 - 4 * share, 4 + 4 * share]))
+        with pytest.raises(ValueError, match="'regression'.*set label_smoothing_factor to 0"):
+            make(dict(inputs), 1, (2, 2), 0.1, NUMBERS)
+
+    def test_label_maps_are_for_one_label(self):
+        with pytest.raises(ValueError, match="one label each, not for multi_label"):
+            TrainingTargets()({"box": 0, "labels": torch.zeros(2, 3)}, 3, (2, 2), 0.0, SEVERAL)
+
+    def test_a_column_of_labels(self):
+        labels = torch.tensor([2, 0, 1])
+        assert torch.equal(smooth_labels(labels[:, None], 3, 0.1), smooth_labels(labels, 3, 0.1))
+
+
+class Several(Images):
+    def __getitem__(self, index):
+        row = super().__getitem__(index)
+        return row | {"labels": torch.tensor([(row["labels"] + i) % 2 for i in range(5)], dtype=self.kind)}
+
+
+@pytest.mark.parametrize("kind", [torch.long, torch.bool, torch.float32])
+def test_a_training_with_several_labels_an_image(tiny_model, tmp_path, kind, recwarn):
+    """Its first loss is the binary cross-entropy with smoothed targets; the evaluation's the one with the labels."""
+    model, data = tiny_model(problem_type=SEVERAL, use_dense_head=True), Several(8)
+    data.kind = kind
+    labels = torch.stack([data[i]["labels"] for i in range(8)])
+    with torch.no_grad():
+        expected = model.train()(data.pixels, labels=0.7 * labels.float() + 0.15).loss.item()
+    args = arguments(tmp_path, label_smoothing_factor=0.3)
+    trainer = RefinerTrainer(tiny_model(problem_type=SEVERAL, use_dense_head=True), args, train_dataset=data)
+    trainer.train()
+    assert losses(trainer)[0] == pytest.approx(expected, rel=1e-4)
+    with torch.no_grad():
+        measured = trainer.model.eval()(data.pixels, labels=labels).loss.item()
+    assert trainer.evaluate(data)["eval_loss"] == pytest.approx(measured, rel=1e-4)
+    assert not any("Label smoothing" in str(warning.message) for warning in recwarn)
+
+
+@pytest.mark.parametrize("fields", [dict(problem_type=NUMBERS), dict(num_labels=1)])
+def test_a_regression_is_not_smoothed(tiny_model, tmp_path, fields):
+    model = tiny_model(**{"num_labels": 1} | fields)
+    trainer = RefinerTrainer(model, arguments(tmp_path, label_smoothing_factor=0.3), train_dataset=Images(8))
+    with pytest.raises(ValueError, match="label_smoothing_factor to 0"):
+        trainer.train()
+    trainer.args.label_smoothing_factor = 0.0
+    trainer.train()
+
+
+def test_integers_that_may_mean_several_things(tiny_model, tmp_path):
+    data = Several(8)
+    data.kind = torch.long
+    trainer = RefinerTrainer(tiny_model(), arguments(tmp_path, label_smoothing_factor=0.3), train_dataset=data)
+    with pytest.raises(ValueError, match="multi_label_classification"):
+        trainer.train()

@@ -1,0 +1,132 @@
+"""Whether a run that goes on has the images and labels that it began with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedConfig
+from transformers.utils import CONFIG_NAME, logging
+
+from ..data.arguments import DataArguments
+from ..data.contents import digests_of
+from ..data.sources import ImageData
+
+
+logger = logging.get_logger(__name__)
+
+DATA_FILE = "_data.json"  # names with _ in front are never published
+
+
+def facts_of_data(data: ImageData, args: DataArguments, *, evaluated: bool) -> dict[str, Any]:
+    """
+    What can be known of a run's data, to compare with later. Images are read, with a progress bar (`datasets`
+    remembers what it found); of a stream only the number of files is known, and of images where it says so.
+
+    Args:
+        data: as the run uses them.
+        args ([`DataArguments`]): the data options.
+        evaluated (`bool`): whether the run evaluates.
+    """
+    digest = not args.embedded  # nobody changes these, and Pillow encodes them anew each time
+    return {
+        "labels": data.labels,
+        "training": _facts(data.train, "training", digest),
+        "evaluation": _facts(data.evaluation, "evaluation", digest) if evaluated else None,
+        "evaluated_at_most": args.max_eval_samples,  # which may change
+    }
+
+
+def check_same_data(checkpoint: str, now: dict[str, Any], *, named: bool) -> None:
+    """
+    Compares with what the run that a checkpoint is of began with.
+
+    Args:
+        checkpoint: the folder to go on from, in the run's folder.
+        now: from [`facts_of_data`].
+        named (`bool`): whether the user has named this checkpoint, to go on from it with whatever there is now. Then
+            a warning says what changed.
+
+    Raises:
+        `ValueError`: there are other labels; or, unless `named`, other images. The message says what changed and what
+            to do.
+    """
+    begun = _read(Path(checkpoint).parent / DATA_FILE)
+    _check_labels(checkpoint, begun["labels"] if begun else _labels_of(checkpoint), now["labels"], ordered=bool(begun))
+    if begun is None:
+        logger.warning(f"Nothing says with which images {checkpoint} was made: whether they are the same is unknown.")
+        return
+    changes = _changes(begun["training"], now["training"], "training")
+    if begun["evaluated_at_most"] == now["evaluated_at_most"] and begun["evaluation"] and now["evaluation"]:
+        changes += _changes(begun["evaluation"], now["evaluation"], "evaluation")
+    if not changes:
+        return
+    said = f"The images aren't those that the run began with: {'; '.join(changes)}."
+    if named:
+        logger.warning(f"{said} It goes on with them, and its curve isn't that of one training.")
+        return
+    raise ValueError(
+        f"{said} Their order, the epochs and the steps hang on them. Put them back to go on; or give another "
+        f"--output_dir (with --model_name_or_path {checkpoint} to begin with what was learned); or, to go on with the "
+        f"images that there are now, --resume_from_checkpoint {checkpoint}."
+    )
+
+
+def _facts(images, what: str, digest: bool) -> dict[str, Any] | None:
+    if images is None:
+        return None
+    if isinstance(images, Dataset):
+        return {"images": len(images), **(digests_of(images, what) if digest else {})}
+    split = (images.info.splits or {}).get(str(images.split))
+    return {"files": images.num_shards, "images": split.num_examples if split else None}
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    if not file.exists():
+        return None
+    try:
+        begun = json.loads(file.read_text(encoding="utf-8"))
+        return {name: begun[name] for name in ("labels", "training", "evaluation", "evaluated_at_most")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is damaged: it doesn't say with which images the run began. Delete it to go on without comparing."
+        ) from error
+
+
+def _labels_of(checkpoint: str) -> list[str]:
+    config = PreTrainedConfig.from_json_file(str(Path(checkpoint) / CONFIG_NAME))
+    return [config.id2label[i] for i in sorted(config.id2label)]
+
+
+def _check_labels(checkpoint: str, begun: list[str], now: list[str], ordered: bool) -> None:
+    if begun == now or (not ordered and set(begun) == set(now)):  # a network may have its labels in another order
+        return
+    new, gone = ([label for label in some if label not in others] for some, others in ((now, begun), (begun, now)))
+    changed = [f"new: {_some(new)}"] * bool(new) + [f"gone: {_some(gone)}"] * bool(gone) or ["another order"]
+    raise ValueError(
+        f"The labels aren't those that {checkpoint} was made with ({'; '.join(changed)}). "
+        "Put them back to go on; or give another --output_dir, with "
+        f"--model_name_or_path {checkpoint} to begin with what was learned."
+    )
+
+
+def _changes(begun: dict[str, Any], now: dict[str, Any], what: str) -> list[str]:
+    if begun.keys() != now.keys():
+        return [f"the {what} images come in another way (--streaming)"]
+    if begun.get("files") != now.get("files"):
+        return [f"the {what} images come in {now['files']:,} files and no longer in {begun['files']:,}"]
+    if begun["images"] != now["images"]:
+        return [f"there are {_count(now)} {what} images and no longer {_count(begun)}"]
+    if begun.get("contents") != now.get("contents"):
+        return [f"there are as many {what} images, {_count(now)}, but others among them"]
+    if begun.get("rows") != now.get("rows"):
+        return [f"the {what} images come in another order or have other labels"]
+    return []
+
+
+def _count(facts: dict[str, Any]) -> str:
+    return "an unknown number of" if facts["images"] is None else f"{facts['images']:,}"
+
+
+def _some(labels: list[str], most: int = 10) -> str:
+    return ", ".join(labels[:most]) + (f" and {len(labels) - most} more" if len(labels) > most else "")

@@ -44,9 +44,10 @@ def report(result: RunResult, data_args: DataArguments) -> None:
         if (averaged := result.metrics.get("eval_ema_accuracy")) is not None:
             print(f"That of the averaged weights (in the folder ema): {averaged:.2%}")
         if data_args.embedded:
-            from ..data.digits import logistic_regression_accuracy
+            from ..data.digits import accuracy_seen, logistic_regression_accuracy
 
             print(f"Logistic regression on the same split: {logistic_regression_accuracy():.2%}")
+            print(accuracy_seen())
     if not result.trained:
         print(f"Results: {result.folder}")
         return

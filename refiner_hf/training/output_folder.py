@@ -3,6 +3,7 @@
 import json
 import shlex
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..hub.files import without_paths
+from ..utils.locking import LOCK, locked_folder
 from .arguments import RefinerTrainingArguments
 from .card import RUN_FILE
 from .checkpoints import DamagedCheckpointError, check_checkpoint
@@ -23,19 +25,22 @@ FINISHED_FILE = "train_results.json"
 _MAY_CHANGE = {"cache_dir", "refine_implementation", "max_eval_samples"}
 
 
-def prepare_output_folder(args: RefinerTrainingArguments, arguments: dict[str, Any]) -> str | None:
+def prepare_output_folder(args: RefinerTrainingArguments, arguments: dict[str, Any], held: ExitStack) -> str | None:
     """
     Checks that the folder can be written and holds nothing to lose. Returns the checkpoint to go on from: the newest
-    whole one, or the one that was named. The first process looks, and all do what it found.
+    whole one, or the one that was named. The first process looks, and all do what it found; it keeps others from the
+    folder until `held` is left.
 
     Raises:
-        `OSError`: the folder can't be written.
+        `OSError`: the folder can't be written, or another run is writing to it.
         `ValueError`: it holds a finished run, another run or something else; or there are checkpoints, but none
             that is whole.
     """
     found: list[Any] = [None]
     if args.process_index == 0:
         try:
+            _check_writable(Path(args.output_dir))
+            held.enter_context(locked_folder(args.output_dir))
             found = [_prepare(args, arguments)]
         except (OSError, ValueError) as error:
             found = [error]
@@ -45,14 +50,17 @@ def prepare_output_folder(args: RefinerTrainingArguments, arguments: dict[str, A
     return found[0]
 
 
-def _prepare(args: RefinerTrainingArguments, arguments: dict[str, Any]) -> str | None:
-    folder = Path(args.output_dir)
+def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise OSError(f"The output folder {folder} can't be written: {error}. Give another --output_dir.") from error
+
+
+def _prepare(args: RefinerTrainingArguments, arguments: dict[str, Any]) -> str | None:
+    folder = Path(args.output_dir)
     if (folder / FINISHED_FILE).exists():
         push = f" To publish it: {push_command(args)}" if args.push_to_hub else ""
         raise ValueError(f"{folder} holds a finished training run. Give another --output_dir.{push}")
@@ -68,7 +76,7 @@ def _prepare(args: RefinerTrainingArguments, arguments: dict[str, Any]) -> str |
         except DamagedCheckpointError as error:
             raise ValueError(f"The checkpoint {named} can't be used: {error}. Name another one.") from error
         return args.resume_from_checkpoint
-    if any(folder.iterdir()) and not (folder / RUN_FILE).exists():
+    if any(path.name != LOCK for path in folder.iterdir()) and not (folder / RUN_FILE).exists():
         raise ValueError(f"{folder} isn't empty and holds no training run of ours. Give another --output_dir.")
     checkpoint = _last_whole_checkpoint(folder, args, streamed)
     if checkpoint:

@@ -1,6 +1,7 @@
 """A whole run: data, model, training, evaluation, and the finished folder."""
 
 import csv
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def run(
     Raises:
         `ValueError`: options, data or labels that don't fit, or a run that can't go on; before anything long begins
             wherever it can be seen.
-        `OSError`: an output folder that can't be written, before training.
+        `OSError`: an output folder that can't be written, or that another run is writing to, before training.
         [`~refiner_hf.hub.repository.PublishError`]: a token that can't push, before training; or the push failed
             after it (the folder is finished, and the message says how to push it again).
     """
@@ -85,8 +86,19 @@ def run(
         raise ValueError("Which model to evaluate? Give --model_name_or_path.")
     if training_args.push_to_hub and not training_args.do_train:
         raise ValueError("An evaluation leaves nothing to push. Use refiner-push to publish the model's folder.")
+    with ExitStack() as held:
+        return _run(model_args, data_args, augmentation_args, training_args, held)
+
+
+def _run(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    augmentation_args: AugmentationArguments,
+    training_args: RefinerTrainingArguments,
+    held: ExitStack,
+) -> RunResult:
     arguments = _as_dict(model_args, data_args, augmentation_args, training_args)
-    checkpoint = prepare_output_folder(training_args, arguments)
+    checkpoint = prepare_output_folder(training_args, arguments, held)
     if training_args.push_to_hub and training_args.should_save:
         training_args.hub_model_id = prepare_repository(
             repository(training_args),

@@ -188,6 +188,8 @@ LOCKS = {
     "analyze": "out/.lock",
     "visualize": "out/.lock",
     "label_maps": "out/.lock",
+    "fine_tune": "out/.lock",
+    "evaluate": "out/.lock",
     "export": ".out.lock",
     "predict": "out/.answers.csv.lock",
 }

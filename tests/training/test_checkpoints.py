@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -56,7 +57,8 @@ def choose(folder, **fields):
     args = RefinerTrainingArguments(
         str(folder), **{"do_train": True, "use_cpu": True, "report_to": "none", "ema_decay": 0.5} | fields
     )
-    return prepare_output_folder(args, load_json(folder / "training_arguments.json"))
+    with ExitStack() as held:
+        return prepare_output_folder(args, load_json(folder / "training_arguments.json"), held)
 
 
 def cut(file):
@@ -285,4 +287,4 @@ def test_a_damaged_file_of_options(broken, content):
     (broken / "training_arguments.json").write_text(content)
     args = RefinerTrainingArguments(str(broken), do_train=True, use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match="training_arguments.json is damaged.*--resume_from_checkpoint"):
-        prepare_output_folder(args, arguments)
+        prepare_output_folder(args, arguments, ExitStack())

@@ -2,9 +2,12 @@
 
 import glob
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
+import datasets
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, load_dataset
 from transformers.utils import logging
 
@@ -90,6 +93,7 @@ def _load_splits(args: DataArguments) -> tuple[dict, str]:
 
         return dict(zip(("train", "test"), digits_splits())), NAME
     if args.dataset_name:
+        check_cache()
         splits = load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
         return dict(splits), os.path.basename(os.path.normpath(args.dataset_name))
     folders = {"train": args.train_dir, "validation": args.validation_dir}
@@ -112,7 +116,45 @@ def _load_folder(folder: str) -> Dataset:
             f"{folder} has no images in subfolders. Put them into one subfolder per label, such as "
             f"{path / 'cat' / '1.jpg'}."
         )
-    return read_files(path, drop_labels=False)
+    data = read_files(path, drop_labels=False)
+    if not has_tables(path) and not any(path.rglob("metadata.*")):  # with such a file, that one says the labels
+        _check_nothing_left_out(path, data)
+    return data
+
+
+def _check_nothing_left_out(folder: Path, data: Dataset) -> None:
+    """
+    `datasets` passes over some folders and files without a word, and takes the folder that an image lies in for its
+    label, however deep that is.
+
+    Raises:
+        `ValueError`: the labels aren't the folders.
+    """
+    files = [
+        file.relative_to(folder)
+        for file in folder.rglob("*")
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    labels, folders = set(data.features["label"].names), {file.parts[0] for file in files if len(file.parts) > 1}
+    if passed_over := sorted(folders - labels):
+        raise ValueError(
+            f"Images in the folders {', '.join(map(repr, passed_over))} of {folder} wouldn't be taken with these "
+            "labels: the names of some folders are passed over (those that begin with two underlines), and images in "
+            "further folders below would get those as labels. Rename the folders, and put the images right into them."
+        )
+    if more := sorted(labels - folders):
+        raise ValueError(
+            f"{', '.join(map(repr, more))} would become labels in {folder}, since images lie beside the labels' "
+            "folders or in folders below them. Put all images right into one subfolder per label."
+        )
+    if len(files) > len(data):
+        images = data.cast_column("image", Image(decode=False))["image"]
+        taken = {os.path.relpath(image["path"], folder.resolve()) for image in images}
+        kinds = Counter(file.suffix.lower() or file.name for file in files if str(file) not in taken)
+        logger.warning(
+            f"{len(files) - len(data):,} files in {folder} are no images by their names and are left out: "
+            + ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common(5))
+        )
 
 
 def has_tables(folder: Path) -> bool:
@@ -120,10 +162,27 @@ def has_tables(folder: Path) -> bool:
     return any(folder.rglob("*.parquet"))
 
 
+def check_cache() -> None:
+    """
+    Raises:
+        `OSError`: `datasets` can't keep there what it prepares.
+    """
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"The cache of `datasets`, {cache}, can't be written: {error}. Set HF_DATASETS_CACHE to a folder that can."
+        ) from error
+
+
 def read_files(folder: Path, *, drop_labels: bool) -> Dataset:
     """All parquet files in a folder and below it, or where there are none all images."""
     # Files are given by pattern, as the training split: left to itself, `datasets` sorts them into splits by what
     # their names look like ("test_1.jpg", a label called "train"), and drops the rest.
+    check_cache()
     inside = glob.escape(str(folder.resolve()))
     if has_tables(folder):
         return load_dataset("parquet", data_files={"train": f"{inside}/**/*.parquet"}, split="train")

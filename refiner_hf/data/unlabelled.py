@@ -9,7 +9,7 @@ from datasets import Dataset, Image, IterableDataset, load_dataset
 from PIL import Image as PILImage
 
 from .images import decode_image
-from .sources import EVALUATION_SPLITS, IMAGE_COLUMN, at_most, has_tables, read_files, shuffled
+from .sources import EVALUATION_SPLITS, IMAGE_COLUMN, at_most, check_cache, has_tables, read_files, shuffled
 
 
 def load_images(data: str | None, count: int, seed: int = 0) -> tuple[str, Dataset | list[dict[str, Any]]]:
@@ -37,6 +37,7 @@ def load_images(data: str | None, count: int, seed: int = 0) -> tuple[str, Datas
     elif Path(data).exists() or data.startswith((".", "/", "~")):
         raise ValueError(f"There is no folder {data}.")
     else:
+        check_cache()
         splits = load_dataset(data, streaming=True)
         split = next((split for split in EVALUATION_SPLITS if split in splits), next(iter(splits)))
         name, rows = f"{os.path.basename(data)} ({split})", splits[split]

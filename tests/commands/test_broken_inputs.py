@@ -41,7 +41,7 @@ def sound(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("photos"), per_label=2)
+    return write_folder(tmp_path_factory.mktemp("photos"), per_label=6)
 
 
 @pytest.fixture(autouse=True)

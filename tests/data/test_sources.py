@@ -7,6 +7,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from refiner_hf.data.arguments import DataArguments
 from refiner_hf.data.checking import find_unreadable, stop_for
@@ -267,3 +269,49 @@ class TestTransforms:
         assert match_labels(["a", "b"], ["a", "b"]) is None
         with pytest.raises(ValueError, match=r"\['lynx'\].*\['dog'\]"):
             match_labels(["cat", "lynx"], ["cat", "dog"])
+
+
+class TestNothingIsLeftOut:
+    """What `datasets` passes over, or labels otherwise than a reader would, without a word."""
+
+    def load(self, folder):
+        return load(need_evaluation=False, train_dir=str(folder))
+
+    def test_a_label_that_begins_with_underlines(self, tmp_path):
+        write_folder(tmp_path, 2, ("__init__", "blue", "green"))
+        with pytest.raises(ValueError, match="folders '__init__' of .* wouldn't be taken.*two underlines"):
+            self.load(tmp_path)
+
+    def test_folders_in_folders(self, tmp_path):
+        write_folder(tmp_path, 2)
+        write_folder(tmp_path / "blue", 2, ("2019", "2020"))
+        with pytest.raises(ValueError, match="'2019', '2020' would become labels"):
+            self.load(tmp_path)
+
+    def test_all_images_deeper(self, tmp_path):
+        for label in ("blue", "green"):
+            write_folder(tmp_path / label, 2, ("a", "b"))
+        with pytest.raises(ValueError, match="has no images in subfolders"):
+            self.load(tmp_path)
+
+    def test_images_beside_the_labels(self, tmp_path):
+        write_folder(tmp_path, 2)
+        (tmp_path / "blue" / "0.png").rename(tmp_path / "lost.png")
+        with pytest.raises(ValueError, match="would become labels"):
+            self.load(tmp_path)
+
+    def test_files_that_are_no_images_by_their_names(self, tmp_path):
+        write_folder(tmp_path, 2)
+        for name in ("1.heic", "2.heic", "notes.txt", ".DS_Store"):
+            (tmp_path / "blue" / name).write_text("x")
+        with CaptureLogger(logging.get_logger("refiner_hf.data.sources")) as log:
+            data = self.load(tmp_path)
+        assert len(data.train) == 6
+        assert "3 files in" in log.out and ".heic (2), .txt (1)" in log.out
+
+    def test_a_cache_that_can_not_be_written(self, tmp_path, monkeypatch):
+        write_folder(tmp_path / "photos", 2)
+        (tmp_path / "file").write_text("in the way")
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+        with pytest.raises(OSError, match="The cache of `datasets`.* can't be written: .*Set HF_DATASETS_CACHE"):
+            self.load(tmp_path / "photos")

@@ -127,7 +127,9 @@ def test_command(saved, photos, tmp_path, capsys):
     model, folder = saved
     out = tmp_path / "exported"
     main(["--model", str(folder), "--output_dir", str(out), "--int8", "--measure_on", str(photos)])
-    files = ["comparison.json", "config.json", "model.onnx", "model_int8.onnx", "preprocessor_config.json"]
+    files = [
+        "comparison.json", "config.json", "model.onnx", "model_int8.onnx", "preprocess.py", "preprocessor_config.json",
+    ]  # fmt: skip
     assert sorted(path.name for path in out.iterdir()) == files
     assert load_json(out / "config.json")["id2label"] == {"0": "red", "1": "blue", "2": "green"}
     said = capsys.readouterr().out

@@ -1,5 +1,6 @@
 """README and docs: every code block runs, in order, in a folder as the pages assume it; or says why it can't."""
 
+import json
 import os
 import re
 import shutil
@@ -9,13 +10,15 @@ from contextlib import suppress
 from pathlib import Path
 from unittest import SkipTest
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sybil import Document, Example, Region
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
 from sybil.region import Lexeme
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
 from .conftest import GOLDEN
 from .images import write_folder
@@ -99,12 +102,35 @@ def workplace(demo, hub, tmp_path, monkeypatch):
     return place
 
 
+def check_export(names: dict) -> None:
+    """Pictures come out as the image processor prepares them, also those that aren't square, and the label is right."""
+    processor = AutoImageProcessor.from_pretrained("outputs/demo", backend="pil")
+    wide = Image.open("outputs/demo/examples/0.png").convert("RGB").resize((41, 20))
+    wide.save("wide.png")
+    np.testing.assert_array_equal(names["pixel_values"]("wide.png"), processor(wide, return_tensors="np").pixel_values)
+    expected = pipeline("image-classification", model="outputs/demo")("outputs/demo/examples/0.png")[0]["label"]
+    labels = json.loads(Path("exported/config.json").read_text())["id2label"]
+    assert labels[str(names["logits"][0].argmax())] == expected
+
+
+def check_look_inside(names: dict) -> None:
+    """Grad-CAM: a number for each patch, and not nothing."""
+    assert names["cam"].shape == names["model"].config.patch_grid and names["gradient"][0, 1:].abs().max() > 0
+
+
+# By page, what its blocks' answers must be.
+ANSWERS = {"export": check_export, "look_inside": check_look_inside}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_block_runs(page, workplace):
-    for example in parse(page).examples():
+    document = parse(page)
+    for example in document.examples():
         with suppress(SkipTest):  # the page says why
             example.evaluate()
+    if page.stem in ANSWERS:
+        ANSWERS[page.stem](document.namespace)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -355,3 +355,17 @@ class TestRefinedMaps:
             refined_maps(model, IMAGES)
         with pytest.raises(ValueError, match="No layer"):
             refined_maps(other(), IMAGES)
+
+
+@pytest.mark.parametrize("layout", ["released", "refine_every_layer", "plain"])
+def test_the_module_for_grad_cam(layout, tiny_model):
+    """docs/look_inside.md: patches reach the class token from the last layer's first norm, from its second no more."""
+    model = tiny_model(attention_types=LAYOUTS[layout], layerscale_value=1.0).eval()
+    kept = {}
+    for name in ("layernorm_before", "layernorm_after"):
+        getattr(model.refiner.layers[-1], name).register_forward_hook(
+            lambda module, args, output, name=name: kept.update({name: output})
+        )
+    logits = model(torch.randn(2, 3, 16, 16)).logits
+    before, after = torch.autograd.grad(logits[:, 1].sum(), [kept["layernorm_before"], kept["layernorm_after"]])
+    assert (before[:, 1:].abs().amax(-1) > 0).all() and (after[:, 1:] == 0).all()

@@ -10,15 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from unittest import SkipTest
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sybil import Document, Example, Region
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
 from sybil.region import Lexeme
-from transformers import AutoImageProcessor, ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
 
 from .conftest import GOLDEN
 from .images import write_folder
@@ -103,11 +101,7 @@ def workplace(demo, hub, tmp_path, monkeypatch):
 
 
 def check_export(names: dict) -> None:
-    """Pictures come out as the image processor prepares them, also those that aren't square, and the label is right."""
-    processor = AutoImageProcessor.from_pretrained("outputs/demo", backend="pil")
-    wide = Image.open("outputs/demo/examples/0.png").convert("RGB").resize((41, 20))
-    wide.save("wide.png")
-    np.testing.assert_array_equal(names["pixel_values"]("wide.png"), processor(wide, return_tensors="np").pixel_values)
+    """The label is the pipeline's. (That the pixels are the processor's the page asserts itself.)"""
     expected = pipeline("image-classification", model="outputs/demo")("outputs/demo/examples/0.png")[0]["label"]
     labels = json.loads(Path("exported/config.json").read_text())["id2label"]
     assert labels[str(names["logits"][0].argmax())] == expected

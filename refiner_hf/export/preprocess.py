@@ -1,114 +1,122 @@
+# Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Pictures to what the exported network takes, with NumPy and Pillow alone. `refiner-export` writes this file beside the
-graph; it reads preprocessor_config.json and config.json, which lie there too:
+Pictures to what an exported model takes, with NumPy and Pillow alone. Lies in the exported folder, as a copy:
 
-    from preprocess import pixel_values
-    session.run(["logits"], {"pixel_values": pixel_values("photo.jpg")})
+    from preprocess import Preprocess
+    pixel_values = Preprocess()("photo.jpg")
 
-It gives, to the last bit, what the model's image processor gives on its PIL backend.
+The pixels are, bit for bit, those of the model's image processor in its PIL form. `refiner-export` has checked that.
 """
 
 import json
 import math
 import os
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 
-def pixel_values(picture: str | os.PathLike | Image.Image, folder: str | os.PathLike | None = None) -> np.ndarray:
+class Preprocess:
     """
-    Args:
-        picture: a file, or an image that is open already; of any mode and size.
-        folder (*optional*): of the configurations. Default: where this file lies.
+    What `preprocessor_config.json` says, done to a picture.
 
-    Returns:
-        `np.ndarray` of shape (1, channels, height, width), float32.
+    Args:
+        folder (*optional*): where `preprocessor_config.json` and `config.json` lie. By default this file's own folder.
 
     Raises:
-        `ValueError`: the picture can't be read.
+        `ValueError`: one of the two isn't there or is damaged.
     """
-    settings = settings_in(str(folder or Path(__file__).parent))
-    mode = "L" if settings["num_channels"] == 1 else "RGB"
-    image = _eight_bits(_opened(picture)).convert(mode)
-    if settings["do_resize"]:
-        height, width = _resized(image.height, image.width, settings)
-        image = image.resize((width, height), settings["resample"])
-    pixels = np.asarray(image)
-    pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    if settings["do_center_crop"]:
-        pixels = _cropped(pixels, settings)
-    if settings["do_rescale"]:
-        pixels = (pixels.astype(np.float64) * settings["rescale_factor"]).astype(np.float32)
-    pixels = pixels.astype(np.float32)
-    if settings["do_normalize"]:
-        mean, std = (np.array(settings[name], np.float32).reshape(-1, 1, 1) for name in ("image_mean", "image_std"))
-        pixels = (pixels - mean) / std
-    return np.ascontiguousarray(pixels[None])
+
+    def __init__(self, folder: str | os.PathLike = Path(__file__).parent):
+        self._settings = _read(Path(folder) / "preprocessor_config.json")
+        self._mode = "L" if _read(Path(folder) / "config.json").get("num_channels", 3) == 1 else "RGB"
+        self._is_refiners = self._settings.get("image_processor_type", "").startswith("RefinerImageProcessor")
+
+    def __call__(self, picture: str | os.PathLike | Image.Image) -> np.ndarray:
+        """
+        A picture of any mode that PIL reads, 16-bit levels scaled to 8 bits, transparency dropped. One from a file is
+        turned upright (EXIF), one of PIL is taken as it is.
+
+        Returns:
+            `np.ndarray`: `pixel_values` (1, C, height, width), float32. For a model with C = 1, of the grey picture.
+
+        Raises:
+            `ValueError`: the picture can't be read, or the settings ask for what this file can't do.
+            `TypeError`: it is neither a path nor a PIL image.
+        """
+        settings, image = self._settings, _to_8_bit_rgb(_open(picture)).convert(self._mode)
+        if settings.get("do_resize"):
+            image = image.resize(self._resized(*image.size), settings.get("resample", Image.Resampling.BILINEAR))
+        if settings.get("do_center_crop"):
+            image = self._cropped(image)
+        pixels = np.asarray(image).reshape(image.height, image.width, -1)
+        if settings.get("do_rescale"):
+            pixels = pixels.astype(np.float64) * settings["rescale_factor"]
+        pixels = pixels.astype(np.float32)
+        if settings.get("do_normalize"):
+            mean, std = (np.array(settings[name], np.float32) for name in ("image_mean", "image_std"))
+            pixels = (pixels - mean) / std
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None])
+
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
+        """(width, height) to resize a picture of this width and height to."""
+        size = self._settings["size"]
+        if size.keys() == {"shortest_edge"}:
+            short, long = size["shortest_edge"], int(size["shortest_edge"] * max(width, height) / min(width, height))
+            return (short, long) if width <= height else (long, short)
+        if size.keys() != {"height", "width"}:
+            raise ValueError(f"preprocess.py can't resize pictures to a size of {', '.join(size)}.")
+        if not self._is_refiners:
+            return size["width"], size["height"]
+        # The aspect ratio is kept: the side that needs the larger factor gets its size, the other is truncated.
+        wide, high = (math.floor(size[side] / self._settings["crop_pct"]) for side in ("width", "height"))
+        if high * width >= wide * height:
+            return max(1, int(high * width / height)), high
+        return wide, max(1, int(wide * height / width))
+
+    def _cropped(self, image: Image.Image) -> Image.Image:
+        """The centre; with black borders, where it is larger than the picture."""
+        size = self._settings["size" if self._is_refiners else "crop_size"]
+        left, top = self._start(image.width - size["width"]), self._start(image.height - size["height"])
+        return image.crop((left, top, left + size["width"], top + size["height"]))
+
+    def _start(self, spare: int) -> int:
+        if not self._is_refiners:
+            return spare // 2
+        return round(spare / 2) if spare >= 0 else -(-spare // 2)  # round: half to even
 
 
-@cache
-def settings_in(folder: str) -> dict[str, Any]:
-    """What the configurations in a folder say of preparing pictures."""
-    read = {}
-    for name in ("config.json", "preprocessor_config.json"):
-        read[name] = json.loads((Path(folder) / name).read_text(encoding="utf-8"))
-    settings = {"do_center_crop": False, "rescale_factor": 1 / 255, **read["preprocessor_config.json"]}
-    return settings | {"num_channels": read["config.json"].get("num_channels", 3)}
-
-
-def _opened(picture: str | os.PathLike | Image.Image) -> Image.Image:
-    """Upright, and read to its end."""
-    if isinstance(picture, Image.Image):
-        return picture
+def _read(file: Path) -> dict:
     try:
-        with Image.open(picture) as image:
-            return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"The picture {os.fspath(picture)} can't be read: {error}") from error
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{file} can't be read ({error}). It must lie there as refiner-export wrote it.") from error
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _open(picture: str | os.PathLike | Image.Image) -> Image.Image:
+    if not isinstance(picture, (str, os.PathLike, Image.Image)):
+        raise TypeError(f"A picture must be a path or a PIL image, not {type(picture).__name__}.")
+    from_file = not isinstance(picture, Image.Image)
+    try:
+        if from_file:
+            with Image.open(picture) as image:
+                return ImageOps.exif_transpose(image)
+        picture.load()
+        return picture
+    except Exception as error:  # PIL's readers have no common error for damaged files
+        name = os.fspath(picture) if from_file else getattr(picture, "filename", "") or "(from memory)"
+        raise ValueError(f"The picture {name} can't be read ({error}). Is the file complete?") from error
+
+
+def _to_8_bit_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("A picture of mode F (floating point) has no fixed range: convert it to 8 bits first.")
     if image.mode.startswith("I"):
         levels = np.asarray(image)
         if levels.min() < 0 or levels.max() > 65535:
             raise ValueError(f"A picture of mode {image.mode} is read as 16-bit, but has levels outside 0..65535.")
-        return Image.fromarray((levels // 257).astype(np.uint8))
+        image = Image.fromarray((levels // 257).astype(np.uint8))  # 65535 -> 255
     if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA")
-    return image
-
-
-def _resized(height: int, width: int, settings: dict[str, Any]) -> tuple[int, int]:
-    """Height and width to resize to."""
-    size, crop_pct = settings["size"], settings.get("crop_pct")
-    if crop_pct is None:
-        return size["height"], size["width"]
-    # A Refiner's: the side that needs the larger factor gets its size exactly, the other keeps the shape.
-    wanted_height, wanted_width = (math.floor(size[side] / crop_pct) for side in ("height", "width"))
-    if wanted_height * width >= wanted_width * height:
-        return wanted_height, max(1, int(wanted_height * width / height))
-    return max(1, int(wanted_width * height / width)), wanted_width
-
-
-def _cropped(pixels: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
-    """(channels, height, width) -> the centre, with black borders where it is larger."""
-    is_refiners = settings.get("crop_pct") is not None
-    size = settings["size"] if is_refiners else settings["crop_size"]
-    for axis, wanted in ((1, size["height"]), (2, size["width"])):
-        spare = pixels.shape[axis] - wanted
-        if spare < 0:
-            borders = [(0, 0)] * 3
-            # What doesn't divide by two: a Refiner's has the larger border behind, transformers' own before.
-            before = -spare // 2 if is_refiners else -(spare // 2)
-            borders[axis] = (before, -spare - before)
-            pixels = np.pad(pixels, borders)
-        else:
-            start = round(spare / 2) if is_refiners else spare // 2
-            pixels = np.take(pixels, range(start, start + wanted), axis=axis)
-    return pixels
+        image = image.convert("RGBA")  # PIL warns when a transparent palette becomes RGB at once
+    return image.convert("RGB")

@@ -44,7 +44,7 @@ def code_for(folder: str | Path) -> dict[str, bytes]:
 
 
 def without_code(folder: str | Path) -> dict[str, bytes]:
-    """The folder's configurations that name code, without the names: fine-tuning a model with code keeps those."""
+    """The folder's configurations that name code, without the names; for code that isn't there."""
     naming = {file: content for file, content in _configurations(folder).items() if content.pop("auto_map", None)}
     return {file: _to_bytes(content) for file, content in naming.items()}
 

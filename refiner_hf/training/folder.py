@@ -12,7 +12,7 @@ from transformers.utils import logging
 from ..data.images import decode_image
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN, ImageData
 from ..hub.card import make_card
-from ..hub.code import add_code, without_code
+from ..hub.code import add_code
 from ..hub.files import without_paths, write_json
 from ..hub.plots import plot_confusion_matrix, plot_learning_curve, plot_predictions
 from .arguments import RefinerTrainingArguments
@@ -83,8 +83,6 @@ def finish_folder(
 
     if args.with_code:
         add_code(folder)
-    for name, content in ({} if args.with_code else without_code(folder)).items():
-        (folder / name).write_bytes(content)
     facts = training_facts(trainer, measured, data=data, arguments=arguments, pictures=pictures)
     make_card(facts).save(folder / "README.md")
     return examples

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from ..hub.card import make_card
-from ..hub.code import code_for, without_code
+from ..hub.code import code_for
 from ..hub.publish import CARD, Files, Published, check_adapter, commit_files, public_files, publish_folder
 from ..hub.repository import hub, prepare_repository
 from ..modeling_refiner import RefinerPreTrainedModel
@@ -160,7 +160,7 @@ class PushingTrainer(Trainer):
         saved = public_files(checkpoint)
         files = {name: path for name, path in saved.items() if name.startswith(_MODEL_FILES)}
         if self._trains_a_refiner():
-            files |= code_for(checkpoint) if self._with_code else without_code(checkpoint)
+            files |= code_for(checkpoint) if self._with_code else {}
             files[CARD] = str(self._card()).encode("utf-8")
         if self.args.hub_strategy == HubStrategy.EVERY_SAVE:
             return files

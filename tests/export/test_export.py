@@ -1,15 +1,18 @@
 """Graphs away from PyTorch: the same answers for any number of images, and what their int8 form is worth."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
-from refiner_hf import RefinerForImageClassification, RefinerImageProcessor, RefinerModel
+from refiner_hf import RefinerForImageClassification, RefinerImageProcessor, RefinerImageProcessorPil, RefinerModel
 from refiner_hf.commands.export_onnx import main
 from refiner_hf.export.compare import compare, comparison_table, load_labelled
 from refiner_hf.export.graph import check_onnx, export_onnx, open_onnx, quantize_onnx, run_onnx
@@ -18,6 +21,9 @@ from refiner_hf.hub.code import add_code
 from ..conftest import GOLDEN_MODELS, LAYOUTS, assert_close, load_json
 from ..every_class import config_of, make
 from ..images import write_folder
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 
 
 @pytest.fixture
@@ -116,10 +122,10 @@ def photos(tmp_path):
 
 RUN = """
 import sys
-sys.modules["torch"] = sys.modules["transformers"] = None  # importing them fails
-import numpy as np, onnxruntime
-session = onnxruntime.InferenceSession(sys.argv[1])
-np.save(sys.argv[3], session.run(["logits"], {"pixel_values": np.load(sys.argv[2])})[0])
+sys.modules.update(dict.fromkeys(["torch", "torchvision", "transformers", "refiner_hf"]))  # importing them fails
+import numpy
+{block}
+numpy.savez("out.npz", pixel_values=pixel_values, logits=logits)
 """
 
 
@@ -127,20 +133,29 @@ def test_command(saved, photos, tmp_path, capsys):
     model, folder = saved
     out = tmp_path / "exported"
     main(["--model", str(folder), "--output_dir", str(out), "--int8", "--measure_on", str(photos)])
-    files = [
-        "comparison.json", "config.json", "model.onnx", "model_int8.onnx", "preprocess.py", "preprocessor_config.json",
-    ]  # fmt: skip
+    files = ["comparison.json", "config.json", "model.onnx", "model_int8.onnx", "preprocess.py"]
+    files.append("preprocessor_config.json")
     assert sorted(path.name for path in out.iterdir()) == files
     assert load_json(out / "config.json")["id2label"] == {"0": "red", "1": "blue", "2": "green"}
     said = capsys.readouterr().out
     assert "pixel_values (batch, 3, 16, 16) to logits (batch, 3)" in said and "39 images of photos" in said
 
-    pixels = torch.randn(4, 3, 16, 16)
-    np.save(tmp_path / "pixels.npy", pixels.numpy())
-    words = [out / "model.onnx", tmp_path / "pixels.npy", tmp_path / "logits.npy"]
-    subprocess.run([sys.executable, "-c", RUN, *map(str, words)], check=True)
+    # The page's own lines, for a picture that isn't square, as on a machine with NumPy, Pillow and onnxruntime alone.
+    noise = np.random.default_rng(0).integers(0, 256, (60, 140, 3), np.uint8)
+    picture = tmp_path / "outputs" / "demo" / "examples" / "0.png"
+    picture.parent.mkdir(parents=True)
+    Image.fromarray(noise).save(picture)
+    block = re.search(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)[1]
+    run = subprocess.run([sys.executable, "-c", RUN.format(block=block)], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    processor = RefinerImageProcessorPil(size={"height": 16, "width": 16})
+    pixels = processor(Image.open(picture), return_tensors="pt").pixel_values
+    made = np.load(tmp_path / "out.npz")
+    assert np.array_equal(made["pixel_values"], pixels.numpy())
     with torch.no_grad():
-        assert_close(torch.from_numpy(np.load(tmp_path / "logits.npy")), model.eval()(pixels).logits)
+        logits = model.eval()(pixels).logits
+    assert_close(torch.from_numpy(made["logits"]), logits)
+    assert run.stdout.strip() == model.config.id2label[logits.argmax().item()]
 
 
 @pytest.mark.slow

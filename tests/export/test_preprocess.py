@@ -1,147 +1,226 @@
-"""Pictures prepared without torch and transformers: to the last bit what the image processors do."""
+"""Pixels without PyTorch and transformers: bit for bit the image processor's, or an error in words."""
 
-import shutil
-import subprocess
-import sys
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers import AutoImageProcessor, CLIPImageProcessor, DeiTImageProcessor, ViTConfig, ViTImageProcessor
+from transformers import AutoImageProcessor, DeiTImageProcessor, MobileViTImageProcessor, ViTImageProcessor
 
 from refiner_hf import RefinerConfig, RefinerForImageClassification, RefinerImageProcessor
 from refiner_hf.commands.export_onnx import main
-from refiner_hf.export.folder import check_preprocess
-from refiner_hf.export.preprocess import pixel_values
-from refiner_hf.image_processing_pil_refiner import open_image, to_8_bit_rgb
+from refiner_hf.export import preprocess
+from refiner_hf.export.pixels import copy_preprocessing
+from refiner_hf.export.preprocess import Preprocess
+
+from ..every_class import make
 
 
-def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+SIZES = ((1, 1), (3, 200), (200, 3), (53, 37), (37, 53), (64, 32), (32, 32), (33, 31))
+GREY = dict(image_mean=[0.4], image_std=[0.2])
 
 
-def folder_of(processor, folder, channels: int = 3):
-    processor.save_pretrained(folder)
-    ViTConfig(num_channels=channels).save_pretrained(folder)
-    return folder
+def noise(width: int, height: int, *channels: int, dtype=np.uint8) -> Image.Image:
+    levels = np.random.default_rng(0).integers(
+        0, np.iinfo(dtype).max, (height, width, *channels), dtype, endpoint=True
+    )
+    return Image.fromarray(levels)
 
 
-def same_as_processor(folder, picture, given=None) -> None:
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    expected = np.asarray(processor(given or picture, return_tensors="np").pixel_values)
-    made = pixel_values(picture, folder)
-    assert made.dtype == np.float32 and made.flags["C_CONTIGUOUS"]
-    np.testing.assert_array_equal(made, expected)
+def square(side: int) -> dict[str, int]:
+    return {"height": side, "width": side}
 
 
-SHAPES = [(20, 20), (61, 23), (23, 60), (300, 1), (1, 90), (3, 2), (224, 223)]
+@pytest.fixture
+def both(tmp_path):
+    """A processor saved as an export does it: its PIL form, and what goes along."""
+
+    def both(processor, num_channels: int = 3):
+        processor.save_pretrained(tmp_path)
+        RefinerConfig(num_channels=num_channels).save_pretrained(tmp_path)
+        return AutoImageProcessor.from_pretrained(tmp_path, backend="pil"), Preprocess(tmp_path)
+
+    return both
 
 
-@pytest.mark.parametrize("crop_pct", [0.5, 0.875, 0.9, 1.0, 1.13, 2.5])
-@pytest.mark.parametrize("size", [(16, 16), (15, 24), (33, 17)])
-def test_a_refiners(size, crop_pct, tmp_path):
-    processor = RefinerImageProcessor(size=dict(zip(("height", "width"), size)), crop_pct=crop_pct)
-    folder = folder_of(processor, tmp_path)
-    for shape in SHAPES:
-        same_as_processor(folder, noise(*shape))
+def assert_same(prepare, processor, picture, given=None) -> None:
+    expected = processor(picture if given is None else given, return_tensors="np").pixel_values
+    pixels = prepare(picture)
+    assert pixels.dtype == np.float32 and pixels.shape == expected.shape
+    assert np.array_equal(pixels, expected)
 
 
-SIZE, CROP = {"height": 20, "width": 24}, {"height": 16, "width": 17}
-PROCESSORS = {
-    "vit": ViTImageProcessor(size=SIZE),
-    "vit, other numbers": ViTImageProcessor(
-        size=SIZE, resample=3, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]
-    ),
-    "vit, only resized": ViTImageProcessor(size=SIZE, do_rescale=False, do_normalize=False),
-    "vit, nearest, other scale": ViTImageProcessor(size=SIZE, resample=0, rescale_factor=1 / 127.5),
-    "deit": DeiTImageProcessor(size=SIZE, crop_size=CROP),
-    "deit, crop larger than the image": DeiTImageProcessor(size=CROP, crop_size={"height": 31, "width": 22}),
-}
+def processors():
+    yield from (
+        pytest.param(RefinerImageProcessor(size=dict(height=32, width=wide), crop_pct=share), 3, id=f"{wide}, {share}")
+        for wide in (32, 21)
+        for share in (0.5, 0.875, 0.9, 1.0, 1.13, 1.5, 3.0)
+    )
+    yield from (
+        pytest.param(ViTImageProcessor(size=dict(height=32, width=40), resample=filter), 3, id=filter.name)
+        for filter in Image.Resampling
+    )
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    others = {
+        "not resized": RefinerImageProcessor(size=square(32), do_resize=False),
+        "shorter side": ViTImageProcessor(size={"shortest_edge": 35}, do_center_crop=True, crop_size=square(32)),
+        "levels": ViTImageProcessor(size=square(32), image_mean=mean, image_std=std, rescale_factor=1 / 127.5),
+        "0..1": ViTImageProcessor(size=square(32), do_normalize=False),
+        "0..255": ViTImageProcessor(size=square(32), do_rescale=False),
+        "DeiT": DeiTImageProcessor(size=square(40), crop_size=square(33)),
+        "DeiT with borders": DeiTImageProcessor(size=dict(height=20, width=31), crop_size=dict(height=33, width=20)),
+        "DeiT as published": DeiTImageProcessor(),
+    }
+    yield from (pytest.param(processor, 3, id=name) for name, processor in others.items())
+    grey = {
+        "grey ViT": ViTImageProcessor(size=square(32), **GREY),
+        "grey DeiT": DeiTImageProcessor(size=square(36), crop_size=square(32), **GREY),
+        "grey Refiner": RefinerImageProcessor(size=square(32), do_convert_rgb=False, **GREY),
+    }
+    yield from (pytest.param(processor, 1, id=name) for name, processor in grey.items())
 
 
-@pytest.mark.parametrize("name", PROCESSORS)
-def test_a_vits(name, tmp_path):
-    folder = folder_of(PROCESSORS[name], tmp_path)
-    for shape in SHAPES:
-        same_as_processor(folder, noise(*shape))
-    check_preprocess(folder)
+@pytest.mark.parametrize("processor, num_channels", list(processors()))
+def test_the_pil_forms_pixels(both, processor, num_channels):
+    pil, prepare = both(processor, num_channels)
+    for size in SIZES:
+        assert_same(prepare, pil, noise(*size) if num_channels == 1 else noise(*size, 3))
 
 
-def test_one_channel(tmp_path):
-    folder = folder_of(ViTImageProcessor(size=SIZE, image_mean=[0.3], image_std=[0.2]), tmp_path, channels=1)
-    same_as_processor(folder, noise(31, 40), noise(31, 40).convert("L"))
-    check_preprocess(folder)
+def pictures():
+    colour, grey = noise(50, 23, 3), noise(50, 23)
+    see_through = noise(50, 23, 4)
+    palette = colour.quantize(16)
+    palette.info["transparency"] = b"\x00\x80\xff"
+    deep = noise(50, 23, dtype=np.uint16)
+    return {
+        **{mode: colour.convert(mode) for mode in ("1", "L", "P", "CMYK", "YCbCr", "HSV")},
+        **{mode: see_through.convert(mode) for mode in ("RGBA", "LA", "RGBa")},
+        "palette with transparency": palette,
+        "16-bit": deep,
+        "I": deep.convert("I"),
+        "I;16B": Image.frombytes("I;16B", deep.size, np.asarray(deep).astype(">u2").tobytes()),
+        "grey": grey,
+    }
 
 
-def test_files_of_every_kind(tmp_path):
-    """Modes, 16 bits, transparency and orientation, from files, as refiner-predict reads them."""
-    folder = folder_of(RefinerImageProcessor(size={"height": 16, "width": 16}, crop_pct=0.8), tmp_path / "model")
-    picture = noise(40, 25)
-    pictures = {f"{mode}.png": picture.convert(mode) for mode in ("L", "LA", "RGBA", "P", "1")}
-    pictures["16.png"] = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
-    pictures["cmyk.jpg"] = picture.convert("CMYK")
-    pictures["turned.jpg"] = picture
-    transparent = picture.convert("P")
-    transparent.info["transparency"] = 3
-    pictures["transparent.png"] = transparent
-    for name, image in pictures.items():
-        file, options = tmp_path / name, {}
-        if name == "turned.jpg":
-            exif = Image.Exif()
-            exif[0x0112] = 6
-            options["exif"] = exif
-        image.save(file, **options)
-        same_as_processor(folder, file, to_8_bit_rgb(open_image(file)))
+@pytest.mark.parametrize("kind", pictures())
+def test_every_mode(both, kind):
+    pil, prepare = both(RefinerImageProcessor(size=square(16)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_same(prepare, pil, pictures()[kind])
 
 
-def test_pictures_that_cannot_be_read(tmp_path):
-    folder = folder_of(RefinerImageProcessor(size={"height": 16, "width": 16}), tmp_path / "model")
-    (tmp_path / "text.png").write_text("no picture")
-    noise(60, 60).save(tmp_path / "whole.png")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:300])
-    for name in ("text.png", "cut.png", "nothing.png"):
-        with pytest.raises(ValueError, match=f"The picture .*{name} can't be read"):
-            pixel_values(tmp_path / name, folder)
-    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
-    with pytest.raises(ValueError, match="bomb"):
-        pixel_values(tmp_path / "bomb.png", folder)
+@pytest.mark.parametrize("kind", ["P", "RGBA", "palette with transparency", "16-bit", "1", "grey"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_files_are_turned_upright(both, tmp_path, kind, orientation):
+    file, exif = tmp_path / "picture.png", Image.Exif()
+    exif[0x0112] = orientation
+    pictures()[kind].save(file, exif=exif)
+    pil, prepare = both(RefinerImageProcessor(size=dict(height=16, width=20)))
+    assert_same(prepare, pil, str(file))
+    assert_same(prepare, pil, file, given=str(file))
+    with Image.open(file) as image:  # as it is
+        assert_same(prepare, pil, image)
+    if orientation > 1:
+        assert not np.array_equal(prepare(file), prepare(Image.open(file)))
 
 
-def test_a_processor_that_cannot_be_written(tmp_path):
-    folder = folder_of(CLIPImageProcessor(size={"shortest_edge": 20}, crop_size=CROP), tmp_path)
-    with pytest.raises(ValueError, match="does something that can't be written without transformers"):
-        check_preprocess(folder)
+def test_a_vits_files_are_read_as_in_its_pipeline(both, tmp_path):
+    pil, prepare = both(ViTImageProcessor(size=square(16)))
+    for kind in ("L", "CMYK", "RGBA", "P"):
+        file = tmp_path / ("picture.tif" if kind == "CMYK" else "picture.png")
+        pictures()[kind].save(file)
+        assert_same(prepare, pil, str(file))
+    # transformers would clip these
+    deep = pictures()["16-bit"]
+    assert_same(prepare, pil, deep, given=Image.fromarray((np.asarray(deep) // 257).astype(np.uint8)).convert("RGB"))
 
 
-PROGRAM = """
-import sys
-for module in ("torch", "torchvision", "transformers", "refiner_hf"):
-    sys.modules[module] = None  # from here on it can't be imported
-import numpy as np
-import onnxruntime
-sys.path.insert(0, sys.argv[1])
-from preprocess import pixel_values
-session = onnxruntime.InferenceSession(sys.argv[1] + "/model.onnx")
-(logits,) = session.run(["logits"], {"pixel_values": pixel_values(sys.argv[2])})
-np.save(sys.argv[3], logits)
-"""
+def test_grey_of_colour(both):
+    pil, prepare = both(ViTImageProcessor(size=square(16), **GREY), 1)
+    for picture in pictures().values():
+        if picture.mode in ("RGBA", "P", "CMYK"):
+            assert_same(prepare, pil, picture, given=picture.convert("RGBA").convert("RGB").convert("L"))
 
 
-def test_an_exported_folder_alone(tmp_path):
-    """A picture that isn't square, with a crop: the answer is that of the model and its processor."""
-    torch.manual_seed(0)
-    config = RefinerConfig(image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
-    model = RefinerForImageClassification(config).eval()
-    model.save_pretrained(tmp_path / "model")
-    RefinerImageProcessor(size={"height": 16, "width": 16}, crop_pct=0.7).save_pretrained(tmp_path / "model")
-    main(["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "exported")])
-    noise(80, 33).save(tmp_path / "wide.png")
-    shutil.move(tmp_path / "exported", tmp_path / "elsewhere")
-    words = [str(tmp_path / name) for name in ("elsewhere", "wide.png", "logits.npy")]
-    run = subprocess.run([sys.executable, "-P", "-c", PROGRAM, *words], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    processor = AutoImageProcessor.from_pretrained(tmp_path / "model", backend="pil")
-    with torch.no_grad():
-        expected = model(processor(noise(80, 33), return_tensors="pt").pixel_values).logits
-    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected.numpy(), atol=1e-5)
+class TestInWords:
+    @pytest.fixture
+    def prepare(self, both):
+        return both(RefinerImageProcessor(size=square(16)))[1]
+
+    def test_files(self, prepare, tmp_path):
+        noise(300, 300, 3).save(tmp_path / "half.jpg")
+        whole = (tmp_path / "half.jpg").read_bytes()
+        (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
+        (tmp_path / "notes.png").write_text("not a picture")
+        (tmp_path / "folder.png").mkdir()
+        for name in ("half.jpg", "notes.png", "folder.png", "nowhere.png"):
+            with pytest.raises(ValueError, match=f"{name} can't be read .*complete"):
+                prepare(tmp_path / name)
+        with pytest.raises(ValueError, match="half.jpg can't be read"):
+            prepare(Image.open(tmp_path / "half.jpg"))
+
+    def test_bombs(self, prepare, tmp_path, monkeypatch):
+        noise(50, 50).save(tmp_path / "bomb.png")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+        with pytest.raises(ValueError, match="bomb.png can't be read .*bomb"):
+            prepare(tmp_path / "bomb.png")
+
+    def test_levels_without_a_range(self, prepare):
+        with pytest.raises(ValueError, match="mode F"):
+            prepare(Image.new("F", (8, 8)))
+        with pytest.raises(ValueError, match="outside 0..65535"):
+            prepare(Image.new("I", (8, 8), 70000))
+
+    def test_no_picture(self, prepare):
+        with pytest.raises(TypeError, match="not ndarray"):
+            prepare(np.zeros((8, 8, 3), np.uint8))
+
+    @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+    @pytest.mark.parametrize("content", [None, "{", "[1]"])
+    def test_settings(self, prepare, tmp_path, name, content):
+        (tmp_path / name).unlink() if content is None else (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"/{name} can't be read"):
+            Preprocess(tmp_path)
+
+
+class TestExport:
+    def test_the_module_itself_goes_along(self, both, tmp_path):
+        both(DeiTImageProcessor(size=square(36), crop_size=square(32), **GREY), 1)
+        copy_preprocessing(tmp_path, RefinerConfig(image_size=32, num_channels=1))
+        assert (tmp_path / "preprocess.py").read_bytes() == Path(preprocess.__file__).read_bytes()
+
+    @pytest.mark.parametrize(
+        "processor, says",
+        [
+            (MobileViTImageProcessor(size={"shortest_edge": 18}, crop_size=square(16)), "picture of 97 x 41 pixels"),
+            (
+                ViTImageProcessor(
+                    size={"shortest_edge": 16, "longest_edge": 40}, do_center_crop=True, crop_size=square(16)
+                ),
+                "size of (shortest_edge, longest_edge|longest_edge, shortest_edge)",
+            ),
+        ],
+    )
+    def test_what_it_cannot_do_is_refused(self, tmp_path, processor, says):
+        """By the command, and nothing is left behind."""
+        make(RefinerForImageClassification).save_pretrained(tmp_path / "model")
+        processor.save_pretrained(tmp_path / "model")
+        out = tmp_path / "out"
+        with pytest.raises(SystemExit, match=says) as stopped:
+            main(["--model", str(tmp_path / "model"), "--output_dir", str(out)])
+        assert f"without transformers as by this model's image processor ({type(processor).__name__}Pil)" in str(
+            stopped.value
+        )
+        assert not out.exists() and not list(tmp_path.glob(".out-*"))
+
+    def test_one_pixel_aside_is_noticed(self, both, tmp_path, monkeypatch):
+        """The crop's rounding is all that differs."""
+        both(RefinerImageProcessor(size=square(16)))
+        monkeypatch.setattr(Preprocess, "_start", lambda self, spare: spare // 2)
+        with pytest.raises(ValueError, match="RefinerImageProcessorPil.: of a picture of"):
+            copy_preprocessing(tmp_path, RefinerConfig(image_size=16))
+        assert not (tmp_path / "preprocess.py").exists()

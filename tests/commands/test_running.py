@@ -54,9 +54,12 @@ from refiner_hf.conversion.folder import new_folder
 def main(argv=None):
     with new_folder(Path(sys.argv[1])) as unfinished:
         (unfinished / "half").write_text("half")
+        ready, says_so = os.pipe()
         child = os.fork()
         if child == 0:
+            os.write(says_so, b"x")  # a signal that comes earlier is lost
             time.sleep(60)  # as a process that reads images would
+        os.read(ready, 1)
         print(child, flush=True)
         time.sleep(60)
 

@@ -6,6 +6,8 @@ import shutil
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification, TorchAoConfig, ViTConfig, ViTForImageClassification, pipeline
@@ -61,7 +63,10 @@ def test_an_adapter_is_its_base_model_with_it(adapter, folder):
     assert type(network) is RefinerForImageClassification and not hasattr(network, "peft_config")
     with torch.no_grad():
         assert_close(network(IMAGES).logits, logits)
-        assert_close(pipeline("image-classification", model=str(place)).model(IMAGES).logits, logits)
+        if Version(transformers.__version__) >= Version(
+            "5.24"
+        ):  # 5.17 leaves out the classifier that the adapter holds
+            assert_close(pipeline("image-classification", model=str(place)).model(IMAGES).logits, logits)
         assert_close(load_for_export(str(place))[0](IMAGES).logits, logits)
         assert_close(open_network(str(place)).model(IMAGES).logits, logits)
     with_adapter, alone = open_classifier(str(place)), open_classifier(str(folder))
@@ -154,7 +159,8 @@ class TestTraining:
 
     def train(self, folder, tmp_path, *words):
         photos = write_folder(tmp_path / "photos", per_label=4)
-        options = f"--train_dir {photos} --max_steps 1 --report_to none --use_cpu --output_dir {tmp_path / 'out'}"
+        options = f"--train_dir {photos} --train_val_split 0.4 --output_dir {tmp_path / 'out'}"
+        options += " --max_steps 1 --report_to none --use_cpu"
         return train(["--model_name_or_path", str(folder), *options.split(), *words])
 
     def test_a_base_model_gets_a_new_head(self, tiny_model, tmp_path, caplog):

@@ -21,6 +21,10 @@ from transformers.processing_utils import ImagesKwargs
 from .code_refiner import named_code_beside
 
 
+_MOST_PIXELS = 2**25  # of a whole image that is resized
+_MARGIN = 16  # pixels beside a crop that its resampling may look at
+
+
 class RefinerImageProcessorKwargs(ImagesKwargs, total=False):
     r"""
     crop_pct (`float`, *optional*, defaults to `self.crop_pct`):
@@ -86,7 +90,11 @@ class RefinerImageProcessorMixin:
         return super()._preprocess(images, **kwargs | {"size": _CroppedSize(kwargs["size"], crop_pct)})
 
     def resize(self, image, size, resample=None, **kwargs):
-        target = size.target(*image.shape[-2:]) if isinstance(size, _CroppedSize) else size
+        if isinstance(size, _CroppedSize):
+            image = size.middle(image)
+            target = size.target(*image.shape[-2:])
+        else:
+            target = size
         return super().resize(image, target, resample=resample, **kwargs)
 
 
@@ -101,7 +109,25 @@ class _CroppedSize:
             raise ValueError(f"size must have 'height' and 'width', those of the model's images; got {size}.")
         if not crop_pct or crop_pct <= 0:
             raise ValueError(f"crop_pct must be positive, got {crop_pct}.")
+        self.crop = size.height, size.width
         self.height, self.width = math.floor(size.height / crop_pct), math.floor(size.width / crop_pct)
+
+    def middle(self, image):
+        """
+        Of an image so long and thin that it would take gigabytes when its shorter side is resized, such as one of
+        1 x 60,000 pixels: what is around its middle, where the crop is taken. Any other as it is.
+        """
+        target = self.target(*image.shape[-2:])
+        if target.height * target.width <= _MOST_PIXELS:
+            return image
+        for axis, resized, crop in ((-2, target.height, self.crop[0]), (-1, target.width, self.crop[1])):
+            length = image.shape[axis]
+            kept = math.ceil((crop + _MARGIN) * length / resized) + _MARGIN
+            kept += (length - kept) % 2  # as much on both sides
+            if kept < length:
+                start = (length - kept) // 2
+                image = image[..., start : start + kept, :] if axis == -2 else image[..., start : start + kept]
+        return image
 
     def target(self, height: int, width: int) -> SizeDict:
         # The side that needs the larger factor gets its size exactly; the other is truncated, as in torchvision.

@@ -184,3 +184,26 @@ def test_from_memory_too():
     half = Image.open(io.BytesIO(buffer.getvalue()[:700]))
     with pytest.raises(ValueError, match="can't be read"):
         RefinerImageProcessor()(half)
+
+
+@pytest.mark.parametrize("kind", [RefinerImageProcessor, RefinerImageProcessorPil])
+@pytest.mark.parametrize("shape", [(1, 60_000), (60_000, 1), (3, 40_001), (30_000, 2)])
+def test_long_and_thin_images(kind, shape):
+    """
+    Resized as a whole one of 1 x 60,000 pixels would take 9 GB. What the crop shows is the same as of an image that
+    was cut around its middle before.
+    """
+    pixels = np.zeros((*shape, 3), np.uint8)
+    middle = shape[0] // 2, shape[1] // 2
+    pixels[max(0, middle[0] - 60) : middle[0] + 60, max(0, middle[1] - 60) : middle[1] + 60] = np.random.default_rng(
+        0
+    ).integers(0, 256, pixels[max(0, middle[0] - 60) : middle[0] + 60, max(0, middle[1] - 60) : middle[1] + 60].shape)
+    processor = kind(size={"height": 224, "width": 224}, crop_pct=0.9)
+    made = np.asarray(processor(Image.fromarray(pixels), return_tensors="pt").pixel_values)
+    assert made.shape == (1, 3, 224, 224)
+    long = 0 if shape[0] > shape[1] else 1
+    kept = 80 + (shape[long] - 80) % 2
+    start = (shape[long] - kept) // 2
+    cut = pixels[start : start + kept] if long == 0 else pixels[:, start : start + kept]
+    expected = np.asarray(processor(Image.fromarray(cut), return_tensors="pt").pixel_values)
+    np.testing.assert_allclose(made, expected, atol=0.02)

@@ -13,6 +13,8 @@ def _run(command: str, extra: str = "train") -> None:
         module = importlib.import_module(f".{command}", __name__)
     except ModuleNotFoundError as error:
         sys.exit(f"Error: this command needs {error.name}. Install it with: pip install 'refiner_hf[{extra}]'")
+    except KeyboardInterrupt:  # importing takes seconds
+        sys.exit(130)
     module.main()
 
 

@@ -17,6 +17,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
+_MOST_PIXELS, _MARGIN = 2**25, 16  # of a whole picture that is resized; beside a crop that resampling may look at
+
+
 class Preprocess:
     """
     What `preprocessor_config.json` says, done to a picture.
@@ -47,6 +50,7 @@ class Preprocess:
         """
         settings, image = self._settings, _to_8_bit_rgb(_open(picture)).convert(self._mode)
         if settings.get("do_resize"):
+            image = self._middle(image)
             image = image.resize(self._resized(*image.size), settings.get("resample", Image.Resampling.BILINEAR))
         if settings.get("do_center_crop"):
             image = self._cropped(image)
@@ -74,6 +78,19 @@ class Preprocess:
         if high * width >= wide * height:
             return max(1, int(high * width / height)), high
         return wide, max(1, int(wide * height / width))
+
+    def _middle(self, image: Image.Image) -> Image.Image:
+        """Of an image so long and thin that it would take gigabytes when resized: what is around its middle."""
+        resized = self._resized(*image.size)
+        if not self._is_refiners or resized[0] * resized[1] <= _MOST_PIXELS:
+            return image
+        starts, ends = [], []
+        for length, long, side in zip(image.size, resized, ("width", "height")):
+            kept = math.ceil((self._settings["size"][side] + _MARGIN) * length / long) + _MARGIN
+            kept = min(kept + (length - kept) % 2, length)
+            starts.append((length - kept) // 2)
+            ends.append(starts[-1] + kept)
+        return image.crop((*starts, *ends))
 
     def _cropped(self, image: Image.Image) -> Image.Image:
         """The centre; with black borders, where it is larger than the picture."""

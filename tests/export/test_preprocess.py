@@ -224,3 +224,10 @@ class TestExport:
         with pytest.raises(ValueError, match="RefinerImageProcessorPil.: of a picture of"):
             copy_preprocessing(tmp_path, RefinerConfig(image_size=16))
         assert not (tmp_path / "preprocess.py").exists()
+
+
+@pytest.mark.parametrize("shape", [(1, 60_000), (60_000, 1), (40_001, 3)])
+def test_long_and_thin_pictures(both, shape):
+    """Whose shorter side can't be resized as a whole: that would take gigabytes."""
+    processor, prepare = both(RefinerImageProcessor(size=square(224)))
+    assert_same(prepare, processor, noise(*shape, 3))

@@ -189,5 +189,9 @@ def _write_shard(file: Path, content: dict[str, list], length: int) -> None:
         }
     )
     unfinished = file.with_suffix(".unfinished")
-    Dataset.from_dict(content, features=features).to_parquet(str(unfinished))
-    unfinished.replace(file)
+    try:
+        Dataset.from_dict(content, features=features).to_parquet(str(unfinished))
+        unfinished.replace(file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise

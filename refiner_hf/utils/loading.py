@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError, HTTPError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from safetensors import safe_open
@@ -50,7 +50,21 @@ class Place(NamedTuple):
             found = cached_file(self.name, file, **self.hub)
         except (OSError, ValueError):  # whatever is wrong with the name itself, loading the configuration says
             return None
+        except HTTPError as error:
+            raise self._unreached(error) from error
         return None if found is None else Path(found)
+
+    def has(self, file: str) -> bool:
+        """Whether it has a file; where that can't be known, an `OSError`."""
+        if Path(self.name).is_dir():
+            return (Path(self.name) / file).is_file()
+        try:
+            return cached_file(self.name, file, _raise_exceptions_for_missing_entries=False, **self.hub) is not None
+        except HTTPError as error:
+            raise self._unreached(error) from error
+
+    def _unreached(self, error: HTTPError) -> OSError:
+        return OSError(f"The connection to the Hub broke while {self.name} was looked at ({error}). Try again.")
 
 
 class Source(NamedTuple):
@@ -181,8 +195,14 @@ def load_image_processor(name: str, hub: Hub | None = None, **options: Any) -> B
 
 
 def has_image_processor(name: str, hub: Hub | None = None) -> bool:
-    """Whether there is one, sound or not."""
-    return find_source(name, **hub or {}).place_of(PROCESSOR_NAME).find(PROCESSOR_NAME) is not None
+    """
+    Whether there is one, sound or not.
+
+    Raises:
+        `OSError`: the Hub can't be asked, and the file isn't in the cache.
+    """
+    source = find_source(name, **hub or {})
+    return any(place.has(PROCESSOR_NAME) for place in (source.weights, source.adapter) if place is not None)
 
 
 @torch.no_grad()

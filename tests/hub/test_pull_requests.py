@@ -13,6 +13,7 @@ from refiner_hf.commands.visualize import main as visualize
 from refiner_hf.hub.publish import publish_folder
 from refiner_hf.hub.repository import PublishError
 from refiner_hf.hub.verification import verify
+from refiner_hf.utils.loading import has_image_processor
 
 from ..images import write_folder
 
@@ -145,3 +146,15 @@ def test_commands_take_a_branch(hub, token, tiny_model, folder, tmp_path):
         ]
     )
     assert json.loads(hub.repositories["alice/model"].files("trial")["config.json"])["id2label"]["0"] == "one"
+
+
+def test_a_processor_is_missing_only_where_the_hub_says_so(hub, token, folder):
+    """Else a training would take the standard one because the connection broke."""
+    publish_folder(folder, "alice/with", token=token)
+    (folder / "preprocessor_config.json").unlink()
+    publish_folder(folder, "alice/without", token=token)
+    assert has_image_processor("alice/with") and not has_image_processor("alice/without")
+    hub.drop("HEAD", "/alice/with/resolve/.*preprocessor", times=100)
+    hub.drop("GET", "/alice/with/resolve/.*preprocessor", times=100)
+    with pytest.raises(OSError):
+        has_image_processor("alice/with", {"cache_dir": str(folder / "empty")})

@@ -29,6 +29,9 @@ class LabelMapArguments:
         metadata={"help": "Folder or Hub name of a transformers classifier; timm/NAME; a folder that timm saved."}
     )
     output_dir: str = field(metadata={"help": "Folder for the maps."})
+    revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a transformers teacher on the Hub. Default: main."}
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the images that the teacher sees, in pixels. Default: its own."}
     )
@@ -53,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     args, data_args = parser.parse_args_into_dataclasses(argv)
     if data_args.streaming:
         raise ValueError("Label maps are made of a data set that is here: drop --streaming.")
-    device, teacher = pick_device(args.device), load_teacher(args.teacher, args.image_size)
+    device, teacher = pick_device(args.device), load_teacher(args.teacher, args.image_size, args.revision)
     data = load_image_data(data_args, need_train=True, need_evaluation=False, seed=0)
     images, unreadable = find_unreadable(data.train, "training")
     if data_args.unreadable_images == "stop":
@@ -64,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
             data.labels,
             teacher,
             Path(args.output_dir),
-            teacher_name=args.teacher,
+            teacher_name=args.teacher if args.revision is None else f"{args.teacher}@{args.revision}",
             top_k=args.top_k,
             batch_size=args.batch_size,
             shard_size=args.shard_size,

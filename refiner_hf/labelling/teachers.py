@@ -86,8 +86,8 @@ class TransformersTeacher(Teacher):
     How a base model pools is its own affair; the first images show which of the usual ways is this one's.
     """
 
-    def __init__(self, name: str, image_size: int | None):
-        model, processor = load_classifier(name), load_image_processor(name)
+    def __init__(self, name: str, image_size: int | None, revision: str | None):
+        model, processor = load_classifier(name, revision), load_image_processor(name, {"revision": revision})
         try_out(name, model, processor)
         super().__init__(model, processor.image_mean or [0.0] * 3, processor.image_std or [1.0] * 3)
         self.num_labels = model.config.num_labels
@@ -145,21 +145,25 @@ _POOLS = (
 )
 
 
-def load_teacher(name: str, image_size: int | None = None) -> Teacher:
+def load_teacher(name: str, image_size: int | None = None, revision: str | None = None) -> Teacher:
     """
     Args:
         name (`str`): a transformers classifier's folder or Hub name; `timm/NAME` for one of timm's on the Hub; a
             folder that timm saved.
         image_size (`int`, *optional*): side of the images it shall see, in pixels. Default: its own.
+        revision (`str`, *optional*): branch, tag or commit of a transformers classifier on the Hub.
 
     Raises:
         `ValueError`, `OSError`: there is no such classifier.
     """
-    if _is_timm_folder(Path(name)):
+    is_folder = _is_timm_folder(Path(name))
+    if revision is not None and (is_folder or name.startswith(TIMM_PREFIX)):
+        raise ValueError(f"{name} is one of timm's: its revision goes behind its name, as NAME@REVISION.")
+    if is_folder:
         return TimmTeacher(f"local-dir:{name}", image_size)
     if name.startswith(TIMM_PREFIX):
         return TimmTeacher(f"hf-hub:{name}", image_size)
-    return TransformersTeacher(name, image_size)
+    return TransformersTeacher(name, image_size, revision)
 
 
 def _is_timm_folder(folder: Path) -> bool:

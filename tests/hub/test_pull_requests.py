@@ -13,6 +13,7 @@ from refiner_hf.commands.visualize import main as visualize
 from refiner_hf.hub.publish import publish_folder
 from refiner_hf.hub.repository import PublishError
 from refiner_hf.hub.verification import verify
+from refiner_hf.labelling.teachers import load_teacher
 from refiner_hf.utils.loading import has_image_processor
 
 from ..images import write_folder
@@ -132,6 +133,9 @@ def test_commands_take_a_branch(hub, token, tiny_model, folder, tmp_path):
     assert not labels & {line.split(",")[1] for line in (tmp_path / "main.csv").read_text().splitlines()[1:]}
     with pytest.raises(SystemExit, match="Error: .*nowhere"):
         predict([*asked, str(tmp_path / "no.csv"), "--revision", "nowhere"])
+    assert load_teacher("alice/model", revision="trial").labels == names
+    with pytest.raises(ValueError, match="NAME@REVISION"):
+        load_teacher("timm/resnet10t", revision="trial")
     picture = next(photos.rglob("*.png"))
     visualize(
         [

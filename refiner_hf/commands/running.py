@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from types import FrameType
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -37,7 +38,7 @@ def command(main: Callable[[list[str] | None], Any]) -> Callable[[list[str] | No
     @wraps(main)
     def run(argv: list[str] | None = None) -> Any:
         try:
-            with _sigterm_raises():
+            with _signals_raise():
                 return main(argv)
         except _IN_WORDS as error:
             sys.exit(f"Error: {str(error) or type(error).__name__}{_what_to_do(error)}")
@@ -56,23 +57,50 @@ def _what_to_do(error: BaseException) -> str:
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
+def _signals_raise() -> Iterator[None]:
+    """
+    SIGTERM raises [`Terminated`] and SIGINT a `KeyboardInterrupt`, and not where Python ignores what is raised: there
+    they come again a moment later.
+    """
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    usual = before == {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     # Somebody else's handling stays, and only the main thread may set another.
-    if before is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+    if not usual or threading.current_thread() is not threading.main_thread():
         yield
         return
-    this_process = os.getpid()
+    this_process, has_timer, late = os.getpid(), hasattr(signal, "setitimer"), []
 
-    def handle(number: int, frame: Any) -> None:
-        if os.getpid() == this_process:
-            raise Terminated
-        # A child that was forked, such as one that reads images, has nothing to clean up.
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+    def handle(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != this_process and number == signal.SIGTERM:
+            # A child that was forked, such as one that reads images, has nothing to clean up.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif has_timer and _would_be_ignored(frame):
+            late.append(number)
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        else:
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
 
-    signal.signal(signal.SIGTERM, handle)
+    if has_timer:
+        before[signal.SIGALRM] = signal.getsignal(signal.SIGALRM)
+        signal.signal(signal.SIGALRM, lambda number, frame: handle(late.pop(), frame) if late else None)
+    for number in numbers:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if has_timer:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _would_be_ignored(frame: FrameType | None) -> bool:
+    """Whether Python is in a destructor, or starts a process: what is raised there is printed and forgotten."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__del__" or (code.co_name == "_launch" and code.co_filename.endswith("popen_fork.py")):
+            return True
+        frame = frame.f_back
+    return False

@@ -92,3 +92,44 @@ def test_signals_leave_nothing_half_written(number, code, tmp_path):
             return
         time.sleep(0.05)
     pytest.fail("the child still runs")
+
+
+IGNORED = {
+    # As a data loader starts its workers: the signal comes while the process is forked.
+    "a process is started": """
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), int(sys.argv[1])))
+start = lambda: multiprocessing.get_context("fork").Process(target=print).start()
+""",
+    "a destructor": """
+class Thing:
+    def __del__(self):
+        os.kill(os.getpid(), int(sys.argv[1]))
+        time.sleep(0.01)
+start = Thing
+""",
+}
+WHERE_IGNORED = """
+import multiprocessing, os, sys, time
+from refiner_hf.commands.running import command
+%s
+@command
+def main(argv=None):
+    start()
+    time.sleep(60)
+
+main([])
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("where", IGNORED)
+def test_signals_where_python_ignores_what_is_raised(where, number, code):
+    """There a Ctrl-C was printed and forgotten, and the command went on to its end."""
+    run = subprocess.run(
+        [sys.executable, "-c", WHERE_IGNORED % IGNORED[where], str(int(number))],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert run.returncode == code and "Exception ignored" not in run.stderr, run.stderr

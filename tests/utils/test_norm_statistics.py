@@ -51,7 +51,7 @@ def test_equal_those_of_one_batch(layout, refinement, tiny_model):
             assert_close(buffer, expected[name], 1e-6, f"{name}, batches of {size}")
 
 
-def test_of_the_issue_in_float32(tiny_model):
+def test_one_image_alone_in_the_last_batch_in_float32(tiny_model):
     """65 images, the last of them black: in batches of 64 the logits were 0.42 off those of one batch."""
     model, pixels = tiny_model(layerscale_value=1.0), images(65).float()
     logits = []

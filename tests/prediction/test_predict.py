@@ -555,7 +555,10 @@ class TestCommand:
         os.mkfifo(f"{photos}/waiting.png")
         partial = table.with_name("answers.csv.partial")
         process = subprocess.Popen(
-            [sys.executable, ROOT / "scripts" / "predict.py", *words],
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.default_int_handler
+            ),  # whoever runs the tests may ignore it
+            args=[sys.executable, ROOT / "scripts" / "predict.py", *words],
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": str(ROOT)},

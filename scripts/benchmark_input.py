@@ -21,14 +21,14 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
-from refiner_hf.benchmarking.machine import describe_machine
 from refiner_hf.data.arguments import AugmentationArguments
 from refiner_hf.data.augmentation import Augment
-from refiner_hf.data.draws import DrawnImages, DrawSampler
 from refiner_hf.data.images import EncodedImage, decode_image
+from refiner_hf.data.seeded_sampling import SeededImages, SeededSampler
 from refiner_hf.data.transforms import PrepareTraining
-from refiner_hf.hub.card import markdown_table
 from refiner_hf.image_processing_refiner import RefinerImageProcessor
+from refiner_hf.utils.machine import describe_machine
+from refiner_hf.utils.markdown import markdown_table
 
 
 SIZES = {"500 x 375 (as in ImageNet)": (500, 375, 64), "4000 x 3000 (a camera's)": (4000, 3000, 8)}
@@ -54,10 +54,10 @@ def contenders(rows):
     crop = Augment(processor, AugmentationArguments(crop_min_scale=0.08))
     recipe = Augment(processor, AugmentationArguments(**RECIPE))
     features = Features({"image": Image(decode=False), "labels": Value("int64")})
-    data = DrawnImages(Dataset.from_list(rows, features=features), PrepareTraining(recipe))
+    data = SeededImages(Dataset.from_list(rows, features=features), PrepareTraining(recipe))
 
     def load():
-        loader = DataLoader(data, 8, sampler=DrawSampler(data, 0), collate_fn=default_data_collator, num_workers=0)
+        loader = DataLoader(data, 8, sampler=SeededSampler(data, 0), collate_fn=default_data_collator, num_workers=0)
         for _ in loader:
             pass
 

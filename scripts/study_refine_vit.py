@@ -26,7 +26,7 @@ from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClass
 
 from refiner_hf import RefinerImageProcessor, refine_vit
 from refiner_hf.data.digits import digits_splits
-from refiner_hf.data.unlabelled import decoded, load_images
+from refiner_hf.data.image_sample import decoded, load_images
 
 
 LAYERS = 6

@@ -14,8 +14,9 @@ import torch
 from huggingface_hub import ModelCard
 
 from refiner_hf import RefinerConfig, RefinerForImageClassification
-from refiner_hf.hub.card import CardFacts, describe_network, make_card
-from refiner_hf.hub.published import PUBLISHED, PublishedNetwork
+from refiner_hf.cards.architecture import describe_network
+from refiner_hf.cards.card import CardContent, make_card
+from refiner_hf.cards.paper import PUBLISHED, PublishedNetwork
 
 
 USAGE = """from refiner_hf import RefinerConfig, RefinerForImageClassification
@@ -31,7 +32,7 @@ def card(network: PublishedNetwork) -> ModelCard:
         "they are not part of this package."
     )
     return make_card(
-        CardFacts(
+        CardContent(
             title=network.name,
             summary=f"The architecture of {network.name} as `refiner_hf` builds it. **This card comes without "
             "weights.**",

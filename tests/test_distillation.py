@@ -5,8 +5,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from refiner_hf import RefinerBackbone, RefinerConfig, RefinerForImageClassification, RefinerForMaskedImageModeling
+from refiner_hf.inspection.attention_views import view_attention
 from refiner_hf.inspection.networks import Network
-from refiner_hf.inspection.sight import look_at
 from refiner_hf.training.arguments import RefinerTrainingArguments
 from refiner_hf.training.trainer import RefinerTrainer
 
@@ -96,7 +96,7 @@ def test_looking_inside():
 
     model = make(RefinerForImageClassification, **HEAD)
     processor = RefinerImageProcessor(size={"height": 16, "width": 16})
-    sight = look_at(Network("with distillation", model, processor), Image.new("RGB", (20, 20), "red"), [(1, 2)])
+    sight = view_attention(Network("with distillation", model, processor), Image.new("RGB", (20, 20), "red"), [(1, 2)])
     assert sight.grid == (4, 4) and len(sight.layers) == 4
 
 

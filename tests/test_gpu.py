@@ -8,8 +8,8 @@ from PIL import Image
 from refiner_hf import REFINE_IMPLEMENTATIONS, RefinerImageProcessor
 from refiner_hf.conversion.weights import rename_state_dict
 from refiner_hf.inspection.analysis import analyze
+from refiner_hf.inspection.attention_views import view_attention
 from refiner_hf.inspection.networks import Network
-from refiner_hf.inspection.sight import look_at
 
 from .conftest import GOLDEN_MODELS, assert_close
 
@@ -62,7 +62,7 @@ def test_looking_inside_on_gpu(tiny_model):
     for device in ("cpu", "cuda"):
         network = Network("tiny", tiny_model().eval().to(device), processor)
         found[device] = analyze(network, images, batch_size=4)
-        sights[device] = look_at(network, images[0], [(1, 2)])
+        sights[device] = view_attention(network, images[0], [(1, 2)])
     for stage in ("applied", "tokens"):
         for metric, values in found["cpu"][stage].items():
             np.testing.assert_allclose(found["cuda"][stage][metric]["mean"], values["mean"], rtol=2e-3, atol=1e-4)

@@ -41,7 +41,7 @@ assert refiner_hf.__file__.startswith(sys.argv[1]), refiner_hf.__file__
 from refiner_hf.commands import convert_checkpoint, predict, push_to_hub
 from refiner_hf.commands.parsing import recipe_names
 assert {"digits", "fine_tune", "from_scratch", "imagenet_s_224"} <= set(recipe_names())
-from refiner_hf.hub.card import TEMPLATE
+from refiner_hf.cards.card import TEMPLATE
 assert TEMPLATE.exists()
 """
 

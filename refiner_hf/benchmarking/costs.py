@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 
 from ..configuration_refiner import RefinerConfig
-from ..hub.card import count_flops
+from ..utils.flops import count_flops
 from .contenders import BASE, PLAIN, VITS, Case, make_network
 
 

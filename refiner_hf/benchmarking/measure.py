@@ -2,6 +2,7 @@
 
 import gc
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 
 from .contenders import Step
-from .machine import seconds_of
 
 
 WARM_UP = 2  # steps, for each contender
@@ -48,6 +48,21 @@ def time_in_turns(makers: dict[str, Callable[[], Step]], rounds: int, device: st
             if "error" in rows[name]:
                 del steps[name]
     return rows
+
+
+def seconds_of(step: Callable[[], object], device: str) -> float:
+    """Seconds that one call takes, until its result is there."""
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
 
 
 def cuda_peak(step: Step) -> int:

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from .contenders import Case, make_step
-from .machine import seconds_of
-from .measure import OUT_OF_MEMORY, WARM_UP, describe_failure, failure_noted_in
+from .measure import OUT_OF_MEMORY, WARM_UP, describe_failure, failure_noted_in, seconds_of
 
 
 # Memory that is freed goes back to the system at once, so that what is resident is what is in use.

@@ -5,7 +5,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from ..hub.files import write_json
+from ..utils.files import write_json
 
 
 def open_record(path: Path, facts: dict[str, Any], fresh: bool) -> dict[str, Any]:

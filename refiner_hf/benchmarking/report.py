@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..hub.card import markdown_table
+from ..utils.markdown import markdown_table
 from .contenders import BASE, COMPILED
 from .measure import OUT_OF_MEMORY
 from .plots import plot_bars, plot_curves

@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import torch
 
-from ..hub.files import write_json
+from ..utils.files import write_json
+from ..utils.machine import describe_machine
 from .contenders import NETWORKS, Case, contender_names, make_step
 from .costs import costs
-from .machine import describe_machine, measure_roofline
 from .measure import time_in_turns
 from .memory import peak_memory_in_child
 from .record import open_record
+from .roofline import measure_roofline
 
 
 KINDS = {"model": ("inference", "training"), "op": ("inference", "forward", "training")}

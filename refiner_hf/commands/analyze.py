@@ -15,7 +15,7 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from ..data.unlabelled import decoded, load_images
+from ..data.image_sample import decoded, load_images
 from ..inspection.analysis import analyze
 from ..inspection.networks import open_network, short_names
 from ..inspection.report import facts_of, summary_table, write_analyses

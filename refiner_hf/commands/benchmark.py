@@ -19,8 +19,8 @@ from transformers import HfArgumentParser
 from ..benchmarking.record import read_record
 from ..benchmarking.report import write_report
 from ..benchmarking.run import BenchmarkOptions, run_benchmark
-from ..hub.files import without_paths
 from ..utils.locking import locked
+from ..utils.paths import without_paths
 from .parsing import HelpFormatter
 from .running import command
 

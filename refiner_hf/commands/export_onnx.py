@@ -11,10 +11,10 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from ..conversion.folder import check_new
 from ..export.folder import export_folder, load_for_export
 from ..export.graph import INPUT, OUTPUT
-from ..hub.files import write_json
+from ..utils.files import write_json
+from ..utils.new_folder import check_new
 from .parsing import HelpFormatter
 from .running import command
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from ..data.arguments import DataArguments
-from ..data.checking import find_unreadable, stop_for
+from ..data.checking import find_unreadable, raise_if_unreadable
 from ..data.sources import load_image_data
 from ..labelling.make import make_label_maps
 from ..labelling.teachers import load_teacher
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     data = load_image_data(data_args, need_train=True, need_evaluation=False, seed=0)
     images, unreadable = find_unreadable(data.train, "training")
     if data_args.unreadable_images == "stop":
-        stop_for(unreadable)
+        raise_if_unreadable(unreadable)
     try:
         facts = make_label_maps(
             images,

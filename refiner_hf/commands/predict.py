@@ -15,8 +15,8 @@ from pathlib import Path
 
 from transformers import HfArgumentParser
 
-from ..prediction.answers import partial_file, whole_rows
 from ..prediction.predict import DEFAULT_WORKERS, Predictions, list_unreadable, predict
+from ..prediction.table import partial_file, whole_rows
 from ..utils.text import FORMULA, printable
 from .parsing import HelpFormatter, pick_device
 from .running import command

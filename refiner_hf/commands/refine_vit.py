@@ -13,7 +13,7 @@ from typing import Literal
 from transformers import HfArgumentParser
 
 from ..conversion.vit_folder import refine_to_folder
-from ..data.unlabelled import decoded, load_images
+from ..data.image_sample import decoded, load_images
 from .parsing import HelpFormatter
 from .running import command
 

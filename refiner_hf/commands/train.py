@@ -12,11 +12,10 @@ that broke off goes on when started again.
     refiner-train --model_name_or_path out --validation_dir more_photos --do_eval --output_dir out_eval
 """
 
-import refiner_hf
-
 from ..data.arguments import DataArguments
 from ..training.run import RunResult, run
 from ..utils.text import printable
+from ..version import __version__
 from .parsing import parse_arguments
 from .running import command
 
@@ -24,7 +23,7 @@ from .running import command
 @command
 def main(argv: list[str] | None = None) -> RunResult:
     """Entry point of `refiner-train` and scripts/train.py."""
-    arguments = parse_arguments(argv, description=f"refiner_hf {refiner_hf.__version__}.{__doc__}")
+    arguments = parse_arguments(argv, description=f"refiner_hf {__version__}.{__doc__}")
     try:
         result = run(*arguments)
     except KeyboardInterrupt as interrupt:

@@ -16,10 +16,10 @@ from pathlib import Path
 from transformers import HfArgumentParser
 
 from ..image_processing_pil_refiner import open_image, to_8_bit_rgb
+from ..inspection.attention_views import name_of, view_attention
 from ..inspection.networks import open_network
 from ..inspection.page import query_bytes, write_page
 from ..inspection.pictures import plot_heads, plot_overview, plot_weights
-from ..inspection.sight import look_at, name_of
 from ..utils.locking import locked_folder
 from .parsing import HelpFormatter, pick_device
 from .running import command
@@ -67,11 +67,11 @@ def visualize(args: VisualizeArguments) -> list[Path]:
     patches = [_parse_patch(text) for text in args.patch or []]
     folder = Path(args.output_dir)
     network = open_network(args.model, pick_device(args.device), args.revision)
-    sight = look_at(network, image, patches)
-    layers = [layer - 1 for layer in args.layer or []] or [max(sight.refining_layers, default=len(sight.layers) - 1)]
+    views = view_attention(network, image, patches)
+    layers = [layer - 1 for layer in args.layer or []] or [max(views.refining_layers, default=len(views.layers) - 1)]
     heads = [head - 1 for head in args.head] if args.head else None
     for layer in layers:
-        sight.check(layer, heads)
+        views.check(layer, heads)
 
     written = []
 
@@ -79,24 +79,24 @@ def visualize(args: VisualizeArguments) -> list[Path]:
         written.append(folder / name)
         return written[-1]
 
-    for number, query in enumerate(sight.queries):
+    for number, query in enumerate(views.queries):
         who = name_of(query).removeprefix("the ").replace(" ", "_").replace(",", "_")
-        plot_overview(sight, number, new_file(f"layers_{who}.png"))
+        plot_overview(views, number, new_file(f"layers_{who}.png"))
         for layer in layers:
-            plot_heads(sight, layer, number, new_file(f"layer_{layer + 1}_{who}.png"), heads)
+            plot_heads(views, layer, number, new_file(f"layer_{layer + 1}_{who}.png"), heads)
     for layer in layers:
-        if (refinement := sight.layers[layer].refinement) is not None:
+        if (refinement := views.layers[layer].refinement) is not None:
             plot_weights(refinement, layer, new_file(f"layer_{layer + 1}_weights.png"))
     if args.html:
-        rows, columns = sight.grid
-        if (size := rows * columns * query_bytes(sight)) <= _LARGEST_PAGE:
-            sight = look_at(network, image, list(product(range(rows), range(columns))))
+        rows, columns = views.grid
+        if (size := rows * columns * query_bytes(views)) <= _LARGEST_PAGE:
+            views = view_attention(network, image, list(product(range(rows), range(columns))))
         else:
             print(
                 f"All patches' maps would take {size >> 20} MB: maps.html holds those of the class token and --patch."
             )
         title = f"Where {network.name} looks in {Path(args.image).name}"
-        write_page(sight, title, layers[0], new_file("maps.html"))
+        write_page(views, title, layers[0], new_file("maps.html"))
     return written
 
 

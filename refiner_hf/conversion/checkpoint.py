@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from ..cards.architecture import describe_network
+from ..cards.card import CardContent, make_card, usage_example
+from ..cards.paper import published_network
 from ..configuration_refiner import RefinerConfig
-from ..hub.card import CardFacts, describe_network, make_card, usage_example
 from ..hub.code import add_code
-from ..hub.published import published_network
 from ..image_processing_refiner import RefinerImageProcessor
 from ..modeling_refiner import RefinerForImageClassification
-from .folder import check_new, check_same_answers, new_folder
+from ..utils.new_folder import check_new, check_same_answers, new_folder
 from .weights import check_tensors, read_config, rename_state_dict
 
 
@@ -151,7 +152,7 @@ def _card(name: str, file: str, content: Mapping, model, use_ema: bool, crop_pct
         )
     claims = "".join(f" The file says {key}: {value}." for key, value in said.items())
     return make_card(
-        CardFacts(
+        CardContent(
             title=name,
             summary=f"A Refiner image classifier, converted from the reference checkpoint `{file}`.",
             usage=usage_example(name, with_code),

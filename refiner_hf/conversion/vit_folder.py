@@ -8,11 +8,12 @@ import torch
 from PIL import Image as PILImage
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..hub.card import CardFacts, describe_network, make_card, usage_example
+from ..cards.architecture import describe_network
+from ..cards.card import CardContent, make_card, usage_example
 from ..hub.code import add_code
 from ..modeling_refiner import RefinerForImageClassification
 from ..utils.loading import load_image_processor
-from .folder import check_new, check_processor, check_same_answers, new_folder
+from ..utils.new_folder import check_new, check_processor, check_same_answers, new_folder
 from .vit import load_refinable, refine_vit
 
 
@@ -93,7 +94,7 @@ def _card(name: str, source: str, model: RefinerForImageClassification, measured
     called = Path(source).resolve().name if is_folder else source
     begins = "pictures" if measured else "noise"
     return make_card(
-        CardFacts(
+        CardContent(
             title=name,
             summary=f"A Refiner image classifier made of `{called}`: its attention maps pass a refinement that does "
             f"nothing yet. In evaluation it gives the logits of `{called}`; it is there to be fine-tuned.",

@@ -40,7 +40,7 @@ def find_unreadable(data: Dataset, what: str) -> tuple[Dataset, list[str]]:
     return data.select(np.flatnonzero(~unreadable)), reasons[unreadable].tolist()
 
 
-def stop_for(reasons: list[str]) -> None:
+def raise_if_unreadable(reasons: list[str]) -> None:
     """
     Raises:
         `ValueError`: there are `reasons`; the message has the first ones.

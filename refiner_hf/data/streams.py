@@ -13,8 +13,8 @@ from torch.utils.data import get_worker_info
 from transformers import default_data_collator
 from transformers.utils import logging
 
-from .draws import random_numbers_of, seed_of
 from .images import UnreadableImageError
+from .seeded_sampling import random_numbers_of, seed_of
 
 
 logger = logging.get_logger(__name__)

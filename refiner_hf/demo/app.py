@@ -11,20 +11,20 @@ from gradio.components import Component
 from PIL import Image
 
 from ..image_processing_pil_refiner import open_image, to_8_bit_rgb
+from ..inspection.attention_views import APPLIED, BEFORE, name_of
 from ..inspection.networks import Network
-from ..inspection.sight import APPLIED, BEFORE, name_of
-from ..utils.text import markdown_text
-from .looks import (
+from ..utils.markdown import markdown_text
+from .rendering import (
     TOP,
     Look,
     draw_map,
     draw_picture,
     drawing_size,
     in_words,
-    look_at_picture,
-    look_from,
     only_one_map,
     patch_at,
+    view_from_patch,
+    view_picture,
     weights_of,
     which_refine,
 )
@@ -191,13 +191,13 @@ class _Page:
     def look(self, file: File, layer: int, head: int) -> Updates:
         """A new picture, or none any more."""
         image = self.open(file)
-        look = image and look_at_picture(self.network, image)
+        look = image and view_picture(self.network, image)
         return {self.shown: look, self.classes: look and look.classes} | self.draw(look, layer, head)
 
     def click(self, file: File, look: Look | None, layer: int, head: int, event: gr.SelectData) -> Updates:
         """A patch in one of the drawings, at (x, y) of its pixels."""
         if look and (image := self.open(file)):
-            look = look_from(self.network, _patch_clicked(look, event.index), image, look)
+            look = view_from_patch(self.network, _patch_clicked(look, event.index), image, look)
         return {self.shown: look} | self.draw(look, layer, head)
 
     def go_back(self, look: Look | None, layer: int, head: int) -> Updates:

@@ -11,13 +11,13 @@ import torch
 from tqdm import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..benchmarking.machine import describe_machine
 from ..benchmarking.measure import time_in_turns
 from ..data.arguments import DataArguments
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN, ImageData, load_image_data
 from ..data.transforms import PrepareImages, evaluation_pixels, match_labels
-from ..hub.card import markdown_table
 from ..modeling_refiner import RefinerForImageClassification
+from ..utils.machine import describe_machine
+from ..utils.markdown import markdown_table
 from .graph import open_onnx, run_onnx
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration_refiner import RefinerConfig
-from ..conversion.folder import check_processor, new_folder
 from ..modeling_refiner import RefinerForImageClassification
 from ..utils.loading import load_classifier, load_config, load_image_processor, try_out
+from ..utils.new_folder import check_processor, new_folder
 from .graph import export_onnx, quantize_onnx
 from .pixels import copy_preprocessing
 

@@ -11,7 +11,9 @@ import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
 from .. import modeling_refiner
+from ..cards.card import basic_card, for_repository
 from ..modeling_refiner import RefinerPreTrainedModel
+from ..utils.files import to_json
 from ..utils.loading import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -21,11 +23,10 @@ from ..utils.loading import (
     load_image_processor,
     load_network,
 )
-from .answers import answers_of
-from .card import basic_card, for_repository
+from ..utils.paths import without_paths
 from .code import AUTO_MAP, code_for, has_code, without_code
-from .files import to_json, without_paths
-from .repository import PublishError, hub, patiently, prepare_repository
+from .fingerprint import fingerprint_of
+from .repository import PublishError, hub, prepare_repository, with_retries
 
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Published:
     model_class: str
     processed: bool
     remote_code: bool
-    answers: np.ndarray
+    fingerprint: np.ndarray
     base_model: str | None = None
 
 
@@ -101,7 +102,7 @@ def publish_folder(
     files = files_to_publish(folder)
     base_model = check_adapter(folder) if is_adapter(folder) else None
     model = check_model(folder)
-    answers = check_answers(folder, model)
+    fingerprint = check_fingerprint(folder, model)
     card = read_card(folder)
     if base_model and with_code:
         raise ValueError("An adapter carries no code: publish its base model with code, and the adapter without.")
@@ -120,7 +121,7 @@ def publish_folder(
     try:
         commit = (open_pull_request if create_pr else commit_files)(api, repo_id, files, message, branch)
         if tag is not None:
-            patiently(
+            with_retries(
                 lambda: api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True), f"Making the tag {tag}"
             )
     except PublishError as error:
@@ -132,7 +133,7 @@ def publish_folder(
         model_class=type(model).__name__,
         processed=has_image_processor(str(folder)),
         remote_code=remote_code,
-        answers=answers,
+        fingerprint=fingerprint,
         base_model=base_model,
     )
 
@@ -210,7 +211,7 @@ def check_adapter(folder: Path) -> str:
     return base
 
 
-def check_answers(folder: Path, model: RefinerPreTrainedModel) -> np.ndarray:
+def check_fingerprint(folder: Path, model: RefinerPreTrainedModel) -> np.ndarray:
     """
     What the folder's model answers to one fixed picture, through its image processor if it has one.
 
@@ -221,12 +222,12 @@ def check_answers(folder: Path, model: RefinerPreTrainedModel) -> np.ndarray:
     if not prepares:
         logger.warning(f"{folder} has no image processor: pipelines won't know how to prepare images.")
     try:
-        answers = answers_of(model, load_image_processor(str(folder)) if prepares else None)
+        fingerprint = fingerprint_of(model, load_image_processor(str(folder)) if prepares else None)
     except Exception as error:
         raise ValueError(f"The model in {folder} doesn't work with its image processor: {error}") from error
-    if not np.isfinite(answers).all():
+    if not np.isfinite(fingerprint).all():
         raise ValueError(f"The model in {folder} answers with numbers that aren't finite: its training broke.")
-    return answers
+    return fingerprint
 
 
 # RefinerForImageClassification -> AutoModelForImageClassification
@@ -264,18 +265,18 @@ def commit_files(api: HfApi, repo_id: str, files: Files, message: str, branch: s
         )
 
     # Trying again is safe: what was uploaded is kept, and a commit that was made unheard is found to be there.
-    return patiently(commit, f"Publishing to {repo_id}")
+    return with_retries(commit, f"Publishing to {repo_id}")
 
 
 def open_pull_request(api: HfApi, repo_id: str, files: Files, message: str, branch: str | None = None) -> CommitInfo:
     """The same commit as a pull request."""
     additions = [CommitOperationAdd(path, content) for path, content in files.items()]
-    patiently(
+    with_retries(
         lambda: api.preupload_lfs_files(repo_id, additions, create_pr=True, free_memory=False),
         f"Uploading to {repo_id}",
     )
     # Once: had an answer been lost, a second try would open a second pull request.
-    return patiently(
+    return with_retries(
         lambda: api.create_commit(repo_id, additions, commit_message=message, create_pr=True),
         f"Opening a pull request in {repo_id}",
         tries=1,

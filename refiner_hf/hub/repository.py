@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import parse_ratelimit_headers, validate_repo_id
 
-from .. import __version__
+from ..version import __version__
 
 
 logger = logging.getLogger(__name__)
@@ -75,14 +75,14 @@ def prepare_repository(
         if ref is not None and (not _REF.fullmatch(ref) or ".." in ref or ref.endswith((".", "/", ".lock"))):
             raise ValueError(f"{ref!r} can't be the name of a {kind}. Use letters, digits and - _ . / between them.")
     api = hub(token)
-    user = patiently(lambda: _who(api), "Asking the Hub about the token")
+    user = with_retries(lambda: _who(api), "Asking the Hub about the token")
     name = repo_id.split("/")[-1]
     namespace = repo_id.split("/")[0] if "/" in repo_id else user["name"]
     repo_id = f"{namespace}/{name}"
     if create_pr:
         if private is not None or tag is not None or branch not in (None, "main"):
             raise ValueError("A pull request goes to main as it is: give no branch, tag or visibility with it.")
-        patiently(lambda: _check_pull_request(api, user, repo_id), f"Looking for the repository {repo_id}")
+        with_retries(lambda: _check_pull_request(api, user, repo_id), f"Looking for the repository {repo_id}")
         return repo_id
     _check_namespace(user, namespace, name)
 
@@ -112,11 +112,11 @@ def prepare_repository(
                     f"{repo_id} has a tag {tag!r} already. Choose another, or delete that one on the Hub."
                 )
 
-    patiently(make, f"Preparing the repository {repo_id}")
+    with_retries(make, f"Preparing the repository {repo_id}")
     return repo_id
 
 
-def patiently(action: Callable[[], Result], what: str, tries: int = TRIES) -> Result:
+def with_retries(action: Callable[[], Result], what: str, tries: int = TRIES) -> Result:
     """
     Runs `action`, again after a while where the Hub is busy, limits the rate, or the connection broke, up to `tries`
     times in all.

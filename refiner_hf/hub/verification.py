@@ -41,7 +41,7 @@ def verify(published: Published, *, token: str | None = None) -> float:
         "processed": published.processed,
         "base_model": published.base_model,
     }
-    expected, actual = published.answers, _ask(question, token)
+    expected, actual = published.fingerprint, _ask(question, token)
     difference = float(np.abs(actual - expected).max()) if actual.shape == expected.shape else float("inf")
     if not difference <= TOLERANCE * np.abs(expected).max():
         raise PublishError(
@@ -54,7 +54,7 @@ def verify(published: Published, *, token: str | None = None) -> float:
 def _ask(question: dict, token: str | None) -> np.ndarray:
     """The answers of the model on the Hub, from a process of its own."""
     # -P keeps this folder's own modules, such as `code`, out of the process.
-    program = [sys.executable, "-P", str(Path(__file__).with_name("answers.py")), json.dumps(question)]
+    program = [sys.executable, "-P", str(Path(__file__).with_name("fingerprint.py")), json.dumps(question)]
     with tempfile.TemporaryDirectory() as cache:
         answer = Path(cache) / "answer.npy"
         environment = os.environ | {

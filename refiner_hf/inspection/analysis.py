@@ -10,8 +10,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from .cka import SMALLEST, MinibatchCKA, gram_matrix
-from .maps import LayerView, watch_layers
-from .metrics import (
+from .layer_views import LayerView, watch_layers
+from .map_metrics import (
     attention_distance,
     effective_rank,
     head_similarity,

@@ -9,22 +9,22 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .sight import EXPANDED, LOCAL, STAGES, Sight, name_of
+from .attention_views import EXPANDED, LOCAL, STAGES, AttentionViews, name_of
 
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def write_page(sight: Sight, title: str, layer: int, path: Path) -> None:
+def write_page(views: AttentionViews, title: str, layer: int, path: Path) -> None:
     """
     Args:
-        sight ([`~refiner_hf.inspection.sight.Sight`]): what was seen.
+        views ([`~refiner_hf.inspection.attention_views.AttentionViews`]): what was seen.
         title (`str`): the page's heading.
         layer (`int`): the layer to show first, from 0.
         path: the file to write.
     """
     layers = []
-    for seen in sight.layers:
+    for seen in views.layers:
         stages = {}
         for name, maps in seen.stages.items():
             with_mean = np.concatenate((maps.mean(1, keepdims=True), maps), axis=1)
@@ -32,10 +32,10 @@ def write_page(sight: Sight, title: str, layer: int, path: Path) -> None:
         layers.append(stages | {"rollout": {"maps": _packed(seen.rollout)}})
     content = {
         "title": title,
-        "picture": _as_url(sight.grey),
-        "grid": sight.grid,
-        "queries": [{"name": name_of(query), "patch": query} for query in sight.queries],
-        "stages": [name for name in STAGES if any(name in seen.stages for seen in sight.layers)],
+        "picture": _as_url(views.grey),
+        "grid": views.grid,
+        "queries": [{"name": name_of(query), "patch": query} for query in views.queries],
+        "stages": [name for name in STAGES if any(name in seen.stages for seen in views.layers)],
         "expanded": [EXPANDED, LOCAL],
         "layer": layer + 1,
         "layers": layers,
@@ -45,10 +45,10 @@ def write_page(sight: Sight, title: str, layer: int, path: Path) -> None:
     path.write_text(TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", text), encoding="utf-8")
 
 
-def query_bytes(sight: Sight) -> int:
+def query_bytes(views: AttentionViews) -> int:
     """How much one query adds to the page."""
-    maps = sum(1 + sum(1 + stage.shape[1] for stage in seen.stages.values()) for seen in sight.layers)
-    return maps * math.prod(sight.grid) * 4 // 3  # base64
+    maps = sum(1 + sum(1 + stage.shape[1] for stage in seen.stages.values()) for seen in views.layers)
+    return maps * math.prod(views.grid) * 4 // 3  # base64
 
 
 def _packed(maps: np.ndarray) -> str:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ..attention_refiner import RefinerMapRefinement
-from .sight import APPLIED, BEFORE, CLASS_TOKEN, EXPANDED, LOCAL, Sight, coloured, name_of
+from .attention_views import APPLIED, BEFORE, CLASS_TOKEN, EXPANDED, LOCAL, AttentionViews, coloured, name_of
 
 
 _COLUMNS = 16  # of layers, side by side
@@ -18,23 +18,23 @@ _LEGEND = "each map on its own scale; red adds, blue subtracts"
 
 
 @rc_context({"text.parse_math": False})  # a "$" in a name is a "$"
-def plot_heads(sight: Sight, layer: int, query: int, path: Path, heads: Sequence[int] | None = None) -> None:
+def plot_heads(views: AttentionViews, layer: int, query: int, path: Path, heads: Sequence[int] | None = None) -> None:
     """
     Where one token looks in one layer: a column for each head and one for their mean, a row for each stage of the
     refinement. Expanded heads are no particular head's; they stand in as many rows as it takes.
 
     Args:
-        sight ([`~refiner_hf.inspection.sight.Sight`]): what was seen.
+        views ([`~refiner_hf.inspection.attention_views.AttentionViews`]): what was seen.
         layer (`int`): from 0.
-        query (`int`): position in `sight.queries`.
+        query (`int`): position in `views.queries`.
         path: the PNG to write.
         heads (`Sequence[int]`, *optional*): only these columns, from 0.
 
     Raises:
         `ValueError`: no such layer or head.
     """
-    sight.check(layer, heads)
-    stages = {name: maps[query] for name, maps in sight.layers[layer].stages.items()}
+    views.check(layer, heads)
+    stages = {name: maps[query] for name, maps in views.layers[layer].stages.items()}
     count = len(stages[APPLIED])
     heads = range(count) if heads is None else heads
 
@@ -48,14 +48,14 @@ def plot_heads(sight: Sight, layer: int, query: int, path: Path, heads: Sequence
     )
     spaces = figure.add_gridspec(len(rows), len(heads) + 2, width_ratios=[1.7] + [1] * (len(heads) + 1))
     picture = figure.add_subplot(spaces[:, 0])
-    _show_picture(picture, sight)
-    _mark(picture, sight, query)
+    _show_picture(picture, views)
+    _mark(picture, views, query)
     for row, (name, mean, maps, first) in enumerate(rows):
         axis = figure.add_subplot(spaces[row, 1])
         if mean is None:
             axis.set_axis_off()
         else:
-            _overlay(axis, sight, mean)
+            _overlay(axis, views, mean)
             axis.set_ylabel(name.replace("after ", "after\n").replace("local ", "local\n"), fontsize=8)
             if row == 0:
                 axis.set_title("mean", fontsize=9)
@@ -64,46 +64,46 @@ def plot_heads(sight: Sight, layer: int, query: int, path: Path, heads: Sequence
             if head >= len(maps):
                 axis.set_axis_off()
                 continue
-            _overlay(axis, sight, maps[head])
+            _overlay(axis, views, maps[head])
             axis.set_title(f"{'expanded' if name in (EXPANDED, LOCAL) else 'head'} {first + head + 1}", fontsize=8)
-    figure.suptitle(f"Where {name_of(sight.queries[query])} looks in layer {layer + 1}\n{_LEGEND}", fontsize=10)
+    figure.suptitle(f"Where {name_of(views.queries[query])} looks in layer {layer + 1}\n{_LEGEND}", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
 @rc_context({"text.parse_math": False})  # a "$" in a name is a "$"
-def plot_overview(sight: Sight, query: int, path: Path) -> None:
+def plot_overview(views: AttentionViews, query: int, path: Path) -> None:
     """
     Where one token looks in all layers, heads averaged: before refinement (where a layer refines), as applied, and
     up to there through all layers (rollout).
 
     Args:
-        sight ([`~refiner_hf.inspection.sight.Sight`]): what was seen.
-        query (`int`): position in `sight.queries`.
+        views ([`~refiner_hf.inspection.attention_views.AttentionViews`]): what was seen.
+        query (`int`): position in `views.queries`.
         path: the PNG to write.
     """
-    rows = ([BEFORE] if sight.refining_layers else []) + [APPLIED, "rollout"]
-    columns = min(len(sight.layers), _COLUMNS)
-    blocks = -(-len(sight.layers) // columns)
+    rows = ([BEFORE] if views.refining_layers else []) + [APPLIED, "rollout"]
+    columns = min(len(views.layers), _COLUMNS)
+    blocks = -(-len(views.layers) // columns)
     figure = Figure(figsize=(max(1.25 * columns + 2, 6), 1.42 * len(rows) * blocks + 0.8), layout="constrained")
     spaces = figure.add_gridspec(len(rows) * blocks, columns + 1, width_ratios=[1.5] + [1] * columns)
     picture = figure.add_subplot(spaces[: len(rows), 0])
-    _show_picture(picture, sight)
-    _mark(picture, sight, query)
-    for index, layer in enumerate(sight.layers):
+    _show_picture(picture, views)
+    _mark(picture, views, query)
+    for index, layer in enumerate(views.layers):
         for row, name in enumerate(rows):
             axis = figure.add_subplot(spaces[index // columns * len(rows) + row, index % columns + 1])
             if name == "rollout":
-                _overlay(axis, sight, layer.rollout[query])
+                _overlay(axis, views, layer.rollout[query])
             elif name in layer.stages:
-                _overlay(axis, sight, layer.stages[name][query].mean(0))
+                _overlay(axis, views, layer.stages[name][query].mean(0))
             else:
                 axis.set(xticks=[], yticks=[], frame_on=False)
-                axis.set_box_aspect(sight.picture.shape[0] / sight.picture.shape[1])
+                axis.set_box_aspect(views.picture.shape[0] / views.picture.shape[1])
             if row == 0:
                 axis.set_title(f"layer {index + 1}", fontsize=9)
             if index % columns == 0:
                 axis.set_ylabel(name, fontsize=8)
-    figure.suptitle(f"Where {name_of(sight.queries[query])} looks, mean over heads\n{_LEGEND}", fontsize=10)
+    figure.suptitle(f"Where {name_of(views.queries[query])} looks, mean over heads\n{_LEGEND}", fontsize=10)
     figure.savefig(path, dpi=110)
 
 
@@ -151,24 +151,24 @@ def plot_weights(refinement: RefinerMapRefinement, layer: int, path: Path) -> No
     figure.savefig(path, dpi=110)
 
 
-def _show_picture(axis: Axes, sight: Sight) -> None:
-    axis.imshow(sight.picture)
+def _show_picture(axis: Axes, views: AttentionViews) -> None:
+    axis.imshow(views.picture)
     axis.set_axis_off()
 
 
-def _mark(axis: Axes, sight: Sight, query: int) -> None:
+def _mark(axis: Axes, views: AttentionViews, query: int) -> None:
     """A frame around the patch that looks."""
-    if (patch := sight.queries[query]) is CLASS_TOKEN:
+    if (patch := views.queries[query]) is CLASS_TOKEN:
         return
-    height, width = (side / count for side, count in zip(sight.picture.shape, sight.grid))
+    height, width = (side / count for side, count in zip(views.picture.shape, views.grid))
     corner = patch[1] * width - 0.5, patch[0] * height - 0.5
     axis.add_patch(Rectangle(corner, width, height, fill=False, edgecolor="#00e000", linewidth=1.5))
 
 
-def _overlay(axis: Axes, sight: Sight, weights: np.ndarray) -> None:
+def _overlay(axis: Axes, views: AttentionViews, weights: np.ndarray) -> None:
     """A map's row over the image in grey, patch by patch."""
-    height, width, _ = sight.picture.shape
-    axis.imshow(sight.grey, cmap="gray", vmin=0, vmax=1)
+    height, width, _ = views.picture.shape
+    axis.imshow(views.grey, cmap="gray", vmin=0, vmax=1)
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     axis.imshow(coloured(weights), extent=extent, interpolation="nearest")
     axis.set(xticks=[], yticks=[])

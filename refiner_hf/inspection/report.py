@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from ..hub.card import device_name, markdown_table, versions
-from ..hub.files import write_json
+from ..utils.files import write_json
+from ..utils.machine import device_name, versions
+from ..utils.markdown import markdown_table
 from .figures import Analysis, plot_curves, plot_layers
 
 

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from ..data.images import EncodedImage
 from ..data.label_maps import CLASSES, FACTS_FILE, KEY, SCORES, key_of
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN
-from ..hub.files import write_json
+from ..utils.files import write_json
 from ..utils.locking import LOCK, locked_folder
 from .teachers import Teacher
 

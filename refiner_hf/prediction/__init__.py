@@ -1,1 +1,1 @@
-"""Answers of an image classifier to many files, as a table."""
+"""AnswerTable of an image classifier to many files, as a table."""

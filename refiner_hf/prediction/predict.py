@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
 from ..image_processing_pil_refiner import open_image, to_8_bit_rgb
+from ..utils.images import find_images
 from ..utils.locking import locked
-from .answers import Answers, check_place, partial_file
 from .classifiers import Classifier, open_classifier
-from .files import find_images
+from .table import AnswerTable, check_place, partial_file
 
 
 DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
@@ -51,7 +51,7 @@ def predict(
         model (`str`): folder or Hub name of one of transformers' image classifiers, or an ONNX model, see
             [`~refiner_hf.prediction.classifiers.open_classifier`].
         images (`str` or `Iterable[str]`): files, folders and patterns, see
-            [`~refiner_hf.prediction.files.find_images`].
+            [`~refiner_hf.utils.images.find_images`].
         output_file (`str`): the table to write, as CSV in UTF-8; its folder is made. Bytes in a file's name that
             aren't UTF-8 are written as `\\xe9`.
         top_k (`int`, *optional*, defaults to 1): how many labels of each image, at most all.
@@ -79,7 +79,7 @@ def predict(
 
     facts = {"model": classifier.digest(), "top_k": top_k}
     alone = locked(output.with_name(f".{output.name}.lock"), str(output))
-    with alone, Answers(output, _columns(top_k), facts) as answers:
+    with alone, AnswerTable(output, _columns(top_k), facts) as answers:
         if strangers := answers.finished - {_printable(file) for file in files}:
             raise ValueError(
                 f"{partial_file(output)} holds answers to images that aren't meant now, such as {min(strangers)}. "

@@ -11,10 +11,10 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ..hub.files import without_paths
+from ..cards.training import RUN_FILE
 from ..utils.locking import LOCK, locked_folder
+from ..utils.paths import without_paths
 from .arguments import RefinerTrainingArguments
-from .card import RUN_FILE
 from .checkpoints import DamagedCheckpointError, check_checkpoint
 
 

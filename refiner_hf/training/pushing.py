@@ -13,12 +13,12 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from ..hub.card import make_card
+from ..cards.card import make_card
+from ..cards.training import last_measured, training_facts
 from ..hub.code import code_for
 from ..hub.publish import CARD, Files, Published, check_adapter, commit_files, public_files, publish_folder
 from ..hub.repository import hub, prepare_repository
 from ..modeling_refiner import RefinerPreTrainedModel
-from .card import last_measured, training_facts
 
 
 logger = logging.get_logger(__name__)

@@ -11,25 +11,25 @@ from timm.data import Mixup
 from transformers import default_data_collator, set_seed
 from transformers.utils import logging
 
+from ..cards.card import CardContent, make_card
+from ..cards.training import RUN_FILE
 from ..configuration_refiner import RefinerConfig
 from ..data.arguments import AugmentationArguments, DataArguments
 from ..data.augmentation import Augment
-from ..data.checking import find_unreadable, stop_for
-from ..data.draws import DrawnImages
+from ..data.checking import find_unreadable, raise_if_unreadable
 from ..data.label_maps import open_label_maps
+from ..data.seeded_sampling import SeededImages
 from ..data.sources import ImageData, at_most, load_image_data, shuffled
 from ..data.streams import StreamedImages, StreamPosition
 from ..data.transforms import PrepareImages, PrepareTraining, evaluation_pixels, with_transform
-from ..hub.card import CardFacts, make_card
-from ..hub.files import write_json
 from ..hub.publish import Published
-from ..hub.repository import PublishError, patiently, prepare_repository
+from ..hub.repository import PublishError, prepare_repository, with_retries
 from ..hub.verification import verify
 from ..modeling_refiner import RefinerForImageClassification
+from ..utils.files import write_json
 from .arguments import ModelArguments, RefinerTrainingArguments
-from .card import RUN_FILE
 from .ema import EmaCallback
-from .folder import CONFUSION_MATRIX, Example, finish_folder
+from .finished_folder import CONFUSION_MATRIX, Example, finish_folder
 from .loading import load_model, load_processor
 from .metrics import ClassificationMetrics, rank_labels
 from .output_folder import prepare_output_folder, push_command, repository
@@ -196,8 +196,8 @@ def _run(
 
 def _check_license(args: RefinerTrainingArguments) -> None:
     """Has the Hub's validator look at the one part of the card that a user writes, before the training."""
-    card = make_card(CardFacts(title="", summary="", usage="", limits="", license=args.weights_license))
-    patiently(lambda: card.validate(repo_type="model"), "Validating --weights_license")
+    card = make_card(CardContent(title="", summary="", usage="", limits="", license=args.weights_license))
+    with_retries(lambda: card.validate(repo_type="model"), "Validating --weights_license")
 
 
 def _publish(trainer: RefinerTrainer) -> Published | None:
@@ -224,7 +224,7 @@ def _look_at_images(data: ImageData, data_args: DataArguments, args: RefinerTrai
         data.evaluation, wrong = find_unreadable(data.evaluation, "evaluation")
         reasons += wrong
     if data_args.unreadable_images == "stop":
-        stop_for(reasons)
+        raise_if_unreadable(reasons)
     elif reasons and args.should_save:
         file = Path(args.output_dir) / UNREADABLE_FILE
         file.write_text("\n".join(reasons) + "\n", encoding="utf-8")
@@ -262,9 +262,9 @@ def _training_images(
     augmentation_args: AugmentationArguments,
     args: RefinerTrainingArguments,
     checkpoint: str | None,
-) -> DrawnImages | StreamedImages:
+) -> SeededImages | StreamedImages:
     if isinstance(train, Dataset):
-        return DrawnImages(train, prepare, augmentation_args.repeated_augmentation)
+        return SeededImages(train, prepare, augmentation_args.repeated_augmentation)
     args.ignore_data_skip = True  # a stream goes on where it was, without reading up to there
     rank = args.process_index
     position = StreamPosition.load(checkpoint, rank) if checkpoint else None

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from ..data.draws import DrawnImages, DrawSampler
+from ..data.seeded_sampling import SeededImages, SeededSampler
 from ..data.streams import StreamedImages, StreamPosition, collate_streamed
 from ..loss_refiner import problem_type_of
 from ..modeling_refiner import RefinerForMaskedImageModeling, RefinerPreTrainedModel
@@ -47,9 +47,9 @@ class RefinerTrainer(PushingTrainer):
       reaches the dense head and token mixing. The stock Trainer would take the model's own loss away and put one on
       the class logits in its place, and do nothing where images have several labels. Evaluation losses are not
       smoothed;
-    - training data that are [`~refiner_hf.data.draws.DrawnImages`] or [`~refiner_hf.data.streams.StreamedImages`] go
-      on exactly where a checkpoint was made. An [`~refiner_hf.training.ema.EmaCallback`] among its callbacks is
-      evaluated, saved and taken up again;
+    - training data that are [`~refiner_hf.data.seeded_sampling.SeededImages`] or
+      [`~refiner_hf.data.streams.StreamedImages`] go on exactly where a checkpoint was made. An
+      [`~refiner_hf.training.ema.EmaCallback`] among its callbacks is evaluated, saved and taken up again;
     - a loss that isn't finite stops the training before it is saved over anything, and a checkpoint that can't be
       written leaves no half of it. Logs have the images per second;
     - pushing to the Hub as [`~refiner_hf.training.pushing.PushingTrainer`] does it.
@@ -138,9 +138,9 @@ class RefinerTrainer(PushingTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(dataset, DrawnImages):
+        if not isinstance(dataset, SeededImages):
             return super()._get_train_sampler(train_dataset)
-        return DrawSampler(dataset, self.args.seed if self.args.data_seed is None else self.args.data_seed)
+        return SeededSampler(dataset, self.args.seed if self.args.data_seed is None else self.args.data_seed)
 
     def get_train_dataloader(self) -> DataLoader:
         self._position = None

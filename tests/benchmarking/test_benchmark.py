@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from refiner_hf import RefinerConfig
 from refiner_hf.attention_refiner import RefinerMapRefinement
-from refiner_hf.benchmarking import machine, memory, run
+from refiner_hf.benchmarking import memory, roofline, run
 from refiner_hf.benchmarking.contenders import BASE, COMPILED, PLAIN, Case, contender_names, make_network, make_step
 from refiner_hf.benchmarking.costs import costs, eager_channels, refinement_flops
 from refiner_hf.benchmarking.measure import describe_failure, time_in_turns
@@ -15,8 +15,8 @@ from refiner_hf.benchmarking.record import open_record
 from refiner_hf.benchmarking.report import write_report
 from refiner_hf.benchmarking.summary import memory_ratio, ratio, share_of_roofline
 from refiner_hf.commands.benchmark import command_of, main
-from refiner_hf.hub.card import count_flops
-from refiner_hf.hub.files import write_json
+from refiner_hf.utils.files import write_json
+from refiner_hf.utils.flops import count_flops
 
 
 def case(part="model", kind="inference", **changes) -> Case:
@@ -157,8 +157,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(run, "CURVE_IMAGE_SIZES", (32, 64))
     monkeypatch.setattr(run, "CURVE_IMAGE_SIZE", 32)
     monkeypatch.setattr(run, "CURVE_BATCH_SIZES", (1, 4))
-    monkeypatch.setattr(machine, "MATMUL_SIDE", 64)
-    monkeypatch.setattr(machine, "COPY_BYTES", 2**16)
+    monkeypatch.setattr(roofline, "MATMUL_SIDE", 64)
+    monkeypatch.setattr(roofline, "COPY_BYTES", 2**16)
     return measured
 
 

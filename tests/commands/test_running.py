@@ -48,7 +48,7 @@ PROGRAM = """
 import os, sys, time
 from pathlib import Path
 from refiner_hf.commands.running import command
-from refiner_hf.conversion.folder import new_folder
+from refiner_hf.utils.new_folder import new_folder
 
 @command
 def main(argv=None):

@@ -9,8 +9,8 @@ from PIL import Image
 
 from refiner_hf.data.arguments import AugmentationArguments
 from refiner_hf.data.augmentation import Augment
-from refiner_hf.data.draws import random_numbers_of
 from refiner_hf.data.images import EncodedImage, UnreadableImageError
+from refiner_hf.data.seeded_sampling import random_numbers_of
 from refiner_hf.image_processing_refiner import RefinerImageProcessor
 
 

@@ -11,7 +11,7 @@ from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
 from refiner_hf.data.arguments import DataArguments
-from refiner_hf.data.checking import find_unreadable, stop_for
+from refiner_hf.data.checking import find_unreadable, raise_if_unreadable
 from refiner_hf.data.digits import SEEN, accuracy_seen, digits_splits, logistic_regression_accuracy
 from refiner_hf.data.images import decode_image
 from refiner_hf.data.sources import load_image_data, shuffled
@@ -210,10 +210,10 @@ class TestUnreadable:
 
     def test_stop_with_all_their_names(self, spoiled):
         with pytest.raises(ValueError, match="2 images can't be read. (.|\n)*--unreadable_images skip(.|\n)*3.png"):
-            stop_for(find_unreadable(spoiled, "training")[1])
+            raise_if_unreadable(find_unreadable(spoiled, "training")[1])
         with pytest.raises(ValueError, match="\nand 5 more$"):
-            stop_for([f"The image {i} can't be read" for i in range(25)])
-        stop_for([])
+            raise_if_unreadable([f"The image {i} can't be read" for i in range(25)])
+        raise_if_unreadable([])
 
 
 class TestTransforms:

@@ -11,7 +11,7 @@ from refiner_hf.data import streams
 from refiner_hf.data.images import UnreadableImageError
 from refiner_hf.data.streams import StreamedImages, StreamPosition, collate_streamed
 
-from .test_draws import all_kinds
+from .test_seeded_sampling import all_kinds
 
 
 ROWS, BATCH = 60, 4

@@ -20,8 +20,8 @@ from transformers import PreTrainedConfig, ViTConfig, ViTForImageClassification,
 from refiner_hf import RefinerConfig, RefinerImageProcessor, RefinerModel
 from refiner_hf.commands.demo import find_examples, main
 from refiner_hf.image_processing_pil_refiner import open_image
+from refiner_hf.inspection.attention_views import APPLIED, BEFORE, CLASS_TOKEN, AttentionViews, view_attention
 from refiner_hf.inspection.networks import Network
-from refiner_hf.inspection.sight import APPLIED, BEFORE, CLASS_TOKEN, Sight, look_at
 
 from ..conftest import LAYOUTS, TINY
 from ..images import write_folder
@@ -32,15 +32,15 @@ gr = pytest.importorskip("gradio")
 from gradio_client import Client, handle_file  # noqa: E402
 
 from refiner_hf.demo.app import _Page, _patch_clicked, build_demo, launch, served  # noqa: E402
-from refiner_hf.demo.looks import (  # noqa: E402
+from refiner_hf.demo.rendering import (  # noqa: E402
     Look,
     draw_map,
     draw_picture,
     in_words,
     likeliest,
-    look_at_picture,
     only_one_map,
     patch_at,
+    view_picture,
     which_refine,
 )
 
@@ -96,13 +96,13 @@ def opened(network: Network) -> _Page:
 
 
 def map_of(network: Network, photo: str, stage: str, layer: int, head: int | None = None, patches=()) -> np.ndarray:
-    maps = look_at(network, Image.open(photo).convert("RGB"), patches).layers[layer].stages[stage][-1]
+    maps = view_attention(network, Image.open(photo).convert("RGB"), patches).layers[layer].stages[stage][-1]
     return maps.mean(0) if head is None else maps[head]
 
 
 def seen_at(query, picture=(30, 40), grid=(3, 4)) -> Look:
-    sight = Sight(np.full((*picture, 3), 0.5, np.float32), grid, [query])
-    return Look(None, sight, sight)
+    views = AttentionViews(np.full((*picture, 3), 0.5, np.float32), grid, [query])
+    return Look(None, views, views)
 
 
 class TestDrawing:
@@ -304,12 +304,12 @@ class TestPage:
 def test_visitors_at_the_same_time_do_not_mix(network, tmp_path):
     tiny = network()
     images = [Image.open(photo_of(tmp_path / f"{seed}.png", seed)).convert("RGB") for seed in range(4)]
-    alone = [look_at(tiny, image).layers[3].stages[APPLIED] for image in images]
+    alone = [view_attention(tiny, image).layers[3].stages[APPLIED] for image in images]
     looks = {}
 
     def visit(number: int) -> None:
         for _ in range(5):
-            looks.setdefault(number, []).append(look_at_picture(tiny, images[number]))
+            looks.setdefault(number, []).append(view_picture(tiny, images[number]))
 
     visitors = [threading.Thread(target=visit, args=(number,)) for number in range(4)]
     for visitor in visitors:
@@ -339,7 +339,7 @@ class TestServer:
             assert len(classes["confidences"]) == 5 and sum(one["confidence"] for one in classes["confidences"]) > 0.99
         for client, path in ((one, photo), (two, other)):
             drawn = client.predict(2, 3, api_name="/draw")
-            look = look_at_picture(tiny, Image.open(path).convert("RGB"))
+            look = view_picture(tiny, Image.open(path).convert("RGB"))
             np.testing.assert_array_equal(np.asarray(Image.open(drawn[1])), draw_picture(look))
             expected = draw_map(look, map_of(tiny, path, APPLIED, 1, 2))
             np.testing.assert_allclose(np.asarray(Image.open(drawn[5])).astype(int), expected, atol=1)
@@ -350,14 +350,14 @@ class TestServer:
                                              (float("inf"), 0), (2, -1), (2, 99), (2, None), (2, "x")])  # fmt: skip
     def test_layers_and_heads_that_are_not_there(self, network, photo, layer, head):
         page = opened(network())
-        look = look_at_picture(page.network, open_image(photo))
+        look = view_picture(page.network, open_image(photo))
         with pytest.raises(gr.Error, match="There is no (layer|head) .*give a whole number from"):
             page.draw(look, layer, head)
 
     @pytest.mark.parametrize("place", [None, [1], "ab", [-1, 0], [0, 10**6], [0.5, 0], [None, 0]])
     def test_clicks_beside_the_picture(self, network, photo, place):
         page = opened(network())
-        look = look_at_picture(page.network, open_image(photo))
+        look = view_picture(page.network, open_image(photo))
         with pytest.raises(gr.Error, match="There is no|A place in a drawing"):
             _patch_clicked(look, place)
 
@@ -550,7 +550,7 @@ class TestBrowser:
 
         page.locator("input[type=file]").set_input_files(photo)
         first = wait_for("The map that layer 4 looks with, the average of its heads.", [])
-        answer = next(iter(look_at_picture(network(), Image.open(photo).convert("RGB")).classes))
+        answer = next(iter(view_picture(network(), Image.open(photo).convert("RGB")).classes))
         assert page.get_by_test_id("label-output-value").inner_text().strip() == answer
         assert len(set(first)) == 3 and page.locator(".uploaded img").is_visible()
 

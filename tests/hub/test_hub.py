@@ -14,18 +14,12 @@ from PIL import Image
 
 import refiner_hf
 from refiner_hf import RefinerConfig, RefinerForImageClassification, RefinerModel
-from refiner_hf.hub.card import (
-    CardFacts,
-    basic_card,
-    count_flops,
-    describe_network,
-    for_repository,
-    make_card,
-    markdown_table,
-    usage_example,
-)
+from refiner_hf.cards.architecture import describe_network
+from refiner_hf.cards.card import CardContent, basic_card, for_repository, make_card, usage_example
+from refiner_hf.cards.plots import plot_confusion_matrix, plot_learning_curve, plot_predictions
 from refiner_hf.hub.code import AUTO_MAP, CODE_FILES, PROCESSOR_AUTO_MAP, add_code
-from refiner_hf.hub.plots import plot_confusion_matrix, plot_learning_curve, plot_predictions
+from refiner_hf.utils.flops import count_flops
+from refiner_hf.utils.markdown import markdown_table
 
 from ..conftest import LAYOUTS, load_json
 
@@ -63,7 +57,7 @@ class TestCode:
 
 
 class TestCards:
-    FACTS = CardFacts(title="a", summary="A model.", usage="print(1)", limits="Many.")
+    FACTS = CardContent(title="a", summary="A model.", usage="print(1)", limits="Many.")
 
     def test_empty_sections_are_left_out(self):
         text = make_card(self.FACTS).content
@@ -74,7 +68,7 @@ class TestCards:
         assert "\n\n\n" not in text
 
     def test_metrics_become_a_model_index(self, tmp_path):
-        facts = CardFacts(
+        facts = CardContent(
             title="a", summary="A.", usage="", limits="", dataset_name="My photos", dataset_split="test",
             metrics={"accuracy": ("Top-1 accuracy", 0.5)},
         )  # fmt: skip

@@ -438,7 +438,7 @@ class TestVerification:
 
     def test_other_weights_are_found_out(self, hub, token, folder):
         published = publish_folder(folder, "alice/model", token=token)
-        published.answers = published.answers * 1.0001
+        published.fingerprint = published.fingerprint * 1.0001
         with pytest.raises(PublishError, match="answers differently"):
             verify(published, token=token)
 

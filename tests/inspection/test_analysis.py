@@ -22,7 +22,7 @@ from refiner_hf import RefinerForImageClassification, RefinerImageProcessor
 from refiner_hf.inspection import analysis, figures
 from refiner_hf.inspection.analysis import analyze
 from refiner_hf.inspection.cka import gram_matrix, unbiased_hsic
-from refiner_hf.inspection.metrics import (
+from refiner_hf.inspection.map_metrics import (
     attention_distance,
     effective_rank,
     head_similarity,

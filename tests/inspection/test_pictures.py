@@ -10,24 +10,24 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from refiner_hf.attention_refiner import RefinerMapRefinement
+from refiner_hf.inspection.attention_views import APPLIED, BEFORE, CLASS_TOKEN, LOCAL, AttentionViews, LayerAttention
 from refiner_hf.inspection.page import query_bytes, write_page
 from refiner_hf.inspection.pictures import _mosaic, plot_heads, plot_overview, plot_weights
-from refiner_hf.inspection.sight import APPLIED, BEFORE, CLASS_TOKEN, LOCAL, LayerSight, Sight
 
 
-def made_up(layers: int = 2, heads: int = 3, expanded: int = 6, grid: tuple[int, int] = (3, 4)) -> Sight:
+def made_up(layers: int = 2, heads: int = 3, expanded: int = 6, grid: tuple[int, int] = (3, 4)) -> AttentionViews:
     """Two queries, the second layer refines; as applied the first query's head 1 subtracts at patch 2,3."""
     rng = np.random.default_rng(0)
-    sight = Sight(np.full((30, 40, 3), 0.5, np.float32), grid, [CLASS_TOKEN, (1, 2)])
+    views = AttentionViews(np.full((30, 40, 3), 0.5, np.float32), grid, [CLASS_TOKEN, (1, 2)])
     for layer in range(layers):
         sizes = {APPLIED: heads} if layer % 2 == 0 else {BEFORE: heads, LOCAL: expanded, APPLIED: heads}
         stages = {name: rng.random((2, count, *grid)).astype(np.float32) for name, count in sizes.items()}
-        sight.layers.append(
-            LayerSight(stages, rng.random((2, *grid)).astype(np.float32), object() if layer % 2 else None)
+        views.layers.append(
+            LayerAttention(stages, rng.random((2, *grid)).astype(np.float32), object() if layer % 2 else None)
         )
-    sight.layers[1].stages[APPLIED][0] = 0
-    sight.layers[1].stages[APPLIED][0, 0, 1, 2] = -0.5
-    return sight
+    views.layers[1].stages[APPLIED][0] = 0
+    views.layers[1].stages[APPLIED][0, 0, 1, 2] = -0.5
+    return views
 
 
 @pytest.fixture
@@ -51,25 +51,25 @@ def colours_in(path) -> tuple[int, int]:
 
 
 def test_red_adds_and_blue_subtracts(tmp_path):
-    sight = made_up()
-    plot_heads(sight, 1, 0, tmp_path / "one.png", heads=[0])
+    views = made_up()
+    plot_heads(views, 1, 0, tmp_path / "one.png", heads=[0])
     before = colours_in(tmp_path / "one.png")
-    sight.layers[1].stages[APPLIED][0, 0] *= -1
-    plot_heads(sight, 1, 0, tmp_path / "other.png", heads=[0])
+    views.layers[1].stages[APPLIED][0, 0] *= -1
+    plot_heads(views, 1, 0, tmp_path / "other.png", heads=[0])
     after = colours_in(tmp_path / "other.png")
     patch = before[1] - after[1]  # one of twelve of a panel
     assert before[1] > 0 and patch > 50 and after[0] - before[0] > 50
 
 
 def test_heads_can_be_chosen(tmp_path, drawn):
-    sight = made_up()
+    views = made_up()
     for name, heads in (("all", None), ("two", [0, 2])):
-        plot_heads(sight, 1, 1, tmp_path / f"{name}.png", heads)
+        plot_heads(views, 1, 1, tmp_path / f"{name}.png", heads)
     titles = [axis.get_title() for axis in drawn[-1].axes]
     assert [title for title in titles if title] == [
         "mean", "head 1", "head 3", "expanded 1", "expanded 3", "expanded 4", "expanded 6", "head 1", "head 3",
     ]  # fmt: skip
-    plot_heads(sight, 0, 0, tmp_path / "plain.png")
+    plot_heads(views, 0, 0, tmp_path / "plain.png")
     assert Image.open(tmp_path / "plain.png").size[1] < Image.open(tmp_path / "all.png").size[1]
 
 
@@ -129,11 +129,11 @@ class TestPage:
         return json.loads(text)
 
     def test_holds_the_maps(self, content):
-        sight = made_up()
+        views = made_up()
         assert content["title"] == "Where </script> looks" and content["layer"] == 2
         assert content["queries"][1] == {"name": "patch 2,3", "patch": [1, 2]}
         assert [name for name in content["layers"][0] if name != "rollout"] == [APPLIED]
-        for name, maps in sight.layers[1].stages.items():
+        for name, maps in views.layers[1].stages.items():
             stage = content["layers"][1][name]
             packed = np.frombuffer(base64.b64decode(stage["maps"]), np.int8).reshape(2, maps.shape[1] + 1, 3, 4)
             expected = np.concatenate((maps.mean(1, keepdims=True), maps), 1)
@@ -147,24 +147,24 @@ class TestPage:
         assert "data:image/png;base64," in text
 
     def test_size_is_foreseen(self, page):
-        sight = made_up()
-        alone = Sight(sight.picture, sight.grid, [CLASS_TOKEN])
+        views = made_up()
+        alone = AttentionViews(views.picture, views.grid, [CLASS_TOKEN])
         alone.layers = [
-            LayerSight({name: maps[:1] for name, maps in layer.stages.items()}, layer.rollout[:1])
-            for layer in sight.layers
+            LayerAttention({name: maps[:1] for name, maps in layer.stages.items()}, layer.rollout[:1])
+            for layer in views.layers
         ]
         write_page(alone, "Where </script> looks", 1, page.with_name("alone.html"))
         added = page.stat().st_size - page.with_name("alone.html").stat().st_size
-        assert added == pytest.approx(query_bytes(sight), abs=60)  # a name, and base64's padding
+        assert added == pytest.approx(query_bytes(views), abs=60)  # a name, and base64's padding
 
     def test_of_zeros(self, tmp_path):
-        sight = made_up()
-        for stage in sight.layers[1].stages.values():
+        views = made_up()
+        for stage in views.layers[1].stages.values():
             stage[:] = 0
-        write_page(sight, "nothing", 0, tmp_path / "zeros.html")
+        write_page(views, "nothing", 0, tmp_path / "zeros.html")
         zeros = base64.b64encode(bytes(2 * 4 * 12)).decode()  # queries, heads and their mean, patches
         assert f'"{BEFORE}": {{"heads": 3, "maps": "{zeros}"}}' in (tmp_path / "zeros.html").read_text()
-        plot_heads(sight, 1, 0, tmp_path / "zeros.png")
+        plot_heads(views, 1, 0, tmp_path / "zeros.png")
         assert colours_in(tmp_path / "zeros.png") == (0, 0)
 
     @pytest.mark.skipif(not shutil.which("chromium"), reason="there is no browser")

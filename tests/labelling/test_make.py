@@ -13,8 +13,8 @@ from refiner_hf.commands.make_label_maps import main
 from refiner_hf.commands.train import main as train
 from refiner_hf.data.arguments import AugmentationArguments, DataArguments
 from refiner_hf.data.augmentation import Augment
-from refiner_hf.data.draws import DrawnImages
 from refiner_hf.data.label_maps import open_label_maps
+from refiner_hf.data.seeded_sampling import SeededImages
 from refiner_hf.data.sources import load_image_data
 from refiner_hf.data.transforms import PrepareTraining
 from refiner_hf.labelling import make
@@ -159,7 +159,7 @@ def test_dense_targets_follow_crop_and_flip(teacher, tmp_path):
     data = load_image_data(
         DataArguments(train_dir=str(tmp_path / "photos")), need_train=True, need_evaluation=False, seed=0
     ).train
-    images = DrawnImages(data, PrepareTraining(Augment(processor, AugmentationArguments()), label_maps=maps))
+    images = SeededImages(data, PrepareTraining(Augment(processor, AugmentationArguments()), label_maps=maps))
     rows = [images[row, seed] for row in range(6) for seed in range(10)]
     assert {row["flipped"] for row in rows} == {True, False}
     batch = TrainingTargets()(default_data_collator(rows), 3, (4, 4))

@@ -25,10 +25,10 @@ from transformers import (
 from refiner_hf import RefinerImageProcessor
 from refiner_hf.commands.predict import main
 from refiner_hf.prediction import predict as prediction
-from refiner_hf.prediction.answers import whole_rows
 from refiner_hf.prediction.classifiers import TorchClassifier, open_classifier
-from refiner_hf.prediction.files import find_images
 from refiner_hf.prediction.predict import predict
+from refiner_hf.prediction.table import whole_rows
+from refiner_hf.utils.images import find_images
 
 from ..images import write_folder
 
@@ -450,7 +450,7 @@ class TestGoingOn:
         content = table.read_bytes()
         table.unlink()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prediction.Answers, "finish", lambda self: None)
+            patch.setattr(prediction.AnswerTable, "finish", lambda self: None)
             predict(vit, photos, table, num_workers=0)
         assert not table.exists()
         asked.clear()

@@ -318,14 +318,14 @@ class TestMoreData:
         assert load_json(tmp_path / "out" / "analysis" / "analysis.json")["networks"][0]["images"] == 4
 
     def test_a_failed_analysis_costs_nothing_else(self, tmp_path, photos, monkeypatch):
-        from refiner_hf.training import folder
+        from refiner_hf.training import finished_folder
 
         def fail(*args):
             raise RuntimeError("out of memory")
 
         said = []
-        monkeypatch.setattr(folder, "analyze_folder", fail)
-        monkeypatch.setattr(folder.logger, "warning", said.append)
+        monkeypatch.setattr(finished_folder, "analyze_folder", fail)
+        monkeypatch.setattr(finished_folder.logger, "warning", said.append)
         words = ["--train_dir", str(photos), *QUICK, "--max_steps", "1", "--analysis_images", "4"]
         main([*words, "--output_dir", str(tmp_path / "out")])
         assert "out of memory" in said[0] and "refiner-analyze" in said[0]

@@ -1,6 +1,7 @@
 import pytest
 
-from refiner_hf.utils.text import markdown_text, printable
+from refiner_hf.utils.markdown import markdown_text
+from refiner_hf.utils.text import printable
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ class LocalHub:
         return secret
 
     def fail(self, method: str, path_regex: str, status=503, times=1, headers=None, message=None) -> None:
-        """Answers the next `times` matching requests with an error instead of carrying them out."""
+        """AnswerTable the next `times` matching requests with an error instead of carrying them out."""
         error = HubError(status, message or HTTPStatus(status).phrase, headers=headers)
         self.faults.append(Fault(method, path_regex, times, error=error))
 

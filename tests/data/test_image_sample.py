@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from refiner_hf.data import unlabelled
+from refiner_hf.data import image_sample
 from refiner_hf.data.digits import NAME, digits_splits
+from refiner_hf.data.image_sample import decoded, load_images
 from refiner_hf.data.images import UnreadableImageError
-from refiner_hf.data.unlabelled import decoded, load_images
 
 from ..images import write_folder
 
@@ -173,7 +173,7 @@ class TestHub:
             assert (name, streaming) == ("someone/pets", True)
             return datasets.IterableDatasetDict(splits)
 
-        monkeypatch.setattr(unlabelled, "load_dataset", load)
+        monkeypatch.setattr(image_sample, "load_dataset", load)
         return splits
 
     @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import BaseImageProcessor
 
 from ..attention_refiner import RefinerMapRefinement
-from .maps import LayerView, watch_layers
+from .layer_views import LayerView, watch_layers
 from .networks import Network
 
 
@@ -28,7 +28,7 @@ _ADDS, _SUBTRACTS = (0.84, 0.1, 0.1), (0.1, 0.3, 0.9)
 
 
 @dataclass
-class LayerSight:
+class LayerAttention:
     """
     Where the queries look in one layer: by stage, (queries, heads, rows, columns), and up to here through all layers
     (attention rollout), (queries, rows, columns), where a patch's own weight, which would outshine the others, is cut
@@ -41,7 +41,7 @@ class LayerSight:
 
 
 @dataclass
-class Sight:
+class AttentionViews:
     """
     What was seen of a picture: as the network got it, (height, width, 3) in 0..1, the grid of patches, who looked,
     what each layer showed, and the logits (labels,) where the network has a classifier.
@@ -50,7 +50,7 @@ class Sight:
     picture: np.ndarray
     grid: tuple[int, int]
     queries: list[Query]
-    layers: list[LayerSight] = field(default_factory=list)
+    layers: list[LayerAttention] = field(default_factory=list)
     logits: torch.Tensor | None = None
 
     def check(self, layer: int, heads: Sequence[int] | None = None) -> None:
@@ -72,7 +72,7 @@ class Sight:
         return [i for i, layer in enumerate(self.layers) if layer.refinement is not None]
 
 
-def look_at(network: Network, image: Image.Image, patches: Sequence[tuple[int, int]] = ()) -> Sight:
+def view_attention(network: Network, image: Image.Image, patches: Sequence[tuple[int, int]] = ()) -> AttentionViews:
     """
     Where the class token and some patches look, in every layer.
 
@@ -93,7 +93,7 @@ def look_at(network: Network, image: Image.Image, patches: Sequence[tuple[int, i
     for patch in patches:
         if not all(0 <= place < side for place, side in zip(patch, grid)):
             raise ValueError(f"There is no {name_of(patch)}; there are {grid[0]} rows and {grid[1]} columns.")
-    sight = Sight(as_picture(network.processor, pixel_values[0]), grid, [])
+    views = AttentionViews(as_picture(network.processor, pixel_values[0]), grid, [])
     places, rollout = [], torch.empty(0)
 
     def look(view: LayerView) -> None:
@@ -101,8 +101,8 @@ def look_at(network: Network, image: Image.Image, patches: Sequence[tuple[int, i
         if view.index == 0:
             tokens = view.applied.shape[-1]
             others = tokens - math.prod(grid)
-            sight.queries = [CLASS_TOKEN, *patches] if others else list(patches) or [(grid[0] // 2, grid[1] // 2)]
-            places = [0 if q is CLASS_TOKEN else others + q[0] * grid[1] + q[1] for q in sight.queries]
+            views.queries = [CLASS_TOKEN, *patches] if others else list(patches) or [(grid[0] // 2, grid[1] // 2)]
+            places = [0 if q is CLASS_TOKEN else others + q[0] * grid[1] + q[1] for q in views.queries]
             rollout = torch.eye(tokens, device=view.applied.device)
         weights = view.applied[0].float().abs().mean(0)
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-20)
@@ -115,12 +115,12 @@ def look_at(network: Network, image: Image.Image, patches: Sequence[tuple[int, i
         middle = EXPANDED if view.refinement is None or view.refinement.local_attention is None else LOCAL
         stages = {BEFORE: view.before, middle: view.locally_attended(), APPLIED: view.applied}
         stages = {name: rows(maps[0]).swapaxes(0, 1) for name, maps in stages.items() if maps is not None}
-        sight.layers.append(LayerSight(stages, _dim_own(rows(rollout), sight.queries), view.refinement))
+        views.layers.append(LayerAttention(stages, _dim_own(rows(rollout), views.queries), view.refinement))
 
     outputs = watch_layers(network.model, pixel_values, look)
     if (logits := getattr(outputs, "logits", None)) is not None:
-        sight.logits = logits[0].float().cpu()
-    return sight
+        views.logits = logits[0].float().cpu()
+    return views
 
 
 def name_of(query: Query) -> str:

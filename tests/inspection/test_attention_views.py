@@ -8,9 +8,17 @@ from transformers import SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTIm
 
 from refiner_hf import RefinerImageProcessor
 from refiner_hf.attention_refiner import expanded_maps
-from refiner_hf.inspection.maps import refined_maps
+from refiner_hf.inspection.attention_views import (
+    APPLIED,
+    BEFORE,
+    CLASS_TOKEN,
+    EXPANDED,
+    LOCAL,
+    name_of,
+    view_attention,
+)
+from refiner_hf.inspection.layer_views import refined_maps
 from refiner_hf.inspection.networks import Network
-from refiner_hf.inspection.sight import APPLIED, BEFORE, CLASS_TOKEN, EXPANDED, LOCAL, look_at, name_of
 
 from ..conftest import LAYOUTS, assert_close
 
@@ -42,20 +50,20 @@ def pixels_of(network, image):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_are_those_of_the_maps(network, image, layout):
     network = network(attention_types=LAYOUTS[layout])
-    sight = look_at(network, image, PATCHES)
-    assert sight.queries == [CLASS_TOKEN, *PATCHES] and sight.grid == GRID
+    views = view_attention(network, image, PATCHES)
+    assert views.queries == [CLASS_TOKEN, *PATCHES] and views.grid == GRID
     maps = network.model(pixels_of(network, image), output_attentions=True).attentions
-    for seen, attention_map in zip(sight.layers, maps, strict=True):
+    for seen, attention_map in zip(views.layers, maps, strict=True):
         expected = attention_map[0, :, PLACES, 1:].transpose(0, 1).reshape(3, 4, *GRID)
         assert_close(torch.from_numpy(seen.stages[APPLIED]), expected.detach())
-    assert sight.refining_layers == [i for i, kind in enumerate(LAYOUTS[layout]) if kind != "plain"]
+    assert views.refining_layers == [i for i, kind in enumerate(LAYOUTS[layout]) if kind != "plain"]
 
 
 def test_stages_of_a_refinement(network, image):
     network = network()
-    sight = look_at(network, image, PATCHES)
+    views = view_attention(network, image, PATCHES)
     for layer, (before, _) in refined_maps(network.model, pixels_of(network, image)).items():
-        seen = sight.layers[layer]
+        seen = views.layers[layer]
         assert list(seen.stages) == [BEFORE, LOCAL, APPLIED]
         expected = before[0, :, PLACES, 1:].transpose(0, 1).reshape(3, 4, *GRID)
         assert_close(torch.from_numpy(seen.stages[BEFORE]), expected)
@@ -63,22 +71,22 @@ def test_stages_of_a_refinement(network, image):
             expanded = expanded_maps(seen.refinement, before)
         expected = expanded[0, :, PLACES, 1:].transpose(0, 1).reshape(3, 12, *GRID)
         assert_close(torch.from_numpy(seen.stages[LOCAL]), expected)
-    assert list(sight.layers[0].stages) == [APPLIED]
+    assert list(views.layers[0].stages) == [APPLIED]
 
 
 @pytest.mark.parametrize(
     "refinement, stages", [("convolution", [BEFORE, APPLIED]), ("expansion", [BEFORE, EXPANDED, APPLIED])]
 )
 def test_other_refinements(network, image, refinement, stages):
-    assert list(look_at(network(refinement=refinement), image).layers[1].stages) == stages
+    assert list(view_attention(network(refinement=refinement), image).layers[1].stages) == stages
 
 
 def test_rollout(network, image):
     network = network()
-    sight = look_at(network, image, PATCHES)
+    views = view_attention(network, image, PATCHES)
     through = np.eye(25)
     for seen, attention_map in zip(
-        sight.layers, network.model(pixels_of(network, image), output_attentions=True).attentions
+        views.layers, network.model(pixels_of(network, image), output_attentions=True).attentions
     ):
         weights = attention_map[0].detach().abs().mean(0).numpy()
         through = (0.5 * weights / weights.sum(1, keepdims=True) + 0.5 * np.eye(25)) @ through
@@ -92,7 +100,7 @@ def test_rollout(network, image):
 
 
 def test_the_picture_is_what_the_network_got(network, image):
-    picture = look_at(network(), image).picture
+    picture = view_attention(network(), image).picture
     assert picture.shape == (16, 24, 3)
     np.testing.assert_allclose(picture, np.asarray(image) / 255, atol=1e-5)
 
@@ -102,26 +110,26 @@ def test_a_vit(image):
     model = ViTModel(ViTConfig(image_size=16, **SMALL), add_pooling_layer=False)
     model.set_attn_implementation("eager")
     processor = ViTImageProcessorPil(size={"height": 16, "width": 16})
-    sight = look_at(Network("vit", model.eval(), processor), image, [(1, 2)])
+    views = view_attention(Network("vit", model.eval(), processor), image, [(1, 2)])
     pixels = processor(image, return_tensors="pt").pixel_values
     expected = (
         model(pixels, output_attentions=True).attentions[1][0, :, [0, 7], 1:].transpose(0, 1).reshape(2, 3, 4, 4)
     )
-    assert_close(torch.from_numpy(sight.layers[1].stages[APPLIED]), expected.detach())
-    assert sight.refining_layers == [] and list(sight.layers[1].stages) == [APPLIED]
+    assert_close(torch.from_numpy(views.layers[1].stages[APPLIED]), expected.detach())
+    assert views.refining_layers == [] and list(views.layers[1].stages) == [APPLIED]
 
 
 def test_without_a_class_token_the_middle_looks(image):
     model = SiglipVisionModel(SiglipVisionConfig(image_size=16, attn_implementation="eager", **SMALL)).eval()
     network = Network("siglip", model, ViTImageProcessorPil(size={"height": 16, "width": 16}))
-    assert look_at(network, image).queries == [(2, 2)]
-    assert look_at(network, image, [(0, 3)]).queries == [(0, 3)]
+    assert view_attention(network, image).queries == [(2, 2)]
+    assert view_attention(network, image, [(0, 3)]).queries == [(0, 3)]
 
 
 @pytest.mark.parametrize("patch", [(4, 0), (0, 6), (-1, 0)])
 def test_a_patch_that_is_not_there(network, image, patch):
     with pytest.raises(ValueError, match=rf"no patch {patch[0] + 1},{patch[1] + 1}; there are 4 rows and 6 columns"):
-        look_at(network(), image, [patch])
+        view_attention(network(), image, [patch])
 
 
 def test_names():
@@ -137,16 +145,16 @@ def test_many_threads_at_once(tiny_model):
     pixels = [processor(image, return_tensors="pt").pixel_values for image in images]
     with torch.no_grad():
         logits = [network.model(each).logits for each in pixels]
-    alone = [look_at(network, image) for image in images]
+    alone = [view_attention(network, image) for image in images]
     wrong = []
 
     def look(number: int) -> None:
         for _ in range(8):
-            sight = look_at(network, images[number])
-            for layer, expected in zip(sight.layers, alone[number].layers, strict=True):
+            views = view_attention(network, images[number])
+            for layer, expected in zip(views.layers, alone[number].layers, strict=True):
                 for stage, maps in layer.stages.items():
                     np.testing.assert_allclose(maps, expected.stages[stage], atol=1e-6)
-            torch.testing.assert_close(sight.logits, logits[number][0])
+            torch.testing.assert_close(views.logits, logits[number][0])
 
     def use(number: int) -> None:
         for _ in range(25):

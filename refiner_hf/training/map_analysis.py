@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+from ..data.image_sample import decoded, sample_rows
 from ..data.sources import ImageData
-from ..data.unlabelled import decoded, some_rows
 from ..inspection.analysis import analyze
+from ..inspection.attention_views import view_attention
 from ..inspection.networks import open_network
 from ..inspection.pictures import plot_heads, plot_overview
 from ..inspection.report import CURVES, LAYERS, facts_of, write_analyses
-from ..inspection.sight import look_at
 
 
 ANALYSIS = "analysis"
@@ -30,7 +30,7 @@ def analyze_folder(folder: Path, data: ImageData, count: int, device: str, pictu
         (file in the folder, caption) for the card.
     """
     network = open_network(str(folder), device)
-    rows = some_rows(data.evaluation, count, _SEED)
+    rows = sample_rows(data.evaluation, count, _SEED)
     found = analyze(network, decoded(rows), len(rows), _BATCH)
     write_analyses([found], facts_of(data.name, _SEED, _BATCH, device), folder / ANALYSIS)
     measured_on = f"on {found['images']} evaluation images"
@@ -45,13 +45,13 @@ def analyze_folder(folder: Path, data: ImageData, count: int, device: str, pictu
     ]
     if not picture:
         return pictures
-    sight = look_at(network, next(decoded(rows)))
+    views = view_attention(network, next(decoded(rows)))
     pictures.append((f"{ANALYSIS}/layers.png", "Where the class token looks in an evaluation picture, heads averaged"))
-    plot_overview(sight, 0, folder / pictures[-1][0])
+    plot_overview(views, 0, folder / pictures[-1][0])
     if refines:
-        layer = sight.refining_layers[-1]
+        layer = views.refining_layers[-1]
         pictures.append(
             (f"{ANALYSIS}/heads.png", f"The same head by head through the refinement in layer {layer + 1}")
         )
-        plot_heads(sight, layer, 0, folder / pictures[-1][0])
+        plot_heads(views, layer, 0, folder / pictures[-1][0])
     return pictures

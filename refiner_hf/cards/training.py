@@ -8,19 +8,12 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from ..data.sources import ImageData
-from ..hub.card import (
-    CLASSIFICATION,
-    CardFacts,
-    describe_network,
-    device_name,
-    markdown_table,
-    task_of,
-    usage_example,
-    versions,
-)
 from ..modeling_refiner import RefinerForMaskedImageModeling
-from ..utils.text import markdown_text
-from .ema import FOLDER as EMA_FOLDER
+from ..training.ema import FOLDER as EMA_FOLDER
+from ..utils.machine import device_name, versions
+from ..utils.markdown import markdown_table, markdown_text
+from .architecture import describe_network
+from .card import CLASSIFICATION, CardContent, task_of, usage_example
 
 
 RUN_FILE = "training_arguments.json"
@@ -59,7 +52,7 @@ def training_facts(
     data: ImageData | None = None,
     arguments: dict[str, dict[str, Any]] | None = None,
     pictures: list[tuple[str, str]] | None = None,
-) -> CardFacts:
+) -> CardContent:
     """
     What a trained model's card says.
 
@@ -83,7 +76,7 @@ def training_facts(
     on = f" on {markdown_text(data.name)}" if data else ""
     metrics = {kind: (text, round(measured[key], 6)) for key, (kind, text) in _METRICS.items() if key in measured}
     emissions = _emissions(Path(args.output_dir)) if "train_runtime" in measured else None
-    return CardFacts(
+    return CardContent(
         title=(args.hub_model_id or f"refiner-{name}").split("/")[-1],
         summary=f"A Refiner {kind}, trained {source}{on}.{_unfinished(trainer)}",
         usage=usage_example(args.hub_model_id or name, remote_code, task, args.hub_revision),

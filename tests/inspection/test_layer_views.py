@@ -38,7 +38,7 @@ from refiner_hf import (
     RefinerImageProcessor,
     RefinerModel,
 )
-from refiner_hf.inspection.maps import LayerView, refined_maps, watch_layers
+from refiner_hf.inspection.layer_views import LayerView, refined_maps, watch_layers
 from refiner_hf.inspection.networks import Network, classes_of_layers, open_network
 
 from ..conftest import LAYOUTS, assert_close

@@ -1,18 +1,15 @@
 """Model cards, from what is known of a model."""
 
-import platform
 import re
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..modeling_refiner import RefinerForImageClassification, RefinerPreTrainedModel
-from ..utils.text import markdown_text
+from ..utils.markdown import markdown_text
+from .architecture import describe_network
 
 
 CLASSIFICATION = "image-classification"
@@ -29,7 +26,7 @@ CITATION = """@article{zhou2021refiner,
 
 
 @dataclass
-class CardFacts:
+class CardContent:
     """
     What a card says. Texts are Markdown; a section whose text is empty is left out.
 
@@ -60,12 +57,12 @@ class CardFacts:
     tags: list[str] = field(default_factory=list)
 
 
-def make_card(facts: CardFacts) -> ModelCard:
+def make_card(facts: CardContent) -> ModelCard:
     """
     The card of a model, with its metadata.
 
     Args:
-        facts ([`CardFacts`]): what it says.
+        facts ([`CardContent`]): what it says.
     """
     results = [
         EvalResult(
@@ -106,7 +103,7 @@ def basic_card(model: RefinerPreTrainedModel, name: str, base_model: str | None 
     task = task_of(model)
     adapts = f", as a PEFT adapter of `{base_model}`" if base_model else ""
     return make_card(
-        CardFacts(
+        CardContent(
             title=name.split("/")[-1],
             summary=f"A Refiner (`{type(model).__name__}`){adapts}.",
             usage=usage_example(name, False, task),
@@ -145,45 +142,6 @@ def task_of(model: RefinerPreTrainedModel) -> str:
     return CLASSIFICATION if isinstance(model, RefinerForImageClassification) else "image-feature-extraction"
 
 
-def count_flops(model: RefinerPreTrainedModel) -> int:
-    """Floating-point operations for one image of the model's own size in evaluation, 2 per multiply-add."""
-    config = model.config
-    with torch.device("meta"):
-        shapes_only = type(model)(config).eval()
-        image = torch.empty(1, config.num_channels, *config.image_height_width)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shapes_only(image)
-    return counter.get_total_flops()
-
-
-def describe_network(model: RefinerPreTrainedModel) -> str:
-    """A table of a network's architecture, its number of parameters and its cost."""
-    config = model.config
-    types = {name: config.attention_types.count(name) for name in dict.fromkeys(config.attention_types)}
-    height, width = config.image_height_width
-    patch = " x ".join(map(str, config.patch_height_width))
-    rows = {
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-        "cost of an image": f"{_giga(count_flops(model))} GFLOP (2 per multiply-add)",
-        "images": f"{height} x {width} pixels, {config.num_channels} channels, patches of {patch}",
-        "layers": f"{config.num_hidden_layers} ("
-        + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in types.items())
-        + ")",
-        "width, MLP width": f"{config.hidden_size}, {config.intermediate_size}",
-        "attention heads": str(config.num_attention_heads),
-        "embedding": "convolutional stem" if config.use_conv_stem else "patch projection",
-    }
-    if isinstance(model, RefinerForImageClassification):
-        rows |= {"dense head": "yes" if config.use_dense_head else "no", "labels": str(config.num_labels)}
-    if set(config.attention_types) != {"plain"}:
-        rows["refinement"] = config.refinement.replace("_", " ")
-        if config.refinement != "convolution":
-            rows["refinement"] += f", expansion ratio {config.expansion_ratio}"
-        if config.refinement != "expansion":
-            rows["refinement"] += f", kernel {config.refinement_kernel_size} x {config.refinement_kernel_size}"
-    return markdown_table(["", ""], rows.items())
-
-
 def usage_example(name: str, remote_code: bool, task: str = CLASSIFICATION, revision: str | None = None) -> str:
     """A few lines of Python that give an image to `name`, a folder or Hub name, in the pipeline of `task`."""
     options = f', revision="{revision}"' if revision else ""
@@ -198,41 +156,6 @@ def usage_example(name: str, remote_code: bool, task: str = CLASSIFICATION, revi
             f'print({verb}("photo.jpg", {result}))',
         ]
     )
-
-
-def device_name(device: str | None = None) -> str:
-    """What this process computes on: `device` ("cpu" or "cuda"), by default CUDA where there is some."""
-    if device != "cpu" and torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    threads = torch.get_num_threads()
-    return f"CPU ({_cpu_name()}, {threads} thread{'s' * (threads > 1)})"
-
-
-def versions() -> str:
-    """The versions of Python and of what computes."""
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets"))
-    return f"Python {platform.python_version()}, {packages}"
-
-
-def markdown_table(head: list[str], rows: Any) -> str:
-    """A Markdown table of rows of text."""
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for row in rows:
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in row) + " |")
-    return "\n".join(lines)
-
-
-def _giga(number: float) -> str:
-    return f"{number / 1e9:.3g}" if number < 1e11 else f"{number / 1e9:.0f}"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 def _slug(name: str | None) -> str:

@@ -12,8 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..modeling_refiner import RefinerForImageClassification
-from ..utils.loading import said_in_words
-from ..utils.locking import locked
+from .loading import said_in_words
+from .locking import locked
 
 
 def check_new(folder: Path) -> None:

@@ -2,7 +2,7 @@
 What a model answers to one fixed picture. `verification.py` runs this file as a program of its own, in a process that
 has nothing of this package in it, to ask a model on the Hub:
 
-    python -P answers.py QUESTION_AS_JSON FILE
+    python -P fingerprint.py QUESTION_AS_JSON FILE
 """
 
 import json
@@ -14,7 +14,7 @@ import transformers
 from PIL import Image
 
 
-def answers(
+def fingerprint(
     model: str,
     auto_class: str,
     processed: bool,
@@ -46,11 +46,11 @@ def answers(
             if base_model is None:
                 raise
             processor = transformers.AutoImageProcessor.from_pretrained(base_model)  # the adapter has none of its own
-    return answers_of(network, processor)
+    return fingerprint_of(network, processor)
 
 
 @torch.no_grad()
-def answers_of(network: torch.nn.Module, processor) -> np.ndarray:
+def fingerprint_of(network: torch.nn.Module, processor) -> np.ndarray:
     """The same of a model and a processor that are loaded already; without a processor the pixels are noise."""
     config = network.config
     height, width = config.image_height_width
@@ -71,4 +71,4 @@ if __name__ == "__main__":
         sys.modules["refiner_hf"] = None  # from here on importing it fails: the model's own code must do
     else:
         import refiner_hf  # noqa: F401
-    np.save(sys.argv[2], answers(**question))
+    np.save(sys.argv[2], fingerprint(**question))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from refiner_hf.inspection.metrics import (
+from refiner_hf.inspection.map_metrics import (
     attention_distance,
     effective_rank,
     head_similarity,

@@ -51,10 +51,10 @@ def load_images(data: str | None, count: int, seed: int = 0) -> tuple[str, Datas
     column = columns[0]
     rows = rows.cast_column(column, Image(decode=False)).select_columns([column])
     rows = rows if column == IMAGE_COLUMN else rows.rename_column(column, IMAGE_COLUMN)
-    return name, some_rows(rows, count, seed)
+    return name, sample_rows(rows, count, seed)
 
 
-def some_rows(data: Dataset | IterableDataset, count: int, seed: int) -> Dataset | list[dict[str, Any]]:
+def sample_rows(data: Dataset | IterableDataset, count: int, seed: int) -> Dataset | list[dict[str, Any]]:
     """At most `count` rows at random, the same ones for a seed; of a stream they are read here, once and for all."""
     some = at_most(shuffled(data, seed), count, seed)
     return list(some) if isinstance(some, IterableDataset) else some

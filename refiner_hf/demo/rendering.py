@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention_refiner import RefinerMapRefinement
+from ..inspection.attention_views import CLASS_TOKEN, AttentionViews, Query, coloured, view_attention
 from ..inspection.networks import Network, classes_of_layers
-from ..inspection.sight import CLASS_TOKEN, Query, Sight, coloured, look_at
 from ..prediction.scores import probabilities
 
 
@@ -24,12 +24,12 @@ _MARK = (0, 200, 0)
 class Look:
     """
     All that is kept of a visitor's picture: the likeliest classes with their probabilities (`None` without a
-    classifier), what was seen at first, and what is shown now. It is the last of a sight's queries that looks.
+    classifier), what was seen at first, and what is shown now. It is the last of a views's queries that looks.
     """
 
     classes: dict[str, float] | None
-    first: Sight
-    shown: Sight
+    first: AttentionViews
+    shown: AttentionViews
 
     @property
     def query(self) -> Query:
@@ -40,20 +40,20 @@ class Look:
         return replace(self, shown=self.first)
 
 
-def look_at_picture(network: Network, image: Image.Image) -> Look:
+def view_picture(network: Network, image: Image.Image) -> Look:
     """
     Args:
         network: what to look into. Several visitors may do so at a time.
         image: an upright RGB image.
     """
-    sight, config = look_at(network, image), network.model.config
-    has_classes = sight.logits is not None and config.problem_type != "regression"
-    return Look(likeliest(sight.logits, config) if has_classes else None, sight, sight)
+    views, config = view_attention(network, image), network.model.config
+    has_classes = views.logits is not None and config.problem_type != "regression"
+    return Look(likeliest(views.logits, config) if has_classes else None, views, views)
 
 
-def look_from(network: Network, patch: tuple[int, int], image: Image.Image, look: Look) -> Look:
+def view_from_patch(network: Network, patch: tuple[int, int], image: Image.Image, look: Look) -> Look:
     """Where a patch of the same image looks."""
-    return replace(look, shown=look_at(network, image, [patch]))
+    return replace(look, shown=view_attention(network, image, [patch]))
 
 
 def likeliest(logits: torch.Tensor, config: PreTrainedConfig) -> dict[str, float]:
@@ -78,7 +78,7 @@ def weights_of(look: Look, stage: str, layer: int, head: int | None = None) -> n
 
     Args:
         look ([`Look`]): what was seen.
-        stage (`str`): one of [`~refiner_hf.inspection.sight.STAGES`].
+        stage (`str`): one of [`~refiner_hf.inspection.attention_views.STAGES`].
         layer (`int`): from 0.
         head (`int`, *optional*): from 0; by default the mean of all.
     """

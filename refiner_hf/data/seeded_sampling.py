@@ -16,36 +16,36 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 
 
-Draw = tuple[int, int]  # number of a row, seed of its random numbers
+Sample = tuple[int, int]  # number of a row, seed of its random numbers
 
 
-class DrawSampler(Sampler[Draw]):
+class SeededSampler(Sampler[Sample]):
     """
     The rows of an epoch in random order, each with a seed of its own.
 
     Every process deals the whole epoch; accelerate gives each its share.
 
     Args:
-        images ([`DrawnImages`]): whose rows; they know the epoch.
+        images ([`SeededImages`]): whose rows; they know the epoch.
         seed (`int`): of the run.
     """
 
-    def __init__(self, images: "DrawnImages", seed: int):
+    def __init__(self, images: "SeededImages", seed: int):
         self.images, self.seed = images, seed
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[Sample]:
         epoch, length = self.images.epoch, len(self.images)
         order = torch.randperm(length, generator=torch.Generator().manual_seed(seed_of(self.seed, epoch)))
         rows = order.repeat_interleave(self.images.repeats)[:length].tolist()
         return ((row, seed_of(self.seed, epoch, place)) for place, row in enumerate(rows))
 
 
-class DrawnImages(torch.utils.data.Dataset):
+class SeededImages(torch.utils.data.Dataset):
     """
-    Training rows by [`Draw`].
+    Training rows by [`Sample`].
 
     Args:
         data (`datasets.Dataset`): encoded rows.
@@ -65,7 +65,7 @@ class DrawnImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, draw: Draw) -> dict[str, Any]:
+    def __getitem__(self, draw: Sample) -> dict[str, Any]:
         row, seed = draw
         with random_numbers_of(seed):
             return self.prepare(self.data[row])

@@ -1,25 +1,7 @@
-"""JSON files that will be published: readable, and without the paths of this machine."""
+"""What is published says nothing of the paths of this machine."""
 
-import json
-import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes `content` to `path`, readably, and whole or not at all."""
-    new = path.with_name(path.name + ".new")
-    try:
-        new.write_text(to_json(content), encoding="utf-8")
-        os.replace(new, path)
-    except OSError:
-        new.unlink(missing_ok=True)
-        raise
-
-
-def to_json(content: dict[str, Any]) -> str:
-    """`content` as readable JSON."""
-    return json.dumps(content, indent=2) + "\n"
 
 
 def without_paths(content: Any) -> Any:

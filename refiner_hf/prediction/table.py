@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from ..hub.files import write_json
+from ..utils.files import write_json
 
 
 _ROW_END = b"\r\n"  # as the csv module writes it
@@ -37,7 +37,7 @@ def check_place(output: Path) -> None:
         raise OSError(f"The folder {output.parent} can't be written: {error}. Give another --output_file.") from error
 
 
-class Answers:
+class AnswerTable:
     """
     The rows that there are, and the file to which more can be added.
 
@@ -72,7 +72,7 @@ class Answers:
         if not rows:
             self._write([columns])
 
-    def __enter__(self) -> "Answers":
+    def __enter__(self) -> "AnswerTable":
         return self
 
     def __exit__(self, *error) -> None:

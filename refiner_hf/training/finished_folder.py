@@ -9,15 +9,16 @@ from PIL import Image
 from transformers import Trainer, pipeline
 from transformers.utils import logging
 
+from ..cards.card import make_card
+from ..cards.plots import plot_confusion_matrix, plot_learning_curve, plot_predictions
+from ..cards.training import RUN_FILE, training_facts
 from ..data.images import decode_image
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN, ImageData
-from ..hub.card import make_card
 from ..hub.code import add_code
-from ..hub.files import without_paths, write_json
-from ..hub.plots import plot_confusion_matrix, plot_learning_curve, plot_predictions
+from ..utils.files import write_json
+from ..utils.paths import without_paths
 from .arguments import RefinerTrainingArguments
-from .card import RUN_FILE, training_facts
-from .inside import analyze_folder
+from .map_analysis import analyze_folder
 
 
 logger = logging.get_logger(__name__)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from datasets import Dataset
 
-from refiner_hf.data.draws import DrawnImages, DrawSampler, random_numbers_of, seed_of
+from refiner_hf.data.seeded_sampling import SeededImages, SeededSampler, random_numbers_of, seed_of
 
 
 def draws(length=10, seed=0, epoch=0, repeats=1):
-    images = DrawnImages(range(length), prepare=None, repeats=repeats)
+    images = SeededImages(range(length), prepare=None, repeats=repeats)
     images.set_epoch(epoch)
-    return list(DrawSampler(images, seed))
+    return list(SeededSampler(images, seed))
 
 
 def test_an_epoch_has_each_row_once_in_an_order_of_its_own():
@@ -37,7 +37,7 @@ def all_kinds():
 
 
 def test_random_numbers_follow_the_draw_alone():
-    data = DrawnImages(Dataset.from_dict({"x": [1, 2, 3]}), lambda row: (row["x"], all_kinds()))
+    data = SeededImages(Dataset.from_dict({"x": [1, 2, 3]}), lambda row: (row["x"], all_kinds()))
     torch.manual_seed(0)
     first = data[(1, 5)]
     all_kinds()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..configuration_refiner import RefinerConfig
-from .card import markdown_table
+from ..utils.markdown import markdown_table
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Model cards: every sentence, picture and number of them."""

@@ -1,4 +1,4 @@
-"""The page: a picture in, classes and maps out, with controls for layer, head and who looks."""
+"""The web page: a picture in, classes and maps out, with controls for layer, head and query."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +16,7 @@ from ..inspection.networks import Network
 from ..utils.markdown import markdown_text
 from .rendering import (
     TOP,
-    Look,
+    VisitorState,
     draw_map,
     draw_picture,
     drawing_size,
@@ -36,7 +36,7 @@ Updates = dict[Component, Any]
 
 _PAPER = "https://arxiv.org/abs/2106.03714"
 _INVITATION = "Give it a picture, or take an example."
-_VISITORS = 100  # whose maps are kept, the latest ones'
+_VISITORS = 100  # the maps of the latest 100 visitors are kept
 _CSS = """
 .gradio-container { width: 100%; max-width: 1240px !important; margin: 0 auto !important; }
 .uploaded img { width: 100%; height: 100%; object-fit: contain; }
@@ -51,7 +51,7 @@ def build_demo(network: Network, examples: Sequence[str | Path] = ()) -> gr.Bloc
     after their refinement over the picture, for each layer and head, from the class token or from a patch that the
     visitor clicks.
 
-    The network runs when a picture comes and when a patch is clicked. What it showed stays with the visitor.
+    The network runs when a picture is given and when a patch is clicked. The maps are kept for each visitor.
 
     Args:
         network ([`~refiner_hf.inspection.networks.Network`]): a Refiner, or another vision transformer, which has no
@@ -73,8 +73,9 @@ def served(
     network: Network, examples: Sequence[str | Path] = (), port: int | None = None, share: bool = False
 ) -> Iterator[str]:
     """
-    The page of [`build_demo`] on this machine, as long as the block lasts. The server asks nobody anything, but for
-    `share`, and answers this machine's own browser only, unless it is shared. What visitors upload is gone afterwards.
+    The page of [`build_demo`] on this machine, as long as the block lasts. The server sends
+    nothing to other servers, except with `share`. It answers only browsers on this machine, unless it is shared. What
+    visitors upload is deleted at the end.
 
     Args:
         network, examples: see [`build_demo`].
@@ -121,7 +122,7 @@ def launch(network: Network, examples: Sequence[str | Path] = (), port: int = 78
 
 
 class _Page:
-    """The page's parts, and what happens when somebody uses them."""
+    """The page's parts, and what happens when a visitor uses them."""
 
     def __init__(self, network: Network):
         self.network = network
@@ -165,8 +166,8 @@ class _Page:
 
     def connect(self) -> None:
         """
-        Only `look` and `click` run the network; `draw` shows what they have left in `self.shown`. They take the
-        picture's file (`preprocess=False`): Gradio would fail on one that is no picture before the page can say so.
+        Only `view` and `click` run the network; `draw` shows what they stored in `self.shown`. They take the picture's
+        file (`preprocess=False`): with a file that is no picture, Gradio would fail before the page can say so.
         """
         controls = [self.shown, self.layer, self.head]
         drawn = [
@@ -174,8 +175,8 @@ class _Page:
             *(self.before, self.before_caption, self.applied, self.applied_caption),
         ]
         self.picture.change(
-            self.look, [self.picture, self.layer, self.head], [self.shown, self.classes, *drawn],
-            api_name="look", preprocess=False,
+            self.view, [self.picture, self.layer, self.head], [self.shown, self.classes, *drawn],
+            api_name="view", preprocess=False,
         )  # fmt: skip
         gr.on(
             [self.layer.change, self.head.change], self.draw, controls, drawn,
@@ -188,30 +189,30 @@ class _Page:
         )  # fmt: skip
         self.back.click(self.go_back, controls, [self.shown, *drawn], api_visibility="private", show_progress="hidden")
 
-    def look(self, file: File, layer: int, head: int) -> Updates:
-        """A new picture, or none any more."""
+    def view(self, file: File, layer: int, head: int) -> Updates:
+        """The visitor gave a new picture, or took the picture away."""
         image = self.open(file)
-        look = image and view_picture(self.network, image)
-        return {self.shown: look, self.classes: look and look.classes} | self.draw(look, layer, head)
+        state = image and view_picture(self.network, image)
+        return {self.shown: state, self.classes: state and state.classes} | self.draw(state, layer, head)
 
-    def click(self, file: File, look: Look | None, layer: int, head: int, event: gr.SelectData) -> Updates:
-        """A patch in one of the drawings, at (x, y) of its pixels."""
-        if look and (image := self.open(file)):
-            look = view_from_patch(self.network, _patch_clicked(look, event.index), image, look)
-        return {self.shown: look} | self.draw(look, layer, head)
+    def click(self, file: File, state: VisitorState | None, layer: int, head: int, event: gr.SelectData) -> Updates:
+        """The visitor clicked a patch in one of the drawings, at the pixel (x, y)."""
+        if state and (image := self.open(file)):
+            state = view_from_patch(self.network, _patch_clicked(state, event.index), image, state)
+        return {self.shown: state} | self.draw(state, layer, head)
 
-    def go_back(self, look: Look | None, layer: int, head: int) -> Updates:
-        """To the query that looked first."""
-        look = look and look.back()
-        return {self.shown: look} | self.draw(look, layer, head)
+    def go_back(self, state: VisitorState | None, layer: int, head: int) -> Updates:
+        """Back to the query that was shown first."""
+        state = state and state.back()
+        return {self.shown: state} | self.draw(state, layer, head)
 
     def open(self, file: File) -> Image.Image | None:
-        """The picture in an uploaded file; if there is none, the page says so."""
+        """The picture in an uploaded file. `None` where the file is no picture; the page then says so."""
         if file is None:
             return None
         path = Path(file["path"]).resolve()
         try:
-            # Whoever speaks to the server without the page may name any file of this machine.
+            # A request that doesn't come from the page may name any file of this machine.
             if not path.is_relative_to(Path(self.picture.GRADIO_CACHE).resolve()):
                 raise ValueError(f"The image {path} wasn't uploaded.")
             return to_8_bit_rgb(open_image(path))
@@ -219,52 +220,52 @@ class _Page:
             gr.Warning(str(error).replace(str(path), path.name))
             return None
 
-    def draw(self, look: Look | None, layer: int, head: int) -> Updates:
-        """What there is to see of a look. Layers and heads count from 1; head 0 is the average."""
-        if look is None:
+    def draw(self, state: VisitorState | None, layer: int, head: int) -> Updates:
+        """The drawings and texts for a state. Layers and heads count from 1; head 0 is the average."""
+        if state is None:
             captions = dict.fromkeys((self.seen_caption, self.before_caption, self.applied_caption), "")
             drawings = dict.fromkeys((self.seen, self.before, self.applied))
             return {self.who: _INVITATION, self.back: gr.update(visible=False)} | drawings | captions
         layer = _number(layer, "layer", 1, len(self.refining))
         head = _number(head, "head", 0, self.network.model.config.num_attention_heads)
-        first, who = look.first.queries[-1], name_of(look.query)
+        first, who = state.first.queries[-1], name_of(state.query)
         chosen = layer - 1, head - 1 if head else None
-        before, applied = (weights_of(look, stage, *chosen) for stage in (BEFORE, APPLIED))
+        before, applied = (weights_of(state, stage, *chosen) for stage in (BEFORE, APPLIED))
         which = f"head {head}" if head else "the average of its heads"
         return {
             self.who: f"**{who[0].upper()}{who[1:]}** looks. Click a patch in a picture to see where that one looks.",
-            self.back: gr.update(value=f"Back to {name_of(first)}", visible=look.query != first),
-            self.seen: draw_picture(look),
+            self.back: gr.update(value=f"Back to {name_of(first)}", visible=state.query != first),
+            self.seen: draw_picture(state),
             self.seen_caption: "In the maps red patches add, blue ones subtract; each map has its own scale.",
-            self.before: None if before is None else draw_map(look, before),
+            self.before: None if before is None else draw_map(state, before),
             self.before_caption: only_one_map(self.network.name, self.refining, layer - 1)
             if before is None
             else f"The map that layer {layer} gets, {which}. {in_words(before)}",
-            self.applied: draw_map(look, applied),
+            self.applied: draw_map(state, applied),
             self.applied_caption: f"The map that layer {layer} looks with, {which}. {in_words(applied)}",
         }
 
 
 def _number(value: Any, what: str, first: int, last: int) -> int:
-    """A whole number from the page's controls; whoever speaks to the server without the page may send anything."""
+    """A whole number from the page's controls. A request that doesn't come from the page may send anything."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not first <= value <= last or value != int(value):
         raise gr.Error(f"There is no {what} {value!r}: give a whole number from {first} to {last}.")
     return int(value)
 
 
-def _patch_clicked(look: Look, place: Any) -> tuple[int, int]:
+def _patch_clicked(state: VisitorState, place: Any) -> tuple[int, int]:
     """The patch at (x, y) of a drawing."""
     if not isinstance(place, list | tuple) or len(place) != 2:
         raise gr.Error(f"A place in a drawing is [x, y], not {place!r}.")
-    height, width = drawing_size(look)
-    return patch_at(look, _number(place[0], "column", 0, width - 1), _number(place[1], "row", 0, height - 1))
+    height, width = drawing_size(state)
+    return patch_at(state, _number(place[0], "column", 0, width - 1), _number(place[1], "row", 0, height - 1))
 
 
 def _panel(title: str) -> tuple[gr.Image, gr.Markdown]:
     """A place for a drawing, and for its caption."""
     with gr.Column(min_width=200):
         gr.Markdown(f"**{title}**")
-        # PNG, since the patches' edges shall stay sharp.
+        # PNG keeps the patches' edges sharp.
         image = gr.Image(show_label=False, format="png", interactive=False, buttons=[], elem_classes="drawing")
         return image, gr.Markdown()

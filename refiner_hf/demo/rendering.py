@@ -1,4 +1,4 @@
-"""What the page shows of a picture, without the page: answers, maps drawn over the picture, captions."""
+"""What the page shows: answers, maps drawn over the picture, captions. Nothing here depends on Gradio."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -21,10 +21,10 @@ _MARK = (0, 200, 0)
 
 
 @dataclass(frozen=True)
-class Look:
+class VisitorState:
     """
     All that is kept of a visitor's picture: the likeliest classes with their probabilities (`None` without a
-    classifier), what was seen at first, and what is shown now. It is the last of a views's queries that looks.
+    classifier), what was seen at first, and what is shown now. The query is the last one in `shown`.
     """
 
     classes: dict[str, float] | None
@@ -35,25 +35,25 @@ class Look:
     def query(self) -> Query:
         return self.shown.queries[-1]
 
-    def back(self) -> "Look":
-        """The look that came first."""
+    def back(self) -> "VisitorState":
+        """The state before any patch was clicked."""
         return replace(self, shown=self.first)
 
 
-def view_picture(network: Network, image: Image.Image) -> Look:
+def view_picture(network: Network, image: Image.Image) -> VisitorState:
     """
     Args:
-        network: what to look into. Several visitors may do so at a time.
+        network: the network to run. Several visitors may use it at the same time.
         image: an upright RGB image.
     """
     views, config = view_attention(network, image), network.model.config
     has_classes = views.logits is not None and config.problem_type != "regression"
-    return Look(likeliest(views.logits, config) if has_classes else None, views, views)
+    return VisitorState(likeliest(views.logits, config) if has_classes else None, views, views)
 
 
-def view_from_patch(network: Network, patch: tuple[int, int], image: Image.Image, look: Look) -> Look:
-    """Where a patch of the same image looks."""
-    return replace(look, shown=view_attention(network, image, [patch]))
+def view_from_patch(network: Network, patch: tuple[int, int], image: Image.Image, state: VisitorState) -> VisitorState:
+    """The maps for a patch of the same image as the query."""
+    return replace(state, shown=view_attention(network, image, [patch]))
 
 
 def likeliest(logits: torch.Tensor, config: PreTrainedConfig) -> dict[str, float]:
@@ -66,56 +66,56 @@ def likeliest(logits: torch.Tensor, config: PreTrainedConfig) -> dict[str, float
 
 
 def which_refine(model: PreTrainedModel) -> list[bool]:
-    """By layer, whether it refines its map."""
+    """For each layer, whether it refines its map."""
     layer_class, _ = classes_of_layers(model)
     layers = [module for module in model.modules() if isinstance(module, layer_class)]
     return [any(isinstance(part, RefinerMapRefinement) for part in layer.modules()) for layer in layers]
 
 
-def weights_of(look: Look, stage: str, layer: int, head: int | None = None) -> np.ndarray | None:
+def weights_of(state: VisitorState, stage: str, layer: int, head: int | None = None) -> np.ndarray | None:
     """
     A map's row, (rows, columns); `None` where the layer has no such stage.
 
     Args:
-        look ([`Look`]): what was seen.
+        state ([`VisitorState`]): of the visitor.
         stage (`str`): one of [`~refiner_hf.inspection.attention_views.STAGES`].
         layer (`int`): from 0.
         head (`int`, *optional*): from 0; by default the mean of all.
     """
-    maps = look.shown.layers[layer].stages.get(stage)
+    maps = state.shown.layers[layer].stages.get(stage)
     if maps is None:
         return None
     return maps[-1].mean(0) if head is None else maps[-1, head]
 
 
-def draw_picture(look: Look) -> np.ndarray:
-    """The picture as the network gets it, the patch that looks in a frame; small ones enlarged."""
-    return _marked(_enlarged(look.shown.picture), look)
+def draw_picture(state: VisitorState) -> np.ndarray:
+    """The picture as the network gets it, with a frame around the query's patch. Small pictures are enlarged."""
+    return _marked(_enlarged(state.shown.picture), state)
 
 
-def draw_map(look: Look, weights: np.ndarray) -> np.ndarray:
-    """The same in grey with a map over it, on a scale of its own: red patches add, blue ones subtract."""
-    ground = _enlarged(look.shown.grey)[..., None]
+def draw_map(state: VisitorState, weights: np.ndarray) -> np.ndarray:
+    """The picture in grey with a map over it. Each map has its own scale: red patches add, blue patches subtract."""
+    ground = _enlarged(state.shown.grey)[..., None]
     height, width, _ = ground.shape
     places = (np.arange(side) * count // side for side, count in zip((height, width), weights.shape))
     shades = coloured(weights)[np.ix_(*places)]
-    return _marked(ground + shades[..., 3:] * (shades[..., :3] - ground), look)
+    return _marked(ground + shades[..., 3:] * (shades[..., :3] - ground), state)
 
 
-def patch_at(look: Look, x: int, y: int) -> tuple[int, int]:
+def patch_at(state: VisitorState, x: int, y: int) -> tuple[int, int]:
     """Row and column of the patch at a pixel of a drawing."""
-    (rows, columns), (height, width) = look.shown.grid, drawing_size(look)
+    (rows, columns), (height, width) = state.shown.grid, drawing_size(state)
     return min(y * rows // height, rows - 1), min(x * columns // width, columns - 1)
 
 
-def drawing_size(look: Look) -> tuple[int, int]:
-    """Height and width of the drawings of a look, in pixels."""
-    picture = look.shown.picture
+def drawing_size(state: VisitorState) -> tuple[int, int]:
+    """Height and width of the drawings, in pixels."""
+    picture = state.shown.picture
     return picture.shape[0] * _factor(picture), picture.shape[1] * _factor(picture)
 
 
 def in_words(weights: np.ndarray) -> str:
-    """What can't be seen in a map that is drawn on its own scale."""
+    """A sentence on the strength of a map's weights, which a drawing on the map's own scale can't show."""
     if (weights < 0).any():
         return f"{(weights >= 0).sum()} of {weights.size} patches add, {(weights < 0).sum()} are subtracted."
     return f"Every patch adds; the weakest counts {100 * weights.min() / (weights.max() or 1):.0f} % of the strongest."
@@ -139,10 +139,10 @@ def _enlarged(picture: np.ndarray) -> np.ndarray:
     return picture.repeat(factor, 0).repeat(factor, 1)
 
 
-def _marked(drawing: np.ndarray, look: Look) -> np.ndarray:
+def _marked(drawing: np.ndarray, state: VisitorState) -> np.ndarray:
     image = Image.fromarray((255 * drawing).round().astype(np.uint8))
-    if look.query is not CLASS_TOKEN:
-        (row, column), (rows, columns) = look.query, look.shown.grid
+    if state.query is not CLASS_TOKEN:
+        (row, column), (rows, columns) = state.query, state.shown.grid
         left, right = (-(-image.width * place // columns) for place in (column, column + 1))
         top, bottom = (-(-image.height * place // rows) for place in (row, row + 1))
         frame = max(2, max(image.size) // 120)

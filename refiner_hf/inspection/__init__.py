@@ -1,1 +1,1 @@
-"""Looking inside a Refiner."""
+"""Attention maps and features of a network: measured, drawn, shown on a page."""

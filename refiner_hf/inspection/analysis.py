@@ -1,4 +1,4 @@
-"""What a network's maps and features are like, measured on images."""
+"""Measures a network's attention maps and features on images."""
 
 import math
 from collections.abc import Iterable
@@ -22,19 +22,19 @@ from .map_metrics import (
 from .networks import Network, classes_of_layers
 
 
-_KEPT = 2 * 2**30  # bytes of all layers' maps, which are compared; more images go through the network in turns
+_KEPT = 2 * 2**30  # bytes of the maps of all layers that are kept at a time; a larger batch is run in parts
 
 
 def analyze(network: Network, images: Iterable[Image.Image], count: int | None = None, batch_size: int = 16) -> dict:
     """
-    Measures a network on images: what its maps are like in each layer and how alike in different ones, how alike its
-    tokens and its features. (`docs/look_inside.md` says what each number means.)
+    Measures a network on images: properties of the maps in each layer, the similarity of maps between layers, and the
+    similarity of tokens and of features. (`docs/look_inside.md` says what each number means.)
 
-    Layers are looked at while the network runs. What is kept for a while are the maps of all layers, at most 2 GB or
-    one image's, and the tokens of all layers, of `batch_size` images.
+    Each layer is measured while the network runs. Meanwhile all layers' maps are kept in memory (at most 2 GB, or
+    one image's), and the tokens of all layers for `batch_size` images.
 
     Args:
-        network ([`~refiner_hf.inspection.networks.Network`]): what to look into.
+        network ([`~refiner_hf.inspection.networks.Network`]): the network.
         images: upright RGB images.
         count (`int`, *optional*): how many there are, for the progress bar.
         batch_size (`int`, *optional*, defaults to 16): images whose features are compared with each other, at least 4.
@@ -46,62 +46,62 @@ def analyze(network: Network, images: Iterable[Image.Image], count: int | None =
         standard error as "error" in place of "std").
 
     Raises:
-        `ValueError`: no images; a model that shows no maps; a batch too small.
+        `ValueError`: there are no images, the model gives no maps, or `batch_size` is too small.
     """
     if batch_size < SMALLEST:
-        raise ValueError(f"Features are compared among at least {SMALLEST} images, got batch_size={batch_size}.")
-    found, cka, measured = _Found(), MinibatchCKA(), 0
+        raise ValueError(f"CKA needs a batch_size of at least {SMALLEST} images, got {batch_size}.")
+    measurements, cka, measured = _Measurements(), MinibatchCKA(), 0
     images, progress = iter(images), tqdm(desc=network.name, total=count, unit="image")
     while batch := list(islice(images, batch_size)):
         pixel_values = network.processor(batch, return_tensors="pt").pixel_values.to(network.device)
-        found.start_batch(network.grid(pixel_values))
-        for some in pixel_values.split(_at_a_time(network, pixel_values)):
-            watch_layers(network.model, some, found.look)
-            found.compare_layers()
+        measurements.start_batch(network.grid(pixel_values))
+        for some in pixel_values.split(_images_at_a_time(network, pixel_values)):
+            watch_layers(network.model, some, measurements.measure_layer)
+            measurements.compare_layers()
             progress.update(len(some))
-        # Few images say little: a last batch that isn't whole counts for features only if it is the first as well.
+        # An incomplete last batch is used for CKA only if there is no other: an estimate of few images is noisy.
         if len(batch) == batch_size or (measured == 0 and len(batch) >= SMALLEST):
-            cka.add(torch.stack([gram_matrix(torch.cat(tokens)) for tokens in found.tokens]))
+            cka.add(torch.stack([gram_matrix(torch.cat(tokens)) for tokens in measurements.tokens]))
         measured += len(batch)
     progress.close()
     if not measured:
         raise ValueError("There are no images to measure on.")
     facts = {"name": network.name, "model_type": network.model.config.model_type, "images": measured}
-    facts |= {"attention_types": getattr(network.model.config, "attention_types", None), **found.sizes}
-    return facts | found.summary() | {"cka": _with_error(cka)}
+    facts |= {"attention_types": getattr(network.model.config, "attention_types", None), **measurements.sizes}
+    return facts | measurements.summary() | {"cka": _with_error(cka)}
 
 
-class _Found:
-    """What was seen, image by image."""
+class _Measurements:
+    """The measurements so far, image by image."""
 
     def __init__(self):
         self.sizes: dict[str, Any] = {}
         self.values: dict[tuple[str, str], dict[int, list[torch.Tensor]]] = {}
         self.pairs: dict[str, list[torch.Tensor]] = {"cosine": [], "correlation": []}
         self.maps: list[torch.Tensor] = []
-        self.last: dict[str, torch.Tensor] = {}  # what was measured of the last of them
+        self.last: dict[str, torch.Tensor] = {}  # the measurements of the last of these maps
         self.tokens: list[list[torch.Tensor]] = []  # by layer, embeddings first
 
     def start_batch(self, grid: tuple[int, int]) -> None:
         self.grid, self.tokens = grid, []
 
-    def look(self, view: LayerView) -> None:
+    def measure_layer(self, view: LayerView) -> None:
         if view.index == 0:
             _, heads, tokens, _ = view.applied.shape
             self.sizes = {"num_heads": heads, "num_tokens": tokens, "grid": list(self.grid)}
-            self._look_at_tokens(0, view.entering)
-        self._look_at_tokens(view.index + 1, view.leaving)
+            self._measure_tokens(0, view.entering)
+        self._measure_tokens(view.index + 1, view.leaving)
         measured = self._measure_map(view.applied)
-        self._note("applied", view.index, measured)
+        self._record("applied", view.index, measured)
         if view.before is not None:
-            # In the released layout it is the map that the layer before has applied.
+            # In the released layout the map before refinement is the one that the layer before has applied.
             known = bool(self.maps) and view.before is self.maps[-1]
-            self._note("before", view.index, self.last if known else self._measure_map(view.before))
+            self._record("before", view.index, self.last if known else self._measure_map(view.before))
         self.maps.append(view.applied)
         self.last = measured
 
     def compare_layers(self) -> None:
-        """The maps kept since the last time, which are then let go."""
+        """Compares the maps of all layers, then drops them."""
         for name, each in zip(self.pairs, layer_similarity(self.maps)):
             self.pairs[name].append(each.cpu())
         self.maps = []
@@ -116,13 +116,13 @@ class _Found:
             "distance": attention_distance(attention_map, self.grid),
         }
 
-    def _look_at_tokens(self, place: int, hidden_states: torch.Tensor) -> None:
-        self._note("tokens", place, {"similarity": token_similarity(hidden_states, self.grid)})
+    def _measure_tokens(self, place: int, hidden_states: torch.Tensor) -> None:
+        self._record("tokens", place, {"similarity": token_similarity(hidden_states, self.grid)})
         if place == len(self.tokens):
             self.tokens.append([])
         self.tokens[place].append(hidden_states)
 
-    def _note(self, stage: str, place: int, measured: dict[str, torch.Tensor]) -> None:
+    def _record(self, stage: str, place: int, measured: dict[str, torch.Tensor]) -> None:
         for metric, values in measured.items():
             self.values.setdefault((stage, metric), {}).setdefault(place, []).append(values.cpu())
 
@@ -153,13 +153,13 @@ def _with_error(cka: MinibatchCKA) -> dict[str, Any] | None:
 
 
 def _plain(values: torch.Tensor) -> Any:
-    """Numbers for JSON, which knows no NaN, with as many digits as mean something."""
+    """Numbers for JSON, with six digits; `None` for NaN, which JSON doesn't have."""
     if values.ndim:
         return [_plain(each) for each in values]
     return float(f"{values.item():.6g}") if values.isfinite() else None
 
 
-def _at_a_time(network: Network, pixel_values: torch.Tensor) -> int:
+def _images_at_a_time(network: Network, pixel_values: torch.Tensor) -> int:
     layer_class, _ = classes_of_layers(network.model)
     layers = sum(isinstance(module, layer_class) for module in network.model.modules())
     tokens = math.prod(network.grid(pixel_values)) + 1

@@ -30,9 +30,9 @@ _ADDS, _SUBTRACTS = (0.84, 0.1, 0.1), (0.1, 0.3, 0.9)
 @dataclass
 class LayerAttention:
     """
-    Where the queries look in one layer: by stage, (queries, heads, rows, columns), and up to here through all layers
-    (attention rollout), (queries, rows, columns), where a patch's own weight, which would outshine the others, is cut
-    down to the largest of them. `refinement` holds the learned weights, where the layer refines.
+    Where the queries look in one layer: `stages`, by name (queries, heads, rows, columns), and `rollout`, through all
+    layers up to this one (queries, rows, columns). In the rollout a patch's weight on itself, which is far larger than
+    the others, is lowered to the largest of the others. `refinement` is the module, where the layer refines.
     """
 
     stages: dict[str, np.ndarray]
@@ -43,8 +43,9 @@ class LayerAttention:
 @dataclass
 class AttentionViews:
     """
-    What was seen of a picture: as the network got it, (height, width, 3) in 0..1, the grid of patches, who looked,
-    what each layer showed, and the logits (labels,) where the network has a classifier.
+    The attention of a network in one picture: the `picture` as the network gets it, (height, width, 3) in 0..1, the
+    `grid` of patches, the `queries`, each layer's maps for them, and the logits (labels,) where the network has a
+    classifier.
     """
 
     picture: np.ndarray
@@ -63,7 +64,7 @@ class AttentionViews:
 
     @property
     def grey(self) -> np.ndarray:
-        """The picture without colours, (height, width), neither black nor white: ground for the maps' colours."""
+        """The picture without colours, (height, width), neither black nor white: the maps are drawn on it."""
         return 0.2 + 0.6 * self.picture.mean(-1)
 
     @property
@@ -77,16 +78,16 @@ def view_attention(network: Network, image: Image.Image, patches: Sequence[tuple
     Where the class token and some patches look, in every layer.
 
     Rollout (Abnar and Zuidema, 2020) takes half of each token from itself and half from where the heads look on
-    average. A refined map's weights count by their absolute values there, so that each row can be made to add up to 1.
+    average. There a refined map's weights count by their absolute values, so that each row can be scaled to sum to 1.
 
     Args:
-        network ([`~refiner_hf.inspection.networks.Network`]): what to look into.
+        network ([`~refiner_hf.inspection.networks.Network`]): the network.
         image: an upright RGB image.
         patches (`Sequence[tuple[int, int]]`, *optional*): rows and columns of patches, from 0. In a model without a
             class token by default the patch in the middle.
 
     Raises:
-        `ValueError`: a patch that doesn't exist; a model that shows no maps.
+        `ValueError`: a patch that doesn't exist, or a model that gives no maps.
     """
     pixel_values = network.processor(image, return_tensors="pt").pixel_values.to(network.device)
     grid = network.grid(pixel_values)
@@ -109,13 +110,13 @@ def view_attention(network: Network, image: Image.Image, patches: Sequence[tuple
         rollout = (weights @ rollout + rollout) / 2
 
         def rows(maps: torch.Tensor) -> np.ndarray:
-            """Those of the queries, (..., N, N) -> (..., queries, rows, columns)."""
+            """The queries' rows of maps, (..., N, N) -> (..., queries, rows, columns)."""
             return maps[..., places, -math.prod(grid) :].unflatten(-1, grid).float().cpu().numpy()
 
         middle = EXPANDED if view.refinement is None or view.refinement.local_attention is None else LOCAL
         stages = {BEFORE: view.before, middle: view.locally_attended(), APPLIED: view.applied}
         stages = {name: rows(maps[0]).swapaxes(0, 1) for name, maps in stages.items() if maps is not None}
-        views.layers.append(LayerAttention(stages, _dim_own(rows(rollout), views.queries), view.refinement))
+        views.layers.append(LayerAttention(stages, _without_own_peak(rows(rollout), views.queries), view.refinement))
 
     outputs = watch_layers(network.model, pixel_values, look)
     if (logits := getattr(outputs, "logits", None)) is not None:
@@ -138,12 +139,12 @@ def as_picture(processor: BaseImageProcessor, pixel_values: torch.Tensor) -> np.
 
 
 def coloured(weights: np.ndarray) -> np.ndarray:
-    """A map's row as it is laid over a picture, (rows, columns, red green blue alpha): red adds, blue subtracts."""
+    """The colours of a map's row over a picture, (rows, columns, red green blue alpha): red adds, blue subtracts."""
     colours = np.where(weights[..., None] >= 0, _ADDS, _SUBTRACTS)
     return np.dstack((colours, 0.9 * np.abs(weights) / (np.abs(weights).max() or 1)))
 
 
-def _dim_own(rollout: np.ndarray, queries: list[Query]) -> np.ndarray:
+def _without_own_peak(rollout: np.ndarray, queries: list[Query]) -> np.ndarray:
     for weights, query in zip(rollout, queries):
         if query is not CLASS_TOKEN:
             weights[query] = 0

@@ -1,4 +1,4 @@
-"""The figures of an analysis: curves over the layers, and what layers have in common."""
+"""The figures of an analysis: curves over the layers, and similarities between layers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 
 Analysis = dict[str, Any]
 
-# By panel: title and unit. The lower row has the counterparts with each row's mean taken off, where there are such.
+# For each panel its title and unit. In the lower row each map row's mean is subtracted first, where this makes sense.
 _PANELS = {
     "head_similarity": ("similarity between heads", "cosine"),
     "cosine": ("maps of a layer and the one before", "cosine"),
@@ -31,8 +31,8 @@ _PANELS = {
 @rc_context({"text.parse_math": False})  # a "$" in a name is a "$"
 def plot_curves(analyses: list[Analysis], path: Path) -> None:
     """
-    What each layer's maps and tokens are like, a line for each network; bands are a standard deviation over the
-    images, and of CKA its standard error. Where a layer refines its map, a hollow dot shows the map before.
+    Properties of each layer's maps and tokens, a line for each network. Bands are the standard deviation over images;
+    for CKA, the standard error. Where a layer refines its map, a hollow dot shows the map before refinement.
 
     Args:
         analyses: from [`~refiner_hf.inspection.analysis.analyze`].
@@ -71,7 +71,7 @@ def plot_curves(analyses: list[Analysis], path: Path) -> None:
 @rc_context({"text.parse_math": False})  # a "$" in a name is a "$"
 def plot_layers(analyses: list[Analysis], path: Path) -> None:
     """
-    How alike maps (cosine, and correlation) and features (CKA) of all pairs of layers are, a row for each network.
+    Similarity of maps (cosine and correlation) and of features (CKA) for all pairs of layers, a row for each network.
 
     Args:
         analyses: from [`~refiner_hf.inspection.analysis.analyze`].

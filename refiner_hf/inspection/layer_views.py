@@ -1,4 +1,4 @@
-"""The attention maps of a network, layer by layer while it runs, so that they needn't all be kept."""
+"""The attention maps of a network, layer by layer while it runs: they needn't all be in memory at once."""
 
 import math
 from collections.abc import Callable
@@ -16,15 +16,15 @@ from ..modeling_refiner import RefinerAttention, RefinerPreTrainedModel
 from .networks import classes_of_layers, patch_grid
 
 
-# Which call of `watch_layers` the forward pass that runs in this thread belongs to.
+# The call of `watch_layers` to which the forward pass in this thread belongs.
 _watching: ContextVar[object | None] = ContextVar("watching", default=None)
 
 
 @dataclass
 class LayerView:
     """
-    One layer at work: its number from 0, the tokens that enter and leave it, (B, N, D), and its map as it weights the
-    values, (B, H, N, N). In a layer that refines, also the map before, and the refinement.
+    One layer in a forward pass: its number from 0, the tokens that enter and leave it, (B, N, D), and the map that
+    weights its values, (B, H, N, N). In a layer that refines, also the map before refinement, and the module.
     """
 
     index: int
@@ -45,9 +45,10 @@ class LayerView:
 @torch.no_grad()
 def watch_layers(model: PreTrainedModel, pixel_values: torch.Tensor, look: Callable[[LayerView], None]) -> Any:
     """
-    Runs a network and shows each layer when it is done. Nothing is kept but by `look`.
+    Runs a network and calls `look` after each layer. Nothing is kept, unless `look` keeps it.
 
-    Several threads may watch one model at a time, and others use it meanwhile: each sees its own pass only.
+    Several threads may do so with one model at the same time, and others may use it: each call of this function gets
+    only the layers of its own forward pass.
 
     Args:
         model: a Refiner, or one of transformers' vision transformers with `attn_implementation="eager"`; in
@@ -59,12 +60,12 @@ def watch_layers(model: PreTrainedModel, pixel_values: torch.Tensor, look: Calla
         what the model gives.
 
     Raises:
-        `ValueError`: a model that shows no maps, or has fewer tokens than patches.
+        `ValueError`: the model gives no maps, or has fewer tokens than patches.
     """
     this_call = object()
 
     def own(hook: Callable) -> Callable:
-        """The hook, in passes of this call only."""
+        """The hook, but only in forward passes of this call."""
 
         @wraps(hook)
         def in_this_call(*args: Any) -> Any:
@@ -78,7 +79,7 @@ def watch_layers(model: PreTrainedModel, pixel_values: torch.Tensor, look: Calla
     count = 0
 
     def want_map(module: nn.Module, args: tuple) -> tuple:
-        return *args[:2], True  # a plain layer makes none unless it is asked to
+        return *args[:2], True  # a plain layer computes no map unless it is asked to
 
     def keep_refined(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         seen["before"], seen["refinement"] = args[0], module
@@ -115,7 +116,7 @@ def watch_layers(model: PreTrainedModel, pixel_values: torch.Tensor, look: Calla
             hooks.append(module.register_forward_hook(own(show)))
     before = _watching.set(this_call)
     try:
-        # Whatever its configuration says: else transformers would keep all maps.
+        # Even if the configuration asks for them: transformers would keep all maps in memory.
         return model(pixel_values, output_attentions=False, output_hidden_states=False)
     finally:
         _watching.reset(before)

@@ -1,8 +1,8 @@
 """
-What a map or a layer's tokens are like, in numbers: each a mean over heads and queries, one for each image.
+Properties of maps and tokens as numbers: one for each image, each a mean over heads and queries.
 
-A refined map is no distribution: its rows don't add up to 1 and may be negative. Where shares are asked for, each
-weight counts by its absolute value, since a negative one moves what a token gathers as well.
+A refined map is no probability distribution: its rows don't add up to 1, and weights may be negative. Where a metric
+needs a distribution, each weight counts by its absolute value, because a negative weight changes a token as well.
 
 Shapes: B images, H heads, N tokens of which the last P = rows * columns are patches, D width.
 """
@@ -14,12 +14,12 @@ import torch
 
 def head_similarity(attention_map: torch.Tensor, centred: bool = False) -> torch.Tensor:
     """
-    How alike the heads of a layer look: the cosine between two heads' rows for the same query, over all pairs.
+    Similarity of a layer's heads: the cosine between two heads' rows for the same query, mean over all pairs.
 
     Args:
         attention_map (`torch.Tensor` of shape (B, H, N, N)).
-        centred (`bool`, *optional*): take the mean off each row first, which makes the cosine a correlation. Rows that
-            are positive throughout, as softmax's are, have a cosine well above 0 even where they don't correlate.
+        centred (`bool`, *optional*): subtract each row's mean first, which makes the cosine a correlation. Two rows of
+            positive weights, as softmax gives them, have a cosine well above 0 even where they don't correlate.
 
     Returns:
         `torch.Tensor` of shape (B,), from -1 / (H - 1) to 1; NaN with one head.
@@ -34,13 +34,13 @@ def head_similarity(attention_map: torch.Tensor, centred: bool = False) -> torch
 
 def map_entropy(attention_map: torch.Tensor) -> torch.Tensor:
     """
-    How widely a query looks: the entropy of a row's shares, divided by that of an even row, log N.
+    How widely a query attends: the entropy of a row, divided by that of a uniform row, log N.
 
     Args:
         attention_map (`torch.Tensor` of shape (B, H, N, N)).
 
     Returns:
-        `torch.Tensor` of shape (B,), from 0 (one token) to 1 (all alike).
+        `torch.Tensor` of shape (B,), from 0 (all weight on one token) to 1 (uniform).
     """
     shares = _shares(attention_map.float())
     return torch.special.entr(shares).sum(-1).mean((1, 2)) / math.log(shares.shape[-1])
@@ -48,13 +48,13 @@ def map_entropy(attention_map: torch.Tensor) -> torch.Tensor:
 
 def effective_rank(attention_map: torch.Tensor, centred: bool = False) -> torch.Tensor:
     """
-    How many directions a head's map has: the exponential of the entropy of its singular values' shares (Roy and
+    The effective rank of a head's map: the exponential of the entropy of its normalised singular values (Roy and
     Vetterli, 2007).
 
     Args:
         attention_map (`torch.Tensor` of shape (B, H, N, N)).
-        centred (`bool`, *optional*): take the mean off each row first, and with it the one direction of an even look,
-            which outweighs the others in a softmax's map and which a batch norm takes off anyway.
+        centred (`bool`, *optional*): subtract each row's mean first. This removes the direction of uniform attention,
+            which dominates a softmax's map and which a batch norm removes anyway.
 
     Returns:
         `torch.Tensor` of shape (B,), from 1 to N.
@@ -68,8 +68,8 @@ def effective_rank(attention_map: torch.Tensor, centred: bool = False) -> torch.
 
 def attention_distance(attention_map: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """
-    How far patches look: the mean distance between the middles of a query's patch and of those that it looks at,
-    weighted by their shares; other tokens left out.
+    Attention distance: the mean distance between the centres of a query's patch and of the patches that it attends to,
+    weighted by the map. Tokens that are no patches don't count.
 
     Args:
         attention_map (`torch.Tensor` of shape (B, H, N, N)).
@@ -86,7 +86,7 @@ def attention_distance(attention_map: torch.Tensor, grid: tuple[int, int]) -> to
 
 def token_similarity(hidden_states: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """
-    How alike the patches' tokens have become (over-smoothing): the mean cosine between two of them.
+    Similarity of the patches' tokens (over-smoothing): the mean cosine between two of them.
 
     Args:
         hidden_states (`torch.Tensor` of shape (B, N, D)).
@@ -100,18 +100,18 @@ def token_similarity(hidden_states: torch.Tensor, grid: tuple[int, int]) -> torc
 
 def layer_similarity(attention_maps: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    How alike the maps of different layers are: the cosine between two layers' rows for the same head and query.
+    Similarity of the maps of different layers: the cosine between two layers' rows for the same head and query.
 
     Args:
         attention_maps (`list[torch.Tensor]`): of each layer, (B, H, N, N).
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: cosines and, with the mean taken off each row first, correlations, both
+        `tuple[torch.Tensor, torch.Tensor]`: cosines, and correlations (each row's mean subtracted first), both
         (B, layers, layers).
     """
     _, heads, tokens, _ = attention_maps[0].shape
     sums = [0.0, 0.0]
-    for head in range(heads):  # one at a time: they are copied together
+    for head in range(heads):  # one at a time, since stacking copies the maps
         rows = torch.stack([each[:, head] for each in attention_maps], dim=2)  # (B, N, layers, N)
         for centred in (False, True):
             directions = _directions(rows, centred)
@@ -129,7 +129,7 @@ def _directions(rows: torch.Tensor, centred: bool) -> torch.Tensor:
 
 
 def _centred(rows: torch.Tensor) -> torch.Tensor:
-    """Rows with their mean taken off; zeros where nothing but rounding remains."""
+    """Rows minus their mean; zeros where only rounding errors remain."""
     rest = rows - rows.mean(-1, keepdim=True)
     return torch.where(rest.norm(dim=-1, keepdim=True) > 1e-6 * rows.norm(dim=-1, keepdim=True), rest, 0.0)
 
@@ -139,4 +139,4 @@ def _shares(values: torch.Tensor) -> torch.Tensor:
     return values / values.sum(-1, keepdim=True).clamp_min(_EPS)
 
 
-_EPS = 1e-20  # for rows of zeros; weights of 1e-8 are nothing unusual
+_EPS = 1e-20  # for rows of zeros. It is so small because weights of 1e-8 are common.

@@ -1,4 +1,4 @@
-"""Vision transformers to look into: ours and those of transformers."""
+"""Vision transformers whose maps can be shown: Refiners and those of transformers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ from ..utils.loading import load_config, load_image_processor, load_network, try
 
 
 def short_names(names: list[str]) -> list[str]:
-    """What to call several networks: the last names of folders, and as much before them as tells them apart."""
+    """Short names for several networks: the last parts of each path, as many as it takes to tell them apart."""
     parts = [Path(name).resolve().parts[1:] if Path(name).exists() else (name,) for name in names]
     short = []
     for own in parts:
@@ -24,7 +24,7 @@ def short_names(names: list[str]) -> list[str]:
 
 @dataclass
 class Network:
-    """A vision transformer in evaluation, the processor of its images, and what to call it."""
+    """A vision transformer in evaluation mode, its image processor, and its name in reports."""
 
     name: str
     model: PreTrainedModel
@@ -43,25 +43,25 @@ def open_network(name: str, device: str = "cpu", revision: str | None = None) ->
     """
     Args:
         name (`str`): folder or Hub name of a Refiner, or of a transformer in transformers whose layers attend to all
-            patches alike: ViT, DeiT, DINOv2, BEiT and others.
+            patches: ViT, DeiT, DINOv2, BEiT and others.
         device (`str`, *optional*, defaults to `"cpu"`): where it shall run.
         revision (`str`, *optional*): branch, tag or commit of a model on the Hub.
 
     Raises:
-        `ValueError`, `OSError`: there is no such model, it is damaged, or it has no maps of this kind.
+        `ValueError`, `OSError`: there is no such model, it is damaged, or it gives no such maps.
     """
     hub = {"revision": revision}
     config = load_config(name, **hub)
-    # With its classifier, where it has one: what is left out or made anew, transformers reports at length.
+    # With its classifier, where it has one: otherwise transformers warns about weights that aren't used.
     classifies = any("ForImageClassification" in kind for kind in config.architectures or [])
     kind = AutoModelForImageClassification if classifies else AutoModel
-    # In float32 however it was saved, since rounding looks like directions in a smooth map.
+    # Always in float32: in half precision, rounding errors would raise the effective rank of a smooth map.
     options = {"config": config, "attn_implementation": "eager", "dtype": torch.float32}
     model = load_network(
         name,
         kind,
         hub=hub,
-        may_lack=lambda tensor: "pooler." in tensor,  # it comes after the maps, and some are saved without
+        may_lack=lambda tensor: "pooler." in tensor,  # not needed for maps, and some models are saved without it
         may_have=lambda tensor: tensor.endswith("mask_token"),  # of masked image modelling
         **options,
     )

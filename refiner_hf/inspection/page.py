@@ -1,4 +1,4 @@
-"""What was seen of a picture as one self-contained HTML page, with sliders for layer and head."""
+"""The attention views of a picture as one self-contained HTML page, with sliders for layer and head."""
 
 import json
 import math
@@ -18,7 +18,7 @@ TEMPLATE = Path(__file__).with_name("page.html")
 def write_page(views: AttentionViews, title: str, layer: int, path: Path) -> None:
     """
     Args:
-        views ([`~refiner_hf.inspection.attention_views.AttentionViews`]): what was seen.
+        views ([`~refiner_hf.inspection.attention_views.AttentionViews`]): what to show.
         title (`str`): the page's heading.
         layer (`int`): the layer to show first, from 0.
         path: the file to write.
@@ -40,13 +40,13 @@ def write_page(views: AttentionViews, title: str, layer: int, path: Path) -> Non
         "layer": layer + 1,
         "layers": layers,
     }
-    # A title such as "</script>" must not end the data.
+    # A title that holds "</script>" must not end the script.
     text = json.dumps(content).replace("<", "\\u003c")
     path.write_text(TEMPLATE.read_text(encoding="utf-8").replace("/*DATA*/", text), encoding="utf-8")
 
 
 def query_bytes(views: AttentionViews) -> int:
-    """How much one query adds to the page."""
+    """Bytes that one query adds to the page."""
     maps = sum(1 + sum(1 + stage.shape[1] for stage in seen.stages.values()) for seen in views.layers)
     return maps * math.prod(views.grid) * 4 // 3  # base64
 
@@ -58,7 +58,7 @@ def _packed(maps: np.ndarray) -> str:
 
 
 def _as_url(grey: np.ndarray) -> str:
-    """(height, width) in 0..1 as an address that holds the picture."""
+    """A picture (height, width) in 0..1 as a data URL."""
     image = Image.fromarray((255 * grey).astype(np.uint8))
     file = BytesIO()
     # Small pictures are enlarged: the canvas is as large as the picture.

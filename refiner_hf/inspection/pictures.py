@@ -1,4 +1,4 @@
-"""Pictures of maps over an image, and of what a refinement has learned."""
+"""Pictures of maps over an image, and of a refinement's learned weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +21,10 @@ _LEGEND = "each map on its own scale; red adds, blue subtracts"
 def plot_heads(views: AttentionViews, layer: int, query: int, path: Path, heads: Sequence[int] | None = None) -> None:
     """
     Where one token looks in one layer: a column for each head and one for their mean, a row for each stage of the
-    refinement. Expanded heads are no particular head's; they stand in as many rows as it takes.
+    refinement. Expanded heads don't belong to particular heads; they fill as many rows as needed.
 
     Args:
-        views ([`~refiner_hf.inspection.attention_views.AttentionViews`]): what was seen.
+        views ([`~refiner_hf.inspection.attention_views.AttentionViews`]): what to draw.
         layer (`int`): from 0.
         query (`int`): position in `views.queries`.
         path: the PNG to write.
@@ -73,11 +73,11 @@ def plot_heads(views: AttentionViews, layer: int, query: int, path: Path, heads:
 @rc_context({"text.parse_math": False})  # a "$" in a name is a "$"
 def plot_overview(views: AttentionViews, query: int, path: Path) -> None:
     """
-    Where one token looks in all layers, heads averaged: before refinement (where a layer refines), as applied, and
-    up to there through all layers (rollout).
+    Where one token looks in all layers, averaged over heads: before refinement (in layers that refine), as applied,
+    and through all layers up to this one (rollout).
 
     Args:
-        views ([`~refiner_hf.inspection.attention_views.AttentionViews`]): what was seen.
+        views ([`~refiner_hf.inspection.attention_views.AttentionViews`]): what to draw.
         query (`int`): position in `views.queries`.
         path: the PNG to write.
     """
@@ -157,7 +157,7 @@ def _show_picture(axis: Axes, views: AttentionViews) -> None:
 
 
 def _mark(axis: Axes, views: AttentionViews, query: int) -> None:
-    """A frame around the patch that looks."""
+    """A frame around the query's patch."""
     if (patch := views.queries[query]) is CLASS_TOKEN:
         return
     height, width = (side / count for side, count in zip(views.picture.shape, views.grid))

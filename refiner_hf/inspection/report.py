@@ -29,7 +29,7 @@ def write_analyses(analyses: list[Analysis], facts: dict[str, Any], folder: Path
 
     Args:
         analyses: from [`~refiner_hf.inspection.analysis.analyze`].
-        facts: what to say of the measurement.
+        facts: about the measurement, see [`facts_of`].
         folder: where to; made if it isn't there.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def write_analyses(analyses: list[Analysis], facts: dict[str, Any], folder: Path
 
 
 def facts_of(data: str, seed: int, batch_size: int, device: str) -> dict[str, Any]:
-    """What to say of a measurement: the images, and what computed."""
+    """About a measurement: the images, the device and the versions."""
     return {
         "data": data,
         "seed": seed,

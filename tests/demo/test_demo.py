@@ -33,7 +33,7 @@ from gradio_client import Client, handle_file  # noqa: E402
 
 from refiner_hf.demo.app import _Page, _patch_clicked, build_demo, launch, served  # noqa: E402
 from refiner_hf.demo.rendering import (  # noqa: E402
-    Look,
+    VisitorState,
     draw_map,
     draw_picture,
     in_words,
@@ -100,9 +100,9 @@ def map_of(network: Network, photo: str, stage: str, layer: int, head: int | Non
     return maps.mean(0) if head is None else maps[head]
 
 
-def seen_at(query, picture=(30, 40), grid=(3, 4)) -> Look:
+def seen_at(query, picture=(30, 40), grid=(3, 4)) -> VisitorState:
     views = AttentionViews(np.full((*picture, 3), 0.5, np.float32), grid, [query])
-    return Look(None, views, views)
+    return VisitorState(None, views, views)
 
 
 class TestDrawing:
@@ -183,7 +183,7 @@ class TestPage:
         with torch.no_grad():
             pixels = tiny.processor(Image.open(photo), return_tensors="pt").pixel_values
             expected = tiny.model(pixels).logits.softmax(-1)[0]
-        found = page.look(file(photo), 4, 0)[page.classes]
+        found = page.view(file(photo), 4, 0)[page.classes]
         assert list(found) == [f"LABEL_{index}" for index in expected.argsort(descending=True)[:5].tolist()]
         assert list(found.values()) == pytest.approx(sorted(expected.tolist(), reverse=True)[:5], rel=1e-5)
         assert page.classes.visible
@@ -192,7 +192,7 @@ class TestPage:
     def test_maps_are_those_of_look_at(self, network, photo, layer, head):
         tiny = network()
         page = opened(tiny)
-        found = page.look(file(photo), layer, head)
+        found = page.view(file(photo), layer, head)
         chosen = layer - 1, head - 1 if head else None
         before, applied = (map_of(tiny, photo, stage, *chosen) for stage in (BEFORE, APPLIED))
         np.testing.assert_array_equal(found[page.applied], draw_map(found[page.shown], applied))
@@ -211,7 +211,7 @@ class TestPage:
         tiny, runs = network(), []
         page = opened(tiny)
         tiny.model.register_forward_pre_hook(lambda *args: runs.append(1))
-        look = page.look(file(photo), 4, 0)[page.shown]
+        look = page.view(file(photo), 4, 0)[page.shown]
         assert len(runs) == 1
         drawings = [page.draw(look, layer, head)[page.applied] for layer in range(1, 5) for head in range(5)]
         assert len({drawing.tobytes() for drawing in drawings}) == 20 and len(runs) == 1
@@ -219,7 +219,7 @@ class TestPage:
     def test_a_patch_looks_when_it_is_clicked(self, network, photo):
         tiny, runs = network(), []
         page = opened(tiny)
-        look = page.look(file(photo), 4, 0)[page.shown]
+        look = page.view(file(photo), 4, 0)[page.shown]
         expected = map_of(tiny, photo, APPLIED, 3, 1, [(2, 5)])
         tiny.model.register_forward_pre_hook(lambda *args: runs.append(1))
         height, width, _ = draw_picture(look).shape
@@ -234,11 +234,11 @@ class TestPage:
 
     def test_a_layer_that_does_not_refine_shows_one_map(self, network, vit, photo):
         page = opened(network())
-        found = page.look(file(photo), 1, 0)
+        found = page.view(file(photo), 1, 0)
         assert found[page.before] is None and found[page.applied].any()
         assert "Layer 1 doesn't refine" in found[page.before_caption]
         page = opened(vit)
-        found = page.look(file(photo), 2, 3)
+        found = page.view(file(photo), 2, 3)
         assert found[page.before] is None and "No layer of vit refines" in found[page.before_caption]
         np.testing.assert_array_equal(
             found[page.applied], draw_map(found[page.shown], map_of(vit, photo, APPLIED, 1, 2))
@@ -248,12 +248,12 @@ class TestPage:
         torch.manual_seed(0)
         model = RefinerModel(RefinerConfig(**TINY)).eval()
         page = opened(Network("bare", model, RefinerImageProcessor(size=dict(height=16, width=16))))
-        found = page.look(file(photo), 4, 0)
+        found = page.view(file(photo), 4, 0)
         assert found[page.classes] is None and not page.classes.visible and found[page.applied].any()
 
     def test_vits_without_classifier_show_maps(self, vit, photo):
         page = opened(Network("bare", ViTModel(vit.model.config).eval(), vit.processor))
-        assert page.look(file(photo), 1, 0)[page.classes] is None
+        assert page.view(file(photo), 1, 0)[page.classes] is None
 
     @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
     def test_pictures_of_any_mode(self, network, tmp_path, mode):
@@ -262,8 +262,8 @@ class TestPage:
         picture = Image.fromarray(257 * pixels.astype(np.uint16)) if mode == "I;16" else Image.fromarray(pixels)
         picture.convert(mode).save(path) if mode != "I;16" else picture.save(path)
         page = opened(network())
-        seen = page.look(file(path), 4, 0)[page.seen]
-        grey = page.look(file(self.saved_grey(pixels, tmp_path)), 4, 0)[page.seen]
+        seen = page.view(file(path), 4, 0)[page.seen]
+        grey = page.view(file(self.saved_grey(pixels, tmp_path)), 4, 0)[page.seen]
         if mode not in ("1", "CMYK"):
             np.testing.assert_allclose(seen.astype(int), grey.astype(int), atol=2)
         assert seen.std() > 10
@@ -279,16 +279,16 @@ class TestPage:
         exif = Image.Exif()
         exif[0x0112] = 6
         upright.rotate(90, expand=True).save(tmp_path / "side.png", exif=exif)
-        seen = [page.look(file(tmp_path / name), 4, 0)[page.seen] for name in ("upright.png", "side.png")]
+        seen = [page.view(file(tmp_path / name), 4, 0)[page.seen] for name in ("upright.png", "side.png")]
         np.testing.assert_array_equal(*seen)
 
     @pytest.mark.parametrize("content", [b"no", b"", b"<svg xmlns='http://www.w3.org/2000/svg'/>"])
     def test_a_file_that_is_no_picture(self, network, photo, tmp_path, content):
         page = opened(network())
-        look = page.look(file(photo), 4, 0)[page.shown]
+        look = page.view(file(photo), 4, 0)[page.shown]
         (tmp_path / "letter.png").write_bytes(content)
         with pytest.warns(UserWarning, match="The image letter.png can't be read"):
-            found = page.look(file(tmp_path / "letter.png"), 4, 0)
+            found = page.view(file(tmp_path / "letter.png"), 4, 0)
         assert found[page.shown] is None and found[page.classes] is None and found[page.seen] is None
         with pytest.warns(UserWarning, match="letter.png"):  # the file was lost meanwhile: what is shown stays
             found = page.click(file(tmp_path / "letter.png"), look, 4, 0, SimpleNamespace(index=[0, 0]))
@@ -297,7 +297,7 @@ class TestPage:
     def test_nothing_there(self, network):
         """The picture taken away again, or a look that the server has let go."""
         page = opened(network())
-        for found in (page.look(None, 4, 0), page.go_back(None, 4, 0), page.click(None, None, 4, 0, None)):
+        for found in (page.view(None, 4, 0), page.go_back(None, 4, 0), page.click(None, None, 4, 0, None)):
             assert found[page.shown] is None and found[page.applied] is None and found[page.seen_caption] == ""
 
 
@@ -335,7 +335,7 @@ class TestServer:
         tiny, other = network(), photo_of(tmp_path / "other.png", 1)
         one, two, three = (self.visitor(address, tmp_path / name) for name in ("one", "two", "three"))
         for client, path in ((one, photo), (two, other)):
-            classes, *drawn = client.predict(handle_file(path), 4, 0, api_name="/look")
+            classes, *drawn = client.predict(handle_file(path), 4, 0, api_name="/view")
             assert len(classes["confidences"]) == 5 and sum(one["confidence"] for one in classes["confidences"]) > 0.99
         for client, path in ((one, photo), (two, other)):
             drawn = client.predict(2, 3, api_name="/draw")
@@ -384,7 +384,7 @@ class TestServer:
     def test_a_file_that_is_no_picture(self, address, tmp_path, capfd):
         (tmp_path / "letter.txt").write_text("no")
         classes, who, *_ = self.visitor(address, tmp_path).predict(
-            handle_file(tmp_path / "letter.txt"), 4, 0, api_name="/look"
+            handle_file(tmp_path / "letter.txt"), 4, 0, api_name="/view"
         )
         assert not classes and who.startswith("Give it a picture")
         assert "Traceback" not in "".join(capfd.readouterr())
@@ -395,9 +395,9 @@ class TestServer:
         secret = str(Path(matplotlib.get_data_path()) / "images" / "matplotlib.png")
         assert Path(secret).is_file()
         asked = httpx.post(
-            f"{address}gradio_api/call/look", json={"data": [{"path": secret, **meta}, 4, 0]}, timeout=30
+            f"{address}gradio_api/call/view", json={"data": [{"path": secret, **meta}, 4, 0]}, timeout=30
         )
-        answer = httpx.get(f"{address}gradio_api/call/look/{asked.json()['event_id']}", timeout=30).text
+        answer = httpx.get(f"{address}gradio_api/call/view/{asked.json()['event_id']}", timeout=30).text
         assert "event: " in answer and "confidences" not in answer
 
 
@@ -477,11 +477,11 @@ def test_uploads_are_gone_when_it_ends(number, code, network, tmp_path, photo):
         assert "in a browser" in server.stdout.readline()
         address = f"http://127.0.0.1:{port}"
         client = Client(address, download_files=str(tmp_path / "down"), verbose=False, analytics_enabled=False)
-        client.predict(handle_file(photo), 4, 0, api_name="/look")
+        client.predict(handle_file(photo), 4, 0, api_name="/view")
         client.predict(2, 1, api_name="/draw")
         files = [path for path in place.rglob("*") if path.is_file()]
         assert files
-        httpx.post(f"{address}/gradio_api/call/look", json={"data": [{"path": str(files[0].parent)}, 4, 0]})
+        httpx.post(f"{address}/gradio_api/call/view", json={"data": [{"path": str(files[0].parent)}, 4, 0]})
         httpx.post(f"{address}/gradio_api/upload", files={"files": ("..", b"x")})
         time.sleep(0.5)
         server.send_signal(number)

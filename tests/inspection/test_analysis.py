@@ -249,7 +249,7 @@ class TestBatches:
 
     @pytest.mark.parametrize("batch_size", [0, 1, 3])
     def test_batches_too_small(self, refiner, batch_size):
-        with pytest.raises(ValueError, match=f"at least 4 images, got batch_size={batch_size}"):
+        with pytest.raises(ValueError, match=f"at least 4 images, got {batch_size}"):
             analyze(refiner(), photos(4), batch_size=batch_size)
 
     def test_no_images(self, refiner):

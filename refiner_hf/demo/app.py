@@ -192,7 +192,7 @@ class _Page:
     def view(self, file: File, layer: int, head: int) -> Updates:
         """The visitor gave a new picture, or took the picture away."""
         image = self.open(file)
-        state = image and view_picture(self.network, image)
+        state = view_picture(self.network, image) if image else None
         return {self.shown: state, self.classes: state and state.classes} | self.draw(state, layer, head)
 
     def click(self, file: File, state: VisitorState | None, layer: int, head: int, event: gr.SelectData) -> Updates:
@@ -231,6 +231,7 @@ class _Page:
         first, who = state.first.queries[-1], name_of(state.query)
         chosen = layer - 1, head - 1 if head else None
         before, applied = (weights_of(state, stage, *chosen) for stage in (BEFORE, APPLIED))
+        assert applied is not None  # every layer has a map as applied
         which = f"head {head}" if head else "the average of its heads"
         return {
             self.who: f"**{who[0].upper()}{who[1:]}** looks. Click a patch in a picture to see where that one looks.",

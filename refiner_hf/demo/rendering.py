@@ -47,8 +47,10 @@ def view_picture(network: Network, image: Image.Image) -> VisitorState:
         image: an upright RGB image.
     """
     views, config = view_attention(network, image), network.model.config
-    has_classes = views.logits is not None and config.problem_type != "regression"
-    return VisitorState(likeliest(views.logits, config) if has_classes else None, views, views)
+    classes = None
+    if views.logits is not None and config.problem_type != "regression":
+        classes = likeliest(views.logits, config)
+    return VisitorState(classes, views, views)
 
 
 def view_from_patch(network: Network, patch: tuple[int, int], image: Image.Image, state: VisitorState) -> VisitorState:
@@ -59,8 +61,9 @@ def view_from_patch(network: Network, patch: tuple[int, int], image: Image.Image
 def likeliest(logits: torch.Tensor, config: PreTrainedConfig) -> dict[str, float]:
     """The five likeliest classes and their probabilities; classes of one name are told apart by their numbers."""
     best, classes = probabilities(logits.float()[None], config)[0].cpu().topk(min(TOP, len(logits)))
-    namesakes = Counter(config.id2label.values())
-    labels = [(config.id2label[index], index) for index in classes.tolist()]
+    all_names = dict(config.id2label or {})
+    namesakes = Counter(all_names.values())
+    labels = [(all_names[index], index) for index in classes.tolist()]
     names = [label if namesakes[label] == 1 else f"{label} ({index})" for label, index in labels]
     return dict(zip(names, best.tolist()))
 

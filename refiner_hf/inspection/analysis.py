@@ -74,7 +74,7 @@ def analyze(network: Network, images: Iterable[Image.Image], count: int | None =
 class _Measurements:
     """The measurements so far, image by image."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.sizes: dict[str, Any] = {}
         self.values: dict[tuple[str, str], dict[int, list[torch.Tensor]]] = {}
         self.pairs: dict[str, list[torch.Tensor]] = {"cosine": [], "correlation": []}

@@ -57,7 +57,7 @@ def unbiased_hsic(grams: torch.Tensor) -> torch.Tensor:
 class MinibatchCKA:
     """Adds up minibatches; `result` at any time."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.hsics: list[torch.Tensor] = []
 
     def add(self, grams: torch.Tensor) -> None:

@@ -110,14 +110,13 @@ def layer_similarity(attention_maps: list[torch.Tensor]) -> tuple[torch.Tensor, 
         (B, layers, layers).
     """
     _, heads, tokens, _ = attention_maps[0].shape
-    sums = [0.0, 0.0]
+    cosines = correlations = attention_maps[0].new_zeros(())
     for head in range(heads):  # one at a time, since stacking copies the maps
         rows = torch.stack([each[:, head] for each in attention_maps], dim=2)  # (B, N, layers, N)
-        for centred in (False, True):
-            directions = _directions(rows, centred)
-            sums[centred] = sums[centred] + (directions @ directions.mT).sum(1)
-    cosines, correlations = (total / (heads * tokens) for total in sums)
-    return cosines, correlations
+        directions, centred = _directions(rows, False), _directions(rows, True)
+        cosines = cosines + (directions @ directions.mT).sum(1)
+        correlations = correlations + (centred @ centred.mT).sum(1)
+    return cosines / (heads * tokens), correlations / (heads * tokens)
 
 
 def _directions(rows: torch.Tensor, centred: bool) -> torch.Tensor:

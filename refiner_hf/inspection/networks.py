@@ -87,12 +87,12 @@ def classes_of_layers(model: PreTrainedModel) -> tuple[type[nn.Module], type[nn.
         `ValueError`: the model has none, or other kinds of them.
     """
     recorded = getattr(model, "_can_record_outputs", None) or {}
-    found = recorded.get("hidden_states"), recorded.get("attentions")
-    fits = all(isinstance(kind, type) for kind in found) and model.main_input_name == "pixel_values"
+    layer, attention = recorded.get("hidden_states"), recorded.get("attentions")
     patches_last = hasattr(model.config, "patch_size") and not hasattr(model.config, "num_detection_tokens")
-    if not fits or not patches_last:
-        raise ValueError(
-            f"A {type(model).__name__} isn't a transformer over patches whose layers show their maps. Take a Refiner, "
-            "ViT, DeiT, DINOv2 or the like."
-        )
-    return found
+    on_pixels = model.main_input_name == "pixel_values"
+    if isinstance(layer, type) and isinstance(attention, type) and on_pixels and patches_last:
+        return layer, attention
+    raise ValueError(
+        f"A {type(model).__name__} isn't a transformer over patches whose layers give their maps. Take a Refiner, a "
+        "ViT, DeiT, DINOv2 or the like."
+    )

@@ -1,19 +1,14 @@
-"""How command lines and recipe files become arguments."""
+"""How command lines become arguments."""
 
 import argparse
-import json
-import sys
-from pathlib import Path
+from dataclasses import fields
 
 import torch
-import yaml
 from transformers import HfArgumentParser
 
 from ..data.arguments import AugmentationArguments, DataArguments
 from ..training.arguments import ModelArguments, RefinerTrainingArguments
-
-
-RECIPES = Path(__file__).parent.parent / "recipes"
+from .recipes import Recipe, load_recipe, recipe_names
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -34,28 +29,51 @@ Arguments = tuple[ModelArguments, DataArguments, AugmentationArguments, RefinerT
 def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> Arguments:
     """
     A command line to arguments. The first word may name a YAML or JSON file, or one of this package's recipes;
-    options after it win over the file. Without file, data and model, the recipe `digits` is used.
+    options after it win over the file. Without file, data and model, the recipe `digits` is used. With
+    `--show_recipe NAME` the recipe is printed, and the process ends as after `--help`.
 
     Args:
         argv (`list[str]`, *optional*): the words after the program's name; by default the process's own.
         description (`str`, *optional*): head of `--help`.
+
+    Raises:
+        `ValueError`: what is wrong with the recipe. (What is wrong with an option ends the process.)
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and not argv[0].startswith("-"):
-        argv = _recipe_words(_find_recipe(argv[0])) + argv[1:]
-    elif not _NAMING_OPTIONS & _options(argv):
-        argv = _recipe_words(_find_recipe("digits")) + argv
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, AugmentationArguments, RefinerTrainingArguments),
-        description=description,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+    showing = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    showing.add_argument(
+        "--show_recipe",
+        "--show-recipe",
+        metavar="NAME",
+        default=argparse.SUPPRESS,
+        help="Print this recipe as one YAML file, with what its base says and with the other options given here in "
+        f"place of its own. Nothing is trained. Recipes: {', '.join(recipe_names())}, or a file.",
     )
+    shown, argv = showing.parse_known_args(argv)
+    if "show_recipe" in shown:
+        argv.insert(0, shown.show_recipe)
+    recipe = Recipe({})
+    if argv and not argv[0].startswith("-"):
+        recipe = load_recipe(argv.pop(0))
+    elif not _NAMING_OPTIONS & _options(argv):
+        recipe = load_recipe("digits")
+    kinds = (ModelArguments, DataArguments, AugmentationArguments, RefinerTrainingArguments)
+    if unknown := sorted(recipe.options.keys() - {field.name for kind in kinds for field in fields(kind)}):
+        raise ValueError(f"{recipe.origin} has {', '.join(unknown)}, which --help doesn't list as an option.")
+    parser = HfArgumentParser(
+        kinds, description=description, formatter_class=HelpFormatter, allow_abbrev=False, parents=[showing]
+    )
+    words = recipe.to_words() + argv
+    if "show_recipe" in shown:
+        every_option = vars(parser.parse_args(words))  # finds errors, too
+        parser.set_defaults(**dict.fromkeys(every_option))
+        given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+        print(recipe.to_yaml(given), end="")
+        parser.exit()
     try:
-        model_args, data_args, augmentation_args, training_args = parser.parse_args_into_dataclasses(argv)
+        model_args, data_args, augmentation_args, training_args = parser.parse_args_into_dataclasses(words)
     except ValueError as error:
         parser.error(str(error))
-    if not {"--do_train", "--do_eval"} & _options(argv):
+    if not {"--do_train", "--do_eval"} & _options(words):
         training_args.do_train = training_args.do_eval = True
     return model_args, data_args, augmentation_args, training_args
 
@@ -68,37 +86,3 @@ _NAMING_OPTIONS = {
 def _options(argv: list[str]) -> set[str]:
     """The options in a command line; HfArgumentParser takes them with hyphens too."""
     return {"--" + word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
-
-
-def recipe_names() -> list[str]:
-    """The recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def _find_recipe(name: str) -> Path:
-    for path in (Path(name), RECIPES / f"{name}.yaml"):
-        if path.is_file():
-            return path
-    raise SystemExit(f"There is no file {name}, and no recipe of that name; there are {', '.join(recipe_names())}.")
-
-
-def _recipe_words(path: Path) -> list[str]:
-    """A recipe file's entries as the words of a command line."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML too
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SystemExit(f"{path} isn't a YAML or JSON file of options: {error}") from error
-    if not isinstance(content, dict):
-        raise SystemExit(f"{path} must hold option names and values, as in '--help', one a line.")
-    words = []
-    for name, value in content.items():
-        if value is None:
-            continue
-        words.append(f"--{name}")
-        if isinstance(value, dict):
-            words.append(json.dumps(value))
-        elif isinstance(value, list):
-            words.extend(map(str, value))
-        else:
-            words.append(str(value))
-    return words

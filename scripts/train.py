@@ -1,4 +1,4 @@
-"""Train, fine-tune or evaluate a Refiner: `refiner-train` from a checkout. See --help."""
+"""Train, fine-tune or evaluate a Refiner: `refiner train` from a checkout. See --help."""
 
 from refiner_hf.commands.train import main
 

@@ -43,7 +43,7 @@ def card(network: PublishedNetwork) -> ModelCard:
             "RandAugment, random erasing, mixup, cutmix, label smoothing 0.1, averaged weights; optionally token "
             f"labels. Drop path {network.drop_path} (plain / token-labelled). It has not been run here. " + weights,
             limits="An untrained network classifies nothing. The published numbers hold for the authors' weights and "
-            "data; whoever trains anew should measure anew and write a card of their own, as `refiner-train` does.",
+            "data; whoever trains anew should measure anew and write a card of their own, as `refiner train` does.",
         )
     )
 

@@ -26,9 +26,10 @@ ROOT = Path(__file__).parents[1]
 # The tables in docs/benchmarks are written by programs, with the command lines that made them.
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = Path(sys.executable).parent
-TRAIN = """#!/bin/bash
-# Training as a page says it, shortened by the options in the page's <!-- tested-with: ... -->.
-exec "{command}" "$@" --use_cpu --report_to none $TESTED_WITH
+REFINER = f"""#!/bin/bash
+# The command as a page says it; trainings are shortened by the options in the page's <!-- tested-with: ... -->.
+[ "$1" = train ] && set -- "$@" --use_cpu --report_to none $TESTED_WITH
+exec "{sys.executable}" -m refiner_hf "$@"
 """
 
 
@@ -68,7 +69,9 @@ def demo(tmp_path_factory):
     """What `make demo` leaves, trained for a moment."""
     folder = tmp_path_factory.mktemp("demo") / "demo"
     words = ["digits", "--output_dir", str(folder), "--num_train_epochs", "1", "--example_pictures", "4"]
-    subprocess.run([COMMANDS / "refiner-train", *words, "--use_cpu", "--report_to", "none"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "refiner_hf", "train", *words, "--use_cpu", "--report_to", "none"], check=True
+    )
     return folder
 
 
@@ -91,8 +94,8 @@ def workplace(demo, hub, tmp_path, monkeypatch):
 
     wrappers = tmp_path / "bin"
     wrappers.mkdir()
-    (wrappers / "refiner-train").write_text(TRAIN.format(command=COMMANDS / "refiner-train"))
-    (wrappers / "refiner-train").chmod(0o755)
+    (wrappers / "refiner").write_text(REFINER)
+    (wrappers / "refiner").chmod(0o755)
     monkeypatch.setenv("PATH", f"{wrappers}:{COMMANDS}:{os.environ['PATH']}")
     hub.add_user("alice")
     monkeypatch.setenv("HF_TOKEN", hub.add_token("alice"))

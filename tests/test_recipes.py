@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from refiner_hf import RefinerConfig
-from refiner_hf.commands.parsing import parse_arguments
 from refiner_hf.commands.recipes import RECIPES, load_recipe, recipe_names
 from refiner_hf.commands.train import main
+from refiner_hf.commands.training_options import parse_arguments
 from refiner_hf.training.optimization import scaled_learning_rate
 
 from .images import write_folder
@@ -31,7 +31,7 @@ def test_each_published_row_has_one():
 def test_the_command_at_the_head_starts_it(name):
     """Its options are ours, it names this recipe, and a network is given where one is needed."""
     text = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").replace("\\\n#", "")
-    command = re.search(r"^#   .*?(?:refiner-train|scripts/train\.py)(.*)", text, re.MULTILINE)
+    command = re.search(r"^#   .*?(?:refiner train|scripts/train\.py)(.*)", text, re.MULTILINE)
     words = shlex.split(command[1], comments=True)
     assert words[:1] == ([name] if name != "digits" else [])
     model, *_, training = parse_arguments([*words, "--use_cpu"])

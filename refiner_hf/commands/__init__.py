@@ -1,73 +1,80 @@
 """
-The command lines: parse, call, print. `scripts/` holds one file for each, for use in a checkout.
-
-Here are the entry points of an installed package, which may lack what only training needs.
+The command `refiner` and its sub-commands. Each is a module of this folder, which says what it takes and what it does.
 """
 
+import argparse
+import difflib
 import importlib
 import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from ..version import __version__
 
 
-def _run(command: str, extra: str = "train") -> None:
+class Command(NamedTuple):
+    """A sub-command: its module in this folder, what it does in one line, and the extra that it needs installed."""
+
+    module: str
+    summary: str
+    extra: str = "train"
+
+
+COMMANDS = {
+    "train": Command("train", "Train, fine-tune or evaluate a Refiner."),
+    "predict": Command("predict", "Classify many pictures, and write the answers into a table."),
+    "demo": Command("demo", "Open a web page that shows a network's answers and maps for a picture.", "demo"),
+    "convert": Command("convert", "Convert a checkpoint of the paper's code."),
+    "refine-vit": Command("refine_vit", "Turn a trained ViT or DeiT into a Refiner."),
+    "export": Command("export", "Export a classifier to ONNX.", "export"),
+    "visualize": Command("visualize", "Draw where a network looks in a picture."),
+    "analyze": Command("analyze", "Measure a network's attention maps and features."),
+    "push": Command("push", "Publish a finished folder on the Hub."),
+    "label-maps": Command("label_maps", "Make label maps for token labelling."),
+    "benchmark": Command("benchmark", "Measure speed and memory of the implementations."),
+}
+ALIAS = "refiner-"  # `refiner-train` is `refiner train`
+
+
+def main(argv: list[str] | None = None) -> None:
+    """
+    Entry point of `refiner`, of its aliases `refiner-train` and so on, and of `python -m refiner_hf`.
+
+    Args:
+        argv (`list[str]`, *optional*): the words after the program's name. By default the process's own.
+    """
+    program = Path(sys.argv[0]).stem
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if program.startswith(ALIAS):
+        argv.insert(0, program.removeprefix(ALIAS))
+    name, words = _parse(argv)
     try:
-        module = importlib.import_module(f".{command}", __name__)
+        module = importlib.import_module(f".{COMMANDS[name].module}", __name__)
     except ModuleNotFoundError as error:
-        sys.exit(f"Error: this command needs {error.name}. Install it with: pip install 'refiner_hf[{extra}]'")
+        extra = COMMANDS[name].extra
+        sys.exit(f"Error: refiner {name} needs {error.name}. Install it with: pip install 'refiner_hf[{extra}]'")
     except KeyboardInterrupt:  # importing takes seconds
         sys.exit(130)
-    module.main()
+    module.main(words)
 
 
-def train() -> None:
-    """`refiner-train`"""
-    _run("train")
-
-
-def convert() -> None:
-    """`refiner-convert`"""
-    _run("convert_checkpoint")
-
-
-def refine_vit() -> None:
-    """`refiner-refine-vit`"""
-    _run("refine_vit")
-
-
-def export() -> None:
-    """`refiner-export`"""
-    _run("export_onnx", "export")
-
-
-def predict() -> None:
-    """`refiner-predict`"""
-    _run("predict")
-
-
-def demo() -> None:
-    """`refiner-demo`"""
-    _run("demo")
-
-
-def visualize() -> None:
-    """`refiner-visualize`"""
-    _run("visualize")
-
-
-def analyze() -> None:
-    """`refiner-analyze`"""
-    _run("analyze")
-
-
-def push() -> None:
-    """`refiner-push`"""
-    _run("push_to_hub")
-
-
-def benchmark() -> None:
-    """`refiner-benchmark`"""
-    _run("benchmark")
-
-
-def label_maps() -> None:
-    """`refiner-label-maps`"""
-    _run("make_label_maps")
+def _parse(argv: list[str]) -> tuple[str, list[str]]:
+    """The sub-command's name and its own words."""
+    width = max(map(len, COMMANDS))
+    table = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="refiner",
+        description=f"Refiner vision transformers for Hugging Face.\n\ncommands:\n{table}",
+        epilog="`refiner COMMAND --help` describes a command, with examples.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="refiner [--help] [--version] COMMAND [OPTIONS]",
+    )
+    parser.add_argument("--version", action="version", version=f"refiner_hf {__version__}")
+    parser.add_argument("command", help=argparse.SUPPRESS)
+    command = parser.parse_args(argv[:1]).command
+    name = command.replace("_", "-")
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"There are {', '.join(COMMANDS)}."
+        parser.error(f"there is no command {command!r}. {hint}")
+    return name, argv[1:]

@@ -1,26 +1,24 @@
 """
-Measure what a network's attention maps and features are like in each layer, for one network or several side by side:
+Measure a network's attention maps and features in each layer, for one network or several side by side:
 similarity of maps between heads and layers, effective rank, entropy, locality, similarity of tokens, CKA of features.
 Writes analysis.json, figures (PNG and PDF) and prints a table. docs/look_inside.md says what the numbers mean.
 
-Takes Refiners and transformers' ViTs, in any mix. Data may be a folder of images, with subfolders or not, of parquet
-files, or a dataset of the Hub; labels aren't needed. Default: scikit-learn's digits.
+Models are Refiners and ViTs of transformers, in any mix. Data are a folder of images, with or without subfolders, a
+folder of parquet files, or a dataset of the Hub; labels aren't needed. Default: scikit-learn's digits.
 
-    refiner-analyze --model outputs/demo
-    refiner-analyze --model my_refiner my_plain_network google/vit-base-patch16-224 --data photos --max_images 256
+    refiner analyze --model outputs/demo
+    refiner analyze --model my_refiner my_plain_network google/vit-base-patch16-224 --data photos --max_images 256
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from transformers import HfArgumentParser
 
 from ..data.image_sample import decoded, load_images
 from ..inspection.analysis import analyze
 from ..inspection.networks import open_network, short_names
 from ..inspection.report import facts_of, summary_table, write_analyses
 from ..utils.locking import locked_folder
-from .parsing import HelpFormatter, pick_device
+from .options import device_option, pick_device
 from .running import command
 
 
@@ -40,7 +38,7 @@ class AnalyzeArguments:
         default=None,
         metadata={"help": "Branch, tag or commit on the Hub: one for all networks, or one for each. Default: main."},
     )
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda. Default: cuda where there is one."})
+    device: str | None = device_option()
 
     def __post_init__(self):
         if self.max_images < 1:
@@ -54,11 +52,9 @@ class AnalyzeArguments:
             )
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of `refiner-analyze` and scripts/analyze.py."""
-    parser = HfArgumentParser(AnalyzeArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    (args,) = parser.parse_args_into_dataclasses(argv)
+@command(AnalyzeArguments)
+def main(args: AnalyzeArguments) -> None:
+    """Measures the networks, and prints means over their layers."""
     folder, device = Path(args.output_dir), pick_device(args.device)
     with locked_folder(folder):
         data, rows = load_images(args.data, args.max_images, args.seed)
@@ -70,7 +66,3 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Means over layers and {analyses[0]['images']} images of {data}:\n")
     print(summary_table(analyses))
     print(f"\nWrote analysis.json, analysis_curves and analysis_layers (.png, .pdf) into {folder}.")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,49 +1,43 @@
 """
 Measure what a Refiner costs: inference throughput, training-step time and peak memory of every implementation of the
 refinement, beside the same network with plain attention, transformers' ViT of the same size and torch.compile of ours,
-all in the same run. Prints a table; writes the record (JSON), the table and plots. Given again, it goes on.
+all in the same run. Prints a table; writes the record (JSON), the table and plots. The same command continues an
+interrupted run.
 
-    refiner-benchmark --models tiny --image_sizes 64 --rounds 3 --output_dir trial     # to try it out
-    refiner-benchmark --models S --image_sizes 224 --roofline
-    refiner-benchmark --device cuda --dtype bfloat16 --name h100 --roofline
-    refiner-benchmark --part op --models S L --image_sizes 224 448
-    refiner-benchmark --name h100 --report                                             # tables and plots anew
+    refiner benchmark --models tiny --image_sizes 64 --rounds 3 --output_dir trial     # to try it out
+    refiner benchmark --models S --image_sizes 224 --roofline
+    refiner benchmark --device cuda --dtype bfloat16 --name h100 --roofline
+    refiner benchmark --part op --models S L --image_sizes 224 448
+    refiner benchmark --name h100 --report                                             # tables and plots anew
 """
 
 import shlex
 from dataclasses import fields
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 from ..benchmarking.record import read_record
 from ..benchmarking.report import write_report
 from ..benchmarking.run import BenchmarkOptions, run_benchmark
 from ..utils.locking import locked
 from ..utils.paths import without_paths
-from .parsing import HelpFormatter
-from .running import command
+from .running import command, if_interrupted
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of `refiner-benchmark` and scripts/benchmark.py."""
-    parser = HfArgumentParser(BenchmarkOptions, description=__doc__, formatter_class=HelpFormatter)
-    (options,) = parser.parse_args_into_dataclasses(argv)
+@command(BenchmarkOptions)
+def main(options: BenchmarkOptions) -> None:
+    """Measures what the record doesn't hold yet, and writes the report."""
     options.stem.parent.mkdir(parents=True, exist_ok=True)
     with locked(options.stem.with_name(f".{options.stem.name}.lock"), str(options.stem)):
         path = Path(f"{options.stem}.json")
-        try:
+        with if_interrupted("The same command continues with what isn't measured yet."):
             record = read_record(path) if options.report else run_benchmark(options, command_of(options))
-        except KeyboardInterrupt as interrupt:
-            raise KeyboardInterrupt("The same command goes on with what isn't measured yet.") from interrupt
         print(write_report(record, options.stem))
     print(f"Wrote {options.stem}.json, .md and plots.")
 
 
 def command_of(options: BenchmarkOptions) -> str:
-    """The command line that says the same, without this machine's paths."""
-    words = ["refiner-benchmark"]
+    """The command line with these options, without paths of this machine."""
+    words = ["refiner", "benchmark"]
     default = BenchmarkOptions()
     for option in fields(options):
         value = getattr(options, option.name)
@@ -55,7 +49,3 @@ def command_of(options: BenchmarkOptions) -> str:
         elif value is not True:
             words.append(str(value))
     return shlex.join(without_paths(words))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,25 +1,23 @@
 """
-Ask an image classifier about many pictures, and write its answers into a table (CSV): file, label, score.
+Classify many pictures, and write the answers into a table (CSV): file, label, score.
 
 The model is a Refiner or any other image classifier of transformers, or an exported ONNX file. Pictures that can't be
-read are listed at the end. A run that breaks off goes on when the same command is given again.
+read are listed at the end. The same command continues an interrupted run.
 
-    refiner-predict --model outputs/demo --images photos --output_file answers.csv
-    refiner-predict --model outputs/demo --images photos 'holiday/**/*.jpg' one.png --output_file answers.csv --top_k 3
-    refiner-predict --model exported/model.onnx --images photos --output_file answers.csv
+    refiner predict --model outputs/demo --images photos --output_file answers.csv
+    refiner predict --model outputs/demo --images photos 'holiday/**/*.jpg' one.png --output_file answers.csv --top_k 3
+    refiner predict --model exported/model.onnx --images photos --output_file answers.csv
 """
 
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 from ..prediction.predict import DEFAULT_WORKERS, Predictions, list_unreadable, predict
 from ..prediction.table import partial_file, whole_rows
 from ..utils.text import FORMULA, printable
-from .parsing import HelpFormatter, pick_device
-from .running import command
+from .options import device_option, pick_device, revision_option
+from .running import command, if_interrupted
 
 
 _LABELS_SHOWN = 10
@@ -40,22 +38,15 @@ class PredictArguments:
     top_k: int = field(default=1, metadata={"help": "How many labels of each image."})
     batch_size: int = field(default=32, metadata={"help": "Images at a time."})
     num_workers: int = field(default=DEFAULT_WORKERS, metadata={"help": "Processes that read images ahead."})
-    revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of a model on the Hub. Default: main."}
-    )
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda. Default: cuda where there is one."})
+    revision: str | None = revision_option()
+    device: str | None = device_option()
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of `refiner-predict` and scripts/predict.py."""
-    (args,) = HfArgumentParser(
-        PredictArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
-    ).parse_args_into_dataclasses(argv)
-    try:
+@command(PredictArguments)
+def main(args: PredictArguments) -> None:
+    """Writes the table, and says how many images got each label."""
+    with if_interrupted(lambda: _what_is_kept(partial_file(Path(args.output_file)))):
         predictions = predict(**{**vars(args), "device": pick_device(args.device)})
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(_what_is_kept(partial_file(Path(args.output_file)))) from interrupt
     print(_summary(predictions, args.output_file))
     if predictions.unreadable:
         print(list_unreadable(predictions.unreadable), file=sys.stderr)
@@ -78,8 +69,4 @@ def _what_is_kept(partial: Path) -> str:
     if not partial.exists():
         return "Nothing was written yet."
     rows = max(0, len(whole_rows(partial)[0]) - 1)
-    return f"{partial} keeps {rows:,} answers; the same command goes on after them."
-
-
-if __name__ == "__main__":
-    main()
+    return f"{partial} keeps {rows:,} answers; the same command continues after them."

@@ -1,20 +1,18 @@
 """
-Make a Refiner of a ViT or DeiT that somebody has trained. In evaluation it gives the same logits; fine-tuning then
-teaches its refinements.
+Turn a trained ViT or DeiT into a Refiner. In evaluation it gives the same logits; fine-tuning then trains its
+refinements.
 
-    refiner-refine-vit --model google/vit-base-patch16-224 --images photos --output_dir refined
-    refiner-refine-vit --model my-vit --images photos --refined_layers 9 10 11 12 --output_dir refined
-    refiner-train fine_tune --model_name_or_path refined --train_dir photos --output_dir out
+    refiner refine-vit --model google/vit-base-patch16-224 --images photos --output_dir refined
+    refiner refine-vit --model my-vit --images photos --refined_layers 9 10 11 12 --output_dir refined
+    refiner train fine_tune --model_name_or_path refined --train_dir photos --output_dir out
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from transformers import HfArgumentParser
-
 from ..conversion.vit_folder import refine_to_folder
 from ..data.image_sample import decoded, load_images
-from .parsing import HelpFormatter
+from .options import revision_option, with_code_option
 from .running import command
 
 
@@ -30,9 +28,7 @@ class RefineViTArguments:
         },
     )
     max_images: int = field(default=128, metadata={"help": "At most so many of them, picked at random."})
-    revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of a model on the Hub. Default: main."}
-    )
+    revision: str | None = revision_option()
     refined_layers: list[int] | None = field(
         default=None, metadata={"help": "Layers that refine their map, from 1. Default: all."}
     )
@@ -42,17 +38,12 @@ class RefineViTArguments:
     )
     expansion_ratio: int = field(default=3, metadata={"help": "Expanded heads per head."})
     refinement_kernel_size: int = field(default=3, metadata={"help": "Side of the kernel over the maps, odd."})
-    with_code: bool = field(
-        default=False, metadata={"help": "Put the model's code into the folder, for trust_remote_code."}
-    )
+    with_code: bool = with_code_option()
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of `refiner-refine-vit` and scripts/refine_vit.py."""
-    (args,) = HfArgumentParser(
-        RefineViTArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
-    ).parse_args_into_dataclasses(argv)
+@command(RefineViTArguments)
+def main(args: RefineViTArguments) -> None:
+    """Makes the folder, and says what is new in it."""
     options = dict(vars(args))
     images, count = options.pop("images"), options.pop("max_images")
     pictures = None if images is None else decoded(load_images(images, count)[1])
@@ -64,8 +55,4 @@ def main(argv: list[str] | None = None) -> None:
         f"{model.num_parameters() - new:,}. The logits are those of {args.model}."
     )
     print(f"The finished folder: {args.output_dir}")
-    print(f"To fine-tune it: refiner-train fine_tune --model_name_or_path {args.output_dir} --train_dir ... ")
-
-
-if __name__ == "__main__":
-    main()
+    print(f"To fine-tune it: refiner train fine_tune --model_name_or_path {args.output_dir} --train_dir ... ")

@@ -1,5 +1,6 @@
-"""How every command ends: its errors in words, its exit codes, and what Ctrl-C and SIGTERM do."""
+"""How every command runs: its options, its errors in words, its exit codes, and what Ctrl-C and SIGTERM do."""
 
+import argparse
 import errno
 import os
 import signal
@@ -13,44 +14,87 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers import HfArgumentParser
 
 
-# What is said in words; anything else is a fault of ours, whose traceback helps to mend it.
+Main = Callable[[list[str] | None], Any]  # the words after the program's name, by default the process's own
+
+# Errors that are said in words. Any other is a fault of this package; its traceback helps to mend it.
 _IN_WORDS = (
     ValueError, OSError, RuntimeError, FloatingPointError, MemoryError, StrictDataclassError, SafetensorError,
 )  # fmt: skip
 
 
 class Terminated(SystemExit):
-    """SIGTERM came. As an exception it lets everything clean up that must."""
+    """SIGTERM came. As an exception it lets everything be cleaned up."""
 
     def __init__(self):
         super().__init__(128 + signal.SIGTERM)
 
 
-def command(main: Callable[[list[str] | None], Any]) -> Callable[[list[str] | None], Any]:
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows each option's default, and the examples in the description as they are written."""
+
+
+def command(*kinds: type, parse: Callable[[list[str], str, str], tuple] | None = None) -> Callable[[Callable], Main]:
     """
-    For a command's `main(argv)`: an error that a user can do something about ends the process with its text and exit
-    code 1, Ctrl-C with 130 and SIGTERM with 143, after whatever was half-written has gone. The text of a
-    `KeyboardInterrupt` is printed: what is kept, and how to go on.
+    Makes a command of a function: parses its options, calls it with them, and ends the process as every command ends.
+
+    An error that a user can do something about ends it with the error's text and exit code 1, Ctrl-C with 130 and
+    SIGTERM with 143, after half-written files were removed. The text of a `KeyboardInterrupt` is printed: see
+    [`if_interrupted`]. Any other error is a fault of this package, and its traceback is shown.
+
+    Args:
+        kinds: dataclasses of the options. The function gets one object of each.
+        parse (`Callable`, *optional*): makes the function's arguments of the words, the name of the program and the
+            head of `--help`, in place of a parser for `kinds`.
+
+    Returns:
+        a decorator. The head of `--help` is the docstring of the function's module.
     """
 
-    @wraps(main)
-    def run(argv: list[str] | None = None) -> Any:
-        try:
-            with _signals_raise():
-                return main(argv)
-        except _IN_WORDS as error:
-            sys.exit(f"Error: {str(error) or type(error).__name__}{_what_to_do(error)}")
-        except KeyboardInterrupt as interrupt:
-            print(f"\nInterrupted. {interrupt}".rstrip(), file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
+    def decorate(act: Callable) -> Main:
+        module = sys.modules[act.__module__]
+        program = f"refiner {module.__name__.rpartition('.')[2].replace('_', '-')}"
 
-    return run
+        @wraps(act)
+        def main(argv: list[str] | None = None) -> Any:
+            words = sys.argv[1:] if argv is None else argv
+            try:
+                with _signals_raise():
+                    return act(*(parse or _parser_of(kinds))(words, program, module.__doc__ or ""))
+            except _IN_WORDS as error:
+                sys.exit(f"Error: {str(error) or type(error).__name__}{_what_to_do(error)}")
+            except KeyboardInterrupt as interrupt:
+                print(f"\nInterrupted. {interrupt}".rstrip(), file=sys.stderr)
+                sys.exit(128 + signal.SIGINT)
+
+        return main
+
+    return decorate
+
+
+def _parser_of(kinds: tuple[type, ...]) -> Callable[[list[str], str, str], tuple]:
+    def parse(words: list[str], program: str, description: str) -> tuple:
+        parser = HfArgumentParser(
+            kinds, prog=program, description=description, formatter_class=HelpFormatter, allow_abbrev=False
+        )
+        return parser.parse_args_into_dataclasses(words)
+
+    return parse
+
+
+@contextmanager
+def if_interrupted(advice: str | Callable[[], str]) -> Iterator[None]:
+    """Says, where Ctrl-C interrupts what is within, what is kept and how to continue; as a text or what returns it."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(advice if isinstance(advice, str) else advice()) from interrupt
 
 
 def _what_to_do(error: BaseException) -> str:
-    """For an error of the system's own, which says what is wrong and no more."""
+    """What to do about an error of the operating system, which says only what is wrong."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     full |= isinstance(error, SafetensorError) and "No space left" in str(error)
     return ". Make room on the disk, and give the same command again." if full else ""
@@ -65,7 +109,7 @@ def _signals_raise() -> Iterator[None]:
     numbers = (signal.SIGTERM, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}
     usual = before == {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
-    # Somebody else's handling stays, and only the main thread may set another.
+    # Handlers that somebody else has set stay, and only the main thread may set handlers.
     if not usual or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -73,7 +117,7 @@ def _signals_raise() -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         if os.getpid() != this_process and number == signal.SIGTERM:
-            # A child that was forked, such as one that reads images, has nothing to clean up.
+            # In a forked child, such as a data loader's worker, there is nothing to clean up.
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif has_timer and _would_be_ignored(frame):

@@ -2,35 +2,37 @@
 Train, fine-tune or evaluate a Refiner.
 
 The first word may name a recipe (digits, from_scratch, fine_tune, imagenet_s_224 and others in refiner_hf/recipes/) or
-a YAML or JSON file of options; options after it win. Without any, a small Refiner learns scikit-learn's digits. A run
-that broke off goes on when started again.
+a YAML or JSON file of options; options after it win. Without options, a small Refiner learns scikit-learn's digits.
+The same command continues an interrupted run.
 
-    refiner-train                                                     # digits, under two minutes on 2 CPU cores
-    refiner-train from_scratch --train_dir photos --output_dir out    # photos/LABEL/*.jpg
-    refiner-train fine_tune --model_name_or_path MODEL --train_dir photos --output_dir out
-    refiner-train from_scratch --train_dir photos --output_dir out --push_to_hub --hub_model_id USER/NAME --verify_push
-    refiner-train --show_recipe imagenet_s_224 --num_train_epochs 100 # prints that recipe, changed so, as one file
-    refiner-train --model_name_or_path out --validation_dir more_photos --do_eval --output_dir out_eval
+    refiner train                                                     # digits, under two minutes on 2 CPU cores
+    refiner train from_scratch --train_dir photos --output_dir out    # photos/LABEL/*.jpg
+    refiner train fine_tune --model_name_or_path MODEL --train_dir photos --output_dir out
+    refiner train from_scratch --train_dir photos --output_dir out --push_to_hub --hub_model_id USER/NAME --verify_push
+    refiner train --show_recipe imagenet_s_224 --num_train_epochs 100 # prints that recipe, changed so, as one file
+    refiner train --model_name_or_path out --validation_dir more_photos --do_eval --output_dir out_eval
 """
 
-from ..data.arguments import DataArguments
+from ..data.arguments import AugmentationArguments, DataArguments
+from ..training.arguments import ModelArguments, RefinerTrainingArguments
 from ..training.run import RunResult, run
 from ..utils.text import printable
-from ..version import __version__
-from .parsing import parse_arguments
-from .running import command
+from .running import command, if_interrupted
+from .training_options import parse_arguments
 
 
-@command
-def main(argv: list[str] | None = None) -> RunResult:
-    """Entry point of `refiner-train` and scripts/train.py."""
-    arguments = parse_arguments(argv, description=f"refiner_hf {__version__}.{__doc__}")
-    try:
-        result = run(*arguments)
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt("The same command goes on from the last checkpoint.") from interrupt
-    if arguments[-1].should_save:
-        report(result, arguments[1])
+@command(parse=parse_arguments)
+def main(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    augmentation_args: AugmentationArguments,
+    training_args: RefinerTrainingArguments,
+) -> RunResult:
+    """Runs the training or evaluation, and says what came out."""
+    with if_interrupted("The same command continues from the last checkpoint."):
+        result = run(model_args, data_args, augmentation_args, training_args)
+    if training_args.should_save:
+        report(result, data_args)
     return result
 
 
@@ -59,7 +61,3 @@ def report(result: RunResult, data_args: DataArguments) -> None:
     print(f"\nThe finished folder, with model, card and pictures: {result.folder.resolve()}")
     if result.published:
         print(f"Published: {result.published.url} (commit {result.published.commit[:8]})")
-
-
-if __name__ == "__main__":
-    main()

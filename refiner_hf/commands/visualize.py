@@ -1,19 +1,17 @@
 """
 Draw where a network looks in a picture: maps before refinement, after distributed local attention and as applied,
-head by head and averaged, through all layers (attention rollout), and the weights that its refinements have learned.
+head by head and averaged, through all layers (attention rollout), and the learned weights of its refinements.
 
-Takes a Refiner, or any of transformers' ViTs, which has maps as applied only.
+The model is a Refiner, or any ViT of transformers, which has only maps as applied.
 
-    refiner-visualize --model outputs/demo --image photo.png
-    refiner-visualize --model outputs/demo --image photo.png --layer 2 4 --head 1 3 --patch 2,3
-    refiner-visualize --model outputs/demo --image photo.png --html       # one page with sliders, beside the PNGs
+    refiner visualize --model outputs/demo --image photo.png
+    refiner visualize --model outputs/demo --image photo.png --layer 2 4 --head 1 3 --patch 2,3
+    refiner visualize --model outputs/demo --image photo.png --html       # one page with sliders, beside the PNGs
 """
 
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-
-from transformers import HfArgumentParser
 
 from ..image_processing_pil_refiner import open_image, to_8_bit_rgb
 from ..inspection.attention_views import name_of, view_attention
@@ -21,7 +19,7 @@ from ..inspection.networks import open_network
 from ..inspection.page import query_bytes, write_page
 from ..inspection.pictures import plot_heads, plot_overview, plot_weights
 from ..utils.locking import locked_folder
-from .parsing import HelpFormatter, pick_device
+from .options import device_option, pick_device, revision_option
 from .running import command
 
 
@@ -41,28 +39,23 @@ class VisualizeArguments:
     )
     patch: list[str] | None = field(
         default=None,
-        metadata={"help": "Patches whose looks to draw beside the class token's, each as ROW,COLUMN, from 1."},
+        metadata={"help": "Patches to draw as queries beside the class token, each as ROW,COLUMN, from 1."},
     )
     html: bool = field(default=False, metadata={"help": "Also write one self-contained page with sliders."})
-    revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of a model on the Hub. Default: main."}
-    )
-    device: str | None = field(default=None, metadata={"help": "cpu or cuda. Default: cuda where there is one."})
+    revision: str | None = revision_option()
+    device: str | None = device_option()
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of `refiner-visualize` and scripts/visualize.py."""
-    (args,) = HfArgumentParser(
-        VisualizeArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
-    ).parse_args_into_dataclasses(argv)
+@command(VisualizeArguments)
+def main(args: VisualizeArguments) -> None:
+    """Draws the pictures."""
     with locked_folder(args.output_dir):
         for written in visualize(args):
             print(f"Wrote {written}")
 
 
 def visualize(args: VisualizeArguments) -> list[Path]:
-    """What `args` asks for; returns the files."""
+    """Draws what `args` asks for; returns the files."""
     image = to_8_bit_rgb(open_image(args.image))
     patches = [_parse_patch(text) for text in args.patch or []]
     folder = Path(args.output_dir)
@@ -106,7 +99,3 @@ def _parse_patch(text: str) -> tuple[int, int]:
     except ValueError as error:
         raise ValueError(f"--patch takes ROW,COLUMN such as 3,5, got {text!r}.") from error
     return row - 1, column - 1
-
-
-if __name__ == "__main__":
-    main()

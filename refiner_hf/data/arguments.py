@@ -45,7 +45,7 @@ class DataArguments:
     label_map_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Token labelling: folder of the training images' label maps, made by refiner-label-maps, or of "
+            "help": "Token labelling: folder of the training images' label maps, made by refiner label-maps, or of "
             "published .pt files."
         },
     )

@@ -48,7 +48,7 @@ class LabelMaps(ABC):
 
 class ShardedLabelMaps(LabelMaps):
     """
-    Those that `refiner-label-maps` makes: parquet shards, and a file of facts.
+    Those that `refiner label-maps` makes: parquet shards, and a file of facts.
 
     Raises:
         `ValueError`: the folder isn't finished, or its maps are of other labels than `labels`.
@@ -57,7 +57,7 @@ class ShardedLabelMaps(LabelMaps):
     def __init__(self, folder: Path, labels: list[str]):
         facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
         if not facts.get("finished"):
-            raise ValueError(f"The label maps in {folder} aren't finished. Start refiner-label-maps again to go on.")
+            raise ValueError(f"The label maps in {folder} aren't finished. Start refiner label-maps again to go on.")
         if facts["labels"] != labels:
             raise ValueError(
                 f"The label maps in {folder} are of {len(facts['labels'])} labels ({_some(facts['labels'])}), the "
@@ -113,7 +113,7 @@ def open_label_maps(folder: str, labels: list[str]) -> LabelMaps:
     The label maps in a folder, of either kind.
 
     Args:
-        folder (`str`): made by `refiner-label-maps`, or of published `.pt` files.
+        folder (`str`): made by `refiner label-maps`, or of published `.pt` files.
         labels (`list[str]`): those of the data.
 
     Raises:
@@ -124,7 +124,7 @@ def open_label_maps(folder: str, labels: list[str]) -> LabelMaps:
         return ShardedLabelMaps(path, labels)
     if path.is_dir() and next(path.rglob("*.pt"), None):
         return PublishedLabelMaps(path)
-    raise ValueError(f"{folder} holds no label maps: neither {FACTS_FILE}, of refiner-label-maps, nor .pt files.")
+    raise ValueError(f"{folder} holds no label maps: neither {FACTS_FILE}, of refiner label-maps, nor .pt files.")
 
 
 def key_of(image: dict[str, Any]) -> int:

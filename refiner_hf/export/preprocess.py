@@ -5,7 +5,7 @@ Pictures to what an exported model takes, with NumPy and Pillow alone. Lies in t
     from preprocess import Preprocess
     pixel_values = Preprocess()("photo.jpg")
 
-The pixels are, bit for bit, those of the model's image processor in its PIL form. `refiner-export` has checked that.
+The pixels are, bit for bit, those of the model's image processor in its PIL form. `refiner export` has checked that.
 """
 
 import json
@@ -108,7 +108,7 @@ def _read(file: Path) -> dict:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{file} can't be read ({error}). It must lie there as refiner-export wrote it.") from error
+        raise ValueError(f"{file} can't be read ({error}). It must lie there as refiner export wrote it.") from error
 
 
 def _open(picture: str | os.PathLike | Image.Image) -> Image.Image:

@@ -120,7 +120,7 @@ class RefinerTrainingArguments(TrainingArguments):
         default=0,
         metadata={
             "help": "Measure on so many evaluation images what the trained network's attention maps and features are "
-            "like, for its card (as refiner-analyze does); with --example_pictures also draw where it looks in one."
+            "like, for its card (as refiner analyze does); with --example_pictures also draw where it looks in one."
         },
     )
     verify_push: bool = field(

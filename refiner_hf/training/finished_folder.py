@@ -80,7 +80,7 @@ def finish_folder(
         try:
             pictures += analyze_folder(folder, data, args.analysis_images, str(args.device), may_show)
         except (RuntimeError, OSError, ValueError) as error:  # such as too little memory: no reason to lose the rest
-            logger.warning(f"The network's maps weren't measured: {error} Try refiner-analyze --model {folder}.")
+            logger.warning(f"The network's maps weren't measured: {error} Try refiner analyze --model {folder}.")
 
     if args.with_code:
         add_code(folder)

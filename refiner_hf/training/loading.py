@@ -45,7 +45,7 @@ def load_model(
     if not isinstance(config, RefinerConfig):
         raise ValueError(
             f"{args.model_name_or_path} is a {config.model_type!r} model, not a Refiner. (Of a ViT or DeiT "
-            "refiner-refine-vit makes one.)"
+            "refiner refine-vit makes one.)"
         )
     replaced = not keep_labels and set(labels) != set(config.label_names)
     # A head that the checkpoint's own configuration doesn't have was asked for by --config_overrides.

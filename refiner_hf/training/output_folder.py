@@ -141,6 +141,6 @@ def repository(args: RefinerTrainingArguments) -> str:
 
 def push_command(args: RefinerTrainingArguments) -> str:
     """The command that publishes the finished folder."""
-    words = ["refiner-push", "--folder", args.output_dir, "--repo_id", repository(args)]
+    words = ["refiner", "push", "--folder", args.output_dir, "--repo_id", repository(args)]
     words += ["--branch", args.hub_revision] if args.hub_revision else []
     return shlex.join(words + ["--verify"] * args.verify_push)

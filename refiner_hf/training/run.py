@@ -85,7 +85,7 @@ def run(
     if not training_args.do_train and model_args.model_name_or_path is None:
         raise ValueError("Which model to evaluate? Give --model_name_or_path.")
     if training_args.push_to_hub and not training_args.do_train:
-        raise ValueError("An evaluation leaves nothing to push. Use refiner-push to publish the model's folder.")
+        raise ValueError("An evaluation leaves nothing to push. Use refiner push to publish the model's folder.")
     with ExitStack() as held:
         return _run(model_args, data_args, augmentation_args, training_args, held)
 

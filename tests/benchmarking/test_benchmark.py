@@ -296,7 +296,7 @@ def test_other_files_are_not_replaced(tmp_path):
 
 def test_the_command_is_noted_without_paths(tmp_path):
     options = run.BenchmarkOptions(models=["S"], roofline=True, output_dir=str(tmp_path / "out"), fresh=True)
-    assert command_of(options) == "refiner-benchmark --models S --roofline --output_dir out"
+    assert command_of(options) == "refiner benchmark --models S --roofline --output_dir out"
 
 
 def test_one_refinement_for_each_number_of_heads():

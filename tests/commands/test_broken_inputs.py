@@ -10,14 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from refiner_hf import RefinerConfig, RefinerForImageClassification, RefinerImageProcessor
-from refiner_hf.commands.analyze import main as analyze
-from refiner_hf.commands.demo import main as demo
-from refiner_hf.commands.export_onnx import main as export
-from refiner_hf.commands.make_label_maps import main as label_maps
-from refiner_hf.commands.predict import main as predict
-from refiner_hf.commands.push_to_hub import main as push
-from refiner_hf.commands.train import main as train
-from refiner_hf.commands.visualize import main as visualize
+from refiner_hf.commands import COMMANDS, main
 from refiner_hf.utils.locking import locked
 
 from ..images import write_folder
@@ -51,26 +44,31 @@ def no_page(monkeypatch):
     monkeypatch.setattr("refiner_hf.demo.app.launch", lambda *args: None)
 
 
-# A command, and its words around a model's folder, the photos and a place to write to.
-COMMANDS = {
-    "analyze": (analyze, "--model {model} --data {photos} --max_images 4 --output_dir {out}"),
-    "visualize": (visualize, "--model {model} --image {photos}/red/0.png --output_dir {out}"),
-    "demo": (demo, "--model {model}"),
-    "predict": (predict, "--model {model} --images {photos} --num_workers 0 --output_file {out}/answers.csv"),
-    "export": (export, "--model {model} --output_dir {out}"),
-    "push": (push, "--folder {model} --repo_id alice/model"),
-    "label_maps": (label_maps, "--teacher {model} --train_dir {photos} --num_workers 0 --output_dir {out}"),
-    "fine_tune": (
-        train,
-        "--model_name_or_path {model} --train_dir {photos} --max_steps 1 --use_cpu --report_to none "
-        "--output_dir {out}",
-    ),
-    "evaluate": (
-        train,
-        "--model_name_or_path {model} --validation_dir {photos} --do_eval --report_to none --use_cpu "
-        "--output_dir {out}",
-    ),
+# By name, a command line around a model's folder, the photos and a place to write to.
+LINES = {
+    "analyze": "analyze --model {model} --data {photos} --max_images 4 --output_dir {out}",
+    "visualize": "visualize --model {model} --image {photos}/red/0.png --output_dir {out}",
+    "demo": "demo --model {model}",
+    "predict": "predict --model {model} --images {photos} --num_workers 0 --output_file {out}/answers.csv",
+    "export": "export --model {model} --output_dir {out}",
+    "push": "push --folder {model} --repo_id alice/model",
+    "label_maps": "label-maps --teacher {model} --train_dir {photos} --num_workers 0 --output_dir {out}",
+    "refine_vit": "refine-vit --model {model} --images {photos} --output_dir {out}",
+    "fine_tune": "train --model_name_or_path {model} --train_dir {photos} --max_steps 1 --use_cpu --report_to none "
+    "--output_dir {out}",
+    "evaluate": "train --model_name_or_path {model} --validation_dir {photos} --do_eval --report_to none --use_cpu "
+    "--output_dir {out}",
 }
+# They take no folder of a model.
+WITHOUT_A_MODEL = {"convert", "benchmark"}
+
+
+def test_every_command_is_here():
+    assert {line.split()[0] for line in LINES.values()} | WITHOUT_A_MODEL == set(COMMANDS)
+
+
+def run(line: str, **places: Path) -> None:
+    main([word.format(**places) for word in line.split()])
 
 
 def changed(file: str, **fields):
@@ -136,6 +134,7 @@ DEFECTS = {
     "patches of 0": config(patch_size=0),
     "a width in words": config(hidden_size="sixteen"),
     "a width that doesn't divide": config(hidden_size=17),
+    "a width of 97": config(hidden_size=97),
     "an unknown activation": config(hidden_act="something"),
     "more layers than weights": config(num_hidden_layers=10**6, attention_types=None),
     "more labels than weights": config(id2label={str(i): str(i) for i in range(10**5)}, label2id={}),
@@ -160,15 +159,13 @@ DEFECTS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", LINES)
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_in_words(command, defect, sound, photos, tmp_path):
     model, out = shutil.copytree(sound, tmp_path / "model"), tmp_path / "out"
     DEFECTS[defect](model)
-    run, words = COMMANDS[command]
-    words = [word.format(model=model, photos=photos, out=out) for word in words.split()]
     with pytest.raises(SystemExit) as stopped:
-        run(words)
+        run(LINES[command], model=model, photos=photos, out=out)
     said = stopped.value.code
     assert isinstance(said, str) and said.startswith("Error: ") and len(said) > 30, said
     assert not (model / "executed").exists()
@@ -176,11 +173,10 @@ def test_in_words(command, defect, sound, photos, tmp_path):
         assert not [file.name for file in out.rglob("*") if file.is_file()]
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "push"])
+@pytest.mark.parametrize("command", [name for name in LINES if name not in ("push", "refine_vit")])
 def test_sound(command, sound, photos, tmp_path):
     """The commands above do run."""
-    run, words = COMMANDS[command]
-    run([word.format(model=sound, photos=photos, out=tmp_path / "out") for word in words.split()])
+    run(LINES[command], model=sound, photos=photos, out=tmp_path / "out")
 
 
 # Where a command's lock lies.
@@ -197,8 +193,7 @@ LOCKS = {
 
 @pytest.mark.parametrize("command", LOCKS)
 def test_another_process_writes_there(command, sound, photos, tmp_path):
-    run, words = COMMANDS[command]
     (tmp_path / LOCKS[command]).parent.mkdir(exist_ok=True)
     with locked(tmp_path / LOCKS[command], "it"), pytest.raises(SystemExit, match="Another process writes to .*out"):
-        run([word.format(model=sound, photos=photos, out=tmp_path / "out") for word in words.split()])
+        run(LINES[command], model=sound, photos=photos, out=tmp_path / "out")
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]

@@ -9,12 +9,12 @@ import time
 import pytest
 from safetensors import SafetensorError
 
-from refiner_hf.commands.running import command
+from refiner_hf.commands.running import command, if_interrupted
 
 
 def ends(error: BaseException):
-    @command
-    def main(argv=None):
+    @command()
+    def main():
         raise error
 
     with pytest.raises(SystemExit) as end:
@@ -35,9 +35,23 @@ def test_errors_in_words(capsys):
     assert capsys.readouterr().err == "\nInterrupted. Half is kept.\n"
 
 
+def test_what_is_kept_after_an_interruption(capsys):
+    def interrupted():
+        with if_interrupted(lambda: "2 rows are kept."):
+            raise KeyboardInterrupt
+
+    @command()
+    def main():
+        interrupted()
+
+    with pytest.raises(SystemExit) as end:
+        main([])
+    assert end.value.code == 130 and capsys.readouterr().err == "\nInterrupted. 2 rows are kept.\n"
+
+
 def test_a_fault_of_ours_shows_where_it_is():
-    @command
-    def main(argv=None):
+    @command()
+    def main():
         raise KeyError("x")
 
     with pytest.raises(KeyError):
@@ -50,8 +64,8 @@ from pathlib import Path
 from refiner_hf.commands.running import command
 from refiner_hf.utils.new_folder import new_folder
 
-@command
-def main(argv=None):
+@command()
+def main():
     with new_folder(Path(sys.argv[1])) as unfinished:
         (unfinished / "half").write_text("half")
         ready, says_so = os.pipe()
@@ -112,8 +126,8 @@ WHERE_IGNORED = """
 import multiprocessing, os, sys, time
 from refiner_hf.commands.running import command
 %s
-@command
-def main(argv=None):
+@command()
+def main():
     start()
     time.sleep(60)
 

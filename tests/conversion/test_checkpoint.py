@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from refiner_hf.commands.convert_checkpoint import main
+from refiner_hf.commands.convert import main
 from refiner_hf.conversion.checkpoint import convert_checkpoint, load_reference_file, select_state_dict
 from refiner_hf.conversion.weights import read_config, rename_state_dict
 
@@ -259,7 +259,7 @@ def test_command_line(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_script(tmp_path):
-    command = [sys.executable, "scripts/convert_checkpoint.py", "--checkpoint", str(CHECKPOINT)]
+def test_in_a_process_of_its_own(tmp_path):
+    command = [sys.executable, "-m", "refiner_hf", "convert", "--checkpoint", str(CHECKPOINT)]
     subprocess.run([*command, "--output_dir", str(tmp_path / "out")], check=True)
     assert (tmp_path / "out" / "model.safetensors").exists()

@@ -81,7 +81,7 @@ def test_unfinished_and_other_maps(folder, tmp_path):
         open_label_maps(str(folder), ["cat", "cow"])
     facts = json.loads((folder / "label_maps.json").read_text())
     (folder / "label_maps.json").write_text(json.dumps({**facts, "finished": False}))
-    with pytest.raises(ValueError, match="aren't finished. Start refiner-label-maps again"):
+    with pytest.raises(ValueError, match="aren't finished. Start refiner label-maps again"):
         open_label_maps(str(folder), ["cat", "dog"])
     shutil.rmtree(folder)
     for name in ("maps", "photos"):

@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import PreTrainedConfig, ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
 
 from refiner_hf import RefinerConfig, RefinerImageProcessor, RefinerModel
+from refiner_hf.commands import main as refiner
 from refiner_hf.commands.demo import find_examples, main
 from refiner_hf.image_processing_pil_refiner import open_image
 from refiner_hf.inspection.attention_views import APPLIED, BEFORE, CLASS_TOKEN, AttentionViews, view_attention
@@ -441,8 +442,10 @@ class TestCommand:
     def test_without_gradio(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "gradio", None)
         monkeypatch.delitem(sys.modules, "refiner_hf.demo.app")
+        monkeypatch.delattr("refiner_hf.demo.app")
+        monkeypatch.delitem(sys.modules, "refiner_hf.commands.demo")
         with pytest.raises(SystemExit, match=r"needs gradio\. Install it with: pip install 'refiner_hf\[demo\]'"):
-            main(["--model", "/nowhere/at/all"])
+            refiner(["demo", "--model", "/nowhere/at/all"])
 
 
 PROGRAM = """
@@ -505,7 +508,7 @@ class TestBrowser:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        words = ["-m", "refiner_hf.commands.demo", "--model", folder, "--port", str(port), "--device", "cpu"]
+        words = ["-m", "refiner_hf", "demo", "--model", folder, "--port", str(port), "--device", "cpu"]
         log = tmp_path / "log.txt"
         with log.open("w") as output:
             server = subprocess.Popen([sys.executable, *words], stdout=output, stderr=subprocess.STDOUT)

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
 from refiner_hf import RefinerForImageClassification, RefinerImageProcessor, RefinerImageProcessorPil, RefinerModel
-from refiner_hf.commands.export_onnx import main
+from refiner_hf.commands.export import main
 from refiner_hf.export.compare import compare, comparison_table, load_labelled
 from refiner_hf.export.graph import check_onnx, export_onnx, open_onnx, quantize_onnx, run_onnx
 from refiner_hf.hub.code import add_code

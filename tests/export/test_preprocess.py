@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, DeiTImageProcessor, MobileViTImageProcessor, ViTImageProcessor
 
 from refiner_hf import RefinerConfig, RefinerForImageClassification, RefinerImageProcessor
-from refiner_hf.commands.export_onnx import main
+from refiner_hf.commands.export import main
 from refiner_hf.export import preprocess
 from refiner_hf.export.pixels import copy_preprocessing
 from refiner_hf.export.preprocess import Preprocess

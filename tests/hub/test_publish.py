@@ -2,8 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from refiner_hf import (
     RefinerModel,
     refine_vit,
 )
-from refiner_hf.commands.push_to_hub import main
+from refiner_hf.commands.push import main
 from refiner_hf.hub.code import CODE_FILES, add_code
 from refiner_hf.hub.publish import publish_folder
 from refiner_hf.hub.repository import TRIES, PublishError, prepare_repository
@@ -475,11 +473,6 @@ class TestCommand:
             main(["--folder", str(folder), "--repo_id", "bob/model", "--token", token])
         with pytest.raises(SystemExit, match="Private or public"):
             main(["--folder", str(folder), "--repo_id", "model", "--private", "--public"])
-
-    def test_script(self):
-        script = Path(__file__).parents[2] / "scripts" / "push_to_hub.py"
-        process = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True)
-        assert "refiner-push --folder outputs/demo" in process.stdout
 
 
 @pytest.mark.slow

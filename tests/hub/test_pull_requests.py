@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from refiner_hf import RefinerForImageClassification, RefinerImageProcessor
 from refiner_hf.commands.predict import main as predict
-from refiner_hf.commands.push_to_hub import main as push
+from refiner_hf.commands.push import main as push
 from refiner_hf.commands.visualize import main as visualize
 from refiner_hf.hub.publish import publish_folder
 from refiner_hf.hub.repository import PublishError
@@ -119,7 +119,7 @@ class TestAdapter:
 
 
 def test_commands_take_a_branch(hub, token, tiny_model, folder, tmp_path):
-    """What refiner-push writes to a branch, the others read from there."""
+    """What refiner push writes to a branch, the others read from there."""
     names = ["one", "two", "three", "four", "five"]
     publish_folder(folder, "alice/model", token=token)
     other = save(tiny_model(id2label=dict(enumerate(names))), tmp_path / "other")

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import default_data_collator
 
 from refiner_hf import RefinerConfig, RefinerForImageClassification, RefinerImageProcessor
-from refiner_hf.commands.make_label_maps import main
+from refiner_hf.commands.label_maps import main
 from refiner_hf.commands.train import main as train
 from refiner_hf.data.arguments import AugmentationArguments, DataArguments
 from refiner_hf.data.augmentation import Augment

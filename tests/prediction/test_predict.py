@@ -558,7 +558,7 @@ class TestCommand:
             preexec_fn=lambda: signal.signal(
                 signal.SIGINT, signal.default_int_handler
             ),  # whoever runs the tests may ignore it
-            args=[sys.executable, ROOT / "scripts" / "predict.py", *words],
+            args=[sys.executable, "-m", "refiner_hf", "predict", *words],
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -571,7 +571,7 @@ class TestCommand:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to its workers, too
         _, err = process.communicate(timeout=60)
         assert process.returncode == 130 and "Traceback" not in err, err
-        assert f"{partial} keeps 12 answers; the same command goes on after them." in err
+        assert f"{partial} keeps 12 answers; the same command continues after them." in err
 
         os.unlink(f"{photos}/waiting.png")
         shutil.copy(f"{photos}/red/0.png", f"{photos}/waiting.png")

@@ -50,7 +50,7 @@ def unbroken(photos, tmp_path_factory):
 
 
 def start(photos, out, *more, before="", **options):
-    """refiner-train in a process of its own, after some lines of Python."""
+    """refiner train in a process of its own, after some lines of Python."""
     code = textwrap.dedent(before) + "\nfrom refiner_hf.commands.train import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *command(photos, out, *more)], capture_output=True, text=True, check=False,

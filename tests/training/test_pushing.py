@@ -11,7 +11,7 @@ from safetensors.torch import load
 from transformers import TrainerCallback, TrainingArguments
 
 from refiner_hf import RefinerForImageClassification
-from refiner_hf.commands.push_to_hub import main as push
+from refiner_hf.commands.push import main as push
 from refiner_hf.commands.train import main
 from refiner_hf.hub.repository import PublishError
 from refiner_hf.hub.verification import verify
@@ -179,7 +179,7 @@ class TestTrouble:
         hub.faults.clear()
         monkeypatch.setenv("HF_TOKEN", token)
         for message in (str(stopped.value), str(again.value)):
-            push(shlex.split(message.split("refiner-push ")[1]))
+            push(shlex.split(message.split("refiner push ")[1]))
             assert set(hub.repositories["alice/model"].files("trial")) == FINISHED
 
     def test_a_push_on_the_way_fails(self, hub, options, monkeypatch):

@@ -328,7 +328,7 @@ class TestMoreData:
         monkeypatch.setattr(finished_folder.logger, "warning", said.append)
         words = ["--train_dir", str(photos), *QUICK, "--max_steps", "1", "--analysis_images", "4"]
         main([*words, "--output_dir", str(tmp_path / "out")])
-        assert "out of memory" in said[0] and "refiner-analyze" in said[0]
+        assert "out of memory" in said[0] and "refiner analyze" in said[0]
         assert "](analysis" not in (tmp_path / "out" / "README.md").read_text()
 
     def test_a_file_of_options_is_the_one_argument(self, tmp_path, photos):
@@ -534,7 +534,7 @@ def test_help(capsys):
         main(["--help"])
     assert stop.value.code == 0
     said = capsys.readouterr().out
-    for text in ("refiner-train fine_tune --model_name_or_path", "--train_dir", "--learning_rate", "--with_code"):
+    for text in ("refiner train fine_tune --model_name_or_path", "--train_dir", "--learning_rate", "--with_code"):
         assert text in said
 
 

@@ -3,16 +3,14 @@ Turn a checkpoint of the reference implementation into a folder for transformers
 
 Architecture, image size, heads, layout, dense head and stem are read from the file.
 
-    refiner-convert --checkpoint model_best.pth.tar --output_dir refiner-small
-    refiner-convert --checkpoint model_best.pth.tar --output_dir refiner-small-ema --use_ema --with_code
+    refiner convert --checkpoint model_best.pth.tar --output_dir refiner-small
+    refiner convert --checkpoint model_best.pth.tar --output_dir refiner-small-ema --use_ema --with_code
 """
 
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
-
 from ..conversion.checkpoint import convert_checkpoint
-from .parsing import HelpFormatter
+from .options import with_code_option
 from .running import command
 
 
@@ -28,17 +26,12 @@ class ConversionArguments:
         default=None,
         metadata={"help": "Share that the evaluation crop keeps. Default: S 0.9, M 1.0, L 1.13, others 0.9."},
     )
-    with_code: bool = field(
-        default=False, metadata={"help": "Put the model's code into the folder, for trust_remote_code."}
-    )
+    with_code: bool = with_code_option()
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of `refiner-convert` and scripts/convert_checkpoint.py."""
-    (args,) = HfArgumentParser(
-        ConversionArguments, description=__doc__, formatter_class=HelpFormatter
-    ).parse_args_into_dataclasses(argv)
+@command(ConversionArguments)
+def main(args: ConversionArguments) -> None:
+    """Converts the file, and says what it holds."""
     model = convert_checkpoint(**vars(args))
     config = model.config
     size = "x".join(map(str, config.image_height_width))
@@ -48,7 +41,3 @@ def main(argv: list[str] | None = None) -> None:
         f"dense head: {'yes' if config.use_dense_head else 'no'}."
     )
     print(f"The finished folder: {args.output_dir}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,39 +1,28 @@
-"""How command lines become arguments."""
+"""How the words of `refiner train` become arguments."""
 
 import argparse
 from dataclasses import fields
 
-import torch
 from transformers import HfArgumentParser
 
 from ..data.arguments import AugmentationArguments, DataArguments
 from ..training.arguments import ModelArguments, RefinerTrainingArguments
 from .recipes import Recipe, load_recipe, recipe_names
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults behind each option, and the examples of the description as they are written."""
-
-
-def pick_device(name: str | None) -> str:
-    """The device of that name, or CUDA where there is some; a `ValueError` where it isn't there."""
-    available = torch.cuda.is_available()
-    if name is not None and name.startswith("cuda") and not available:
-        raise ValueError(f"There is no {name} here: torch {torch.__version__} finds no GPU. Give --device cpu.")
-    return name or ("cuda" if available else "cpu")
+from .running import HelpFormatter
 
 
 Arguments = tuple[ModelArguments, DataArguments, AugmentationArguments, RefinerTrainingArguments]
 
 
-def parse_arguments(argv: list[str] | None = None, description: str | None = None) -> Arguments:
+def parse_arguments(argv: list[str] | None = None, program: str | None = None, description: str = "") -> Arguments:
     """
     A command line to arguments. The first word may name a YAML or JSON file, or one of this package's recipes;
     options after it win over the file. Without file, data and model, the recipe `digits` is used. With
     `--show_recipe NAME` the recipe is printed, and the process ends as after `--help`.
 
     Args:
-        argv (`list[str]`, *optional*): the words after the program's name; by default the process's own.
+        argv (`list[str]`, *optional*): the words after the program's name. By default the process's own.
+        program (`str`, *optional*): its name, for `--help`.
         description (`str`, *optional*): head of `--help`.
 
     Raises:
@@ -60,7 +49,12 @@ def parse_arguments(argv: list[str] | None = None, description: str | None = Non
     if unknown := sorted(recipe.options.keys() - {field.name for kind in kinds for field in fields(kind)}):
         raise ValueError(f"{recipe.origin} has {', '.join(unknown)}, which --help doesn't list as an option.")
     parser = HfArgumentParser(
-        kinds, description=description, formatter_class=HelpFormatter, allow_abbrev=False, parents=[showing]
+        kinds,
+        prog=program,
+        description=description,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+        parents=[showing],
     )
     words = recipe.to_words() + argv
     if "show_recipe" in shown:

@@ -1,20 +1,17 @@
 """
 Publish a finished folder on the Hub, in one commit: weights, configuration, image processor, card, pictures, results,
-and the model's code if asked. The folder isn't changed; after a failure the same command goes on.
+and the model's code if asked. The folder isn't changed. After a failure the same command continues.
 
-    refiner-push --folder outputs/demo --repo_id USER/my-refiner --verify
-    refiner-push --folder out --repo_id my-refiner --private --with_code
-    refiner-push --folder out --repo_id SOMEBODY/their-refiner --create_pr
-    refiner-push --folder out --repo_id LAB/my-refiner --branch trial --tag v1 --message "Trained for longer"
+    refiner push --folder outputs/demo --repo_id USER/my-refiner --verify
+    refiner push --folder out --repo_id my-refiner --private --with_code
+    refiner push --folder out --repo_id SOMEBODY/their-refiner --create_pr
+    refiner push --folder out --repo_id LAB/my-refiner --branch trial --tag v1 --message "Trained for longer"
 """
 
 from dataclasses import dataclass, field
 
-from transformers import HfArgumentParser
-
 from ..hub.publish import publish_folder
 from ..hub.verification import verify
-from .parsing import HelpFormatter
 from .running import command
 
 
@@ -28,7 +25,8 @@ class PushArguments:
     public: bool = field(
         default=False,
         metadata={
-            "help": "Insist on a public one. Without both, it stays as it is; a new one is as its namespace says."
+            "help": "The repository must be public. Without both options an existing one stays as it is, and a new "
+            "one is as its namespace has it."
         },
     )
     branch: str | None = field(default=None, metadata={"help": "Branch to write to. Made if it isn't there."})
@@ -44,7 +42,7 @@ class PushArguments:
     )
     verify: bool = field(
         default=False,
-        metadata={"help": "Load the model back from the Hub in a fresh process, and compare what both answer."},
+        metadata={"help": "Load the model back from the Hub in a fresh process, and compare both models' outputs."},
     )
 
     def __post_init__(self):
@@ -52,11 +50,9 @@ class PushArguments:
             raise ValueError("Private or public? Give only one of --private and --public.")
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of `refiner-push` and scripts/push_to_hub.py."""
-    parser = HfArgumentParser(PushArguments, description=__doc__, formatter_class=HelpFormatter)
-    (args,) = parser.parse_args_into_dataclasses(argv)
+@command(PushArguments)
+def main(args: PushArguments) -> None:
+    """Publishes the folder."""
     published = publish_folder(
         args.folder,
         args.repo_id,
@@ -72,7 +68,3 @@ def main(argv: list[str] | None = None) -> None:
     if args.verify:
         difference = verify(published, token=args.token)
         print(f"Loaded back from the Hub in a fresh process: largest difference of an output {difference:g}.")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,21 +1,19 @@
 """
-Write a classifier as an ONNX graph, for onnxruntime and whatever else reads ONNX, and check that it answers alike.
+Export a classifier as an ONNX graph, and check that its answers are the model's.
 
-    refiner-export --model outputs/demo --output_dir exported
-    refiner-export --model outputs/demo --output_dir exported --int8 --measure_on digits     # or photos/LABEL/*.jpg
-    refiner-predict --model exported/model_int8.onnx --images photos --output_file answers.csv
+    refiner export --model outputs/demo --output_dir exported
+    refiner export --model outputs/demo --output_dir exported --int8 --measure_on digits     # or photos/LABEL/*.jpg
+    refiner predict --model exported/model_int8.onnx --images photos --output_file answers.csv
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 from ..export.folder import export_folder, load_for_export
 from ..export.graph import INPUT, OUTPUT
 from ..utils.files import write_json
 from ..utils.new_folder import check_new
-from .parsing import HelpFormatter
+from .options import revision_option
 from .running import command
 
 
@@ -35,27 +33,17 @@ class ExportArguments:
         },
     )
     max_images: int | None = field(default=None, metadata={"help": "Compare on at most so many images."})
-    revision: str | None = field(
-        default=None, metadata={"help": "Branch, tag or commit of a model on the Hub. Default: main."}
-    )
+    revision: str | None = revision_option()
 
 
-@command
-def main(argv: list[str] | None = None) -> None:
-    """Entry point of `refiner-export` and scripts/export_onnx.py."""
-    (args,) = HfArgumentParser(
-        ExportArguments, description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False
-    ).parse_args_into_dataclasses(argv)
-    export(args)
-
-
-def export(args: ExportArguments) -> None:
-    """What `args` asks for."""
+@command(ExportArguments)
+def main(args: ExportArguments) -> None:
+    """Writes the folder, and compares the graphs with the model."""
     folder = Path(args.output_dir)
     check_new(folder)
     model, processor = load_for_export(args.model, args.revision)
     if args.measure_on:
-        try:  # it takes the packages for training
+        try:  # comparing needs the packages for training
             from ..export.compare import compare, comparison_table, load_labelled
         except ModuleNotFoundError as error:
             raise ValueError(
@@ -75,7 +63,3 @@ def export(args: ExportArguments) -> None:
         write_json(folder / COMPARISON, compared)
         print(f"\n{compared['images']} images of {compared['data']}, {compared['device']}, {compared['versions']}:\n")
         print(comparison_table(compared))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Train, fine-tune or evaluate a Refiner: `refiner train` from a checkout. See --help."""
+"""`refiner train` as a file, which torchrun and accelerate can start."""
 
 from refiner_hf.commands.train import main
 

@@ -1,6 +1,5 @@
-"""Model cards, from what is known of a model."""
+"""What a model card holds, and the card that is made of it."""
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,28 +9,19 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..modeling_refiner import RefinerForImageClassification, RefinerPreTrainedModel
 from ..utils.markdown import markdown_text
 from .architecture import describe_network
+from .usage import CLASSIFICATION, CODE_TAG, usage_example
 
 
-CLASSIFICATION = "image-classification"
-CODE_TAG = "custom_code"
 TEMPLATE = Path(__file__).with_name("card_template.md")
-
-CITATION = """@article{zhou2021refiner,
-  title   = {Refiner: Refining Self-attention for Vision Transformers},
-  author  = {Zhou, Daquan and Shi, Yujun and Kang, Bingyi and Yu, Weihao and Jiang, Zihang and Li, Yuan and
-             Jin, Xiaojie and Hou, Qibin and Feng, Jiashi},
-  journal = {arXiv preprint arXiv:2106.03714},
-  year    = {2021}
-}"""
 
 
 @dataclass
 class CardContent:
     """
-    What a card says. Texts are Markdown; a section whose text is empty is left out.
+    What a card says. Texts are Markdown; a section with an empty text is left out.
 
-    `metrics` maps a metric's type on the Hub ("accuracy") to a name and a measured value; together with the dataset
-    they become the model-index. `pictures` are (file in the folder, caption). `co2` is the metadata's
+    `metrics` maps a metric's type on the Hub ("accuracy") to its name and measured value; together with the dataset
+    they become the model-index. `pictures` are pairs of a file in the folder and a caption. `co2` is the metadata's
     `co2_eq_emissions` ("emissions" in grams, and what more the Hub knows).
     """
 
@@ -57,49 +47,50 @@ class CardContent:
     tags: list[str] = field(default_factory=list)
 
 
-def make_card(facts: CardContent) -> ModelCard:
-    """
-    The card of a model, with its metadata.
+_TEXTS = ("title", "summary", "usage", "limits", "results", "pictures", "architecture", "data", "training")
 
-    Args:
-        facts ([`CardContent`]): what it says.
-    """
+
+def make_card(content: CardContent) -> ModelCard:
+    """The card of a model, with its metadata."""
     results = [
         EvalResult(
             task_type=CLASSIFICATION,
             task_name="Image Classification",
-            dataset_type=facts.dataset_id or _slug(facts.dataset_name),
-            dataset_name=facts.dataset_name,
-            dataset_split=facts.dataset_split,
+            dataset_type=content.dataset_id or _slug(content.dataset_name),
+            dataset_name=content.dataset_name,
+            dataset_split=content.dataset_split,
             metric_type=kind,
             metric_name=name,
             metric_value=value,
         )
-        for kind, (name, value) in facts.metrics.items()
-        if facts.dataset_name  # without, a number says nothing
+        for kind, (name, value) in content.metrics.items()
+        if content.dataset_name  # a number without its data says nothing
     ]
+    tags = ["refiner", "vision", content.task, *content.tags, *[CODE_TAG] * content.remote_code]
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag=facts.task,
-        license=facts.license,
-        language=facts.language,
-        tags=list(dict.fromkeys(["refiner", "vision", facts.task, *facts.tags, *[CODE_TAG] * facts.remote_code])),
-        datasets=[facts.dataset_id] if facts.dataset_id else None,
-        metrics=sorted(facts.metrics) or None,
-        base_model=facts.base_model,
-        model_name=facts.title if results else None,
+        pipeline_tag=content.task,
+        license=content.license,
+        language=content.language,
+        tags=list(dict.fromkeys(tags)),
+        datasets=[content.dataset_id] if content.dataset_id else None,
+        metrics=sorted(content.metrics) or None,
+        base_model=content.base_model,
+        model_name=content.title if results else None,
         eval_results=results or None,
-        co2_eq_emissions=facts.co2,
+        co2_eq_emissions=content.co2,
     )
-    text = {name: getattr(facts, name) for name in _TEXTS} | {"title": markdown_text(facts.title)}
-    return ModelCard.from_template(data, template_path=str(TEMPLATE), citation=CITATION, **text)
+    texts = {name: getattr(content, name) for name in _TEXTS} | {"title": markdown_text(content.title)}
+    return ModelCard.from_template(data, template_path=str(TEMPLATE), **texts)
 
 
-_TEXTS = ("title", "summary", "usage", "limits", "results", "pictures", "architecture", "data", "training")
+def license_card(license: str) -> ModelCard:
+    """A card with nothing but a license, which the Hub can be asked about before a training."""
+    return make_card(CardContent(title="", summary="", usage="", limits="", license=license))
 
 
 def basic_card(model: RefinerPreTrainedModel, name: str, base_model: str | None = None) -> ModelCard:
-    """A card that says what a model (an adapter with its `base_model`) shows of itself, where there is no other."""
+    """A card for a folder that has none: what the model itself shows. An adapter comes with its `base_model`."""
     task = task_of(model)
     adapts = f", as a PEFT adapter of `{base_model}`" if base_model else ""
     return make_card(
@@ -108,54 +99,17 @@ def basic_card(model: RefinerPreTrainedModel, name: str, base_model: str | None 
             summary=f"A Refiner (`{type(model).__name__}`){adapts}.",
             usage=usage_example(name, False, task),
             architecture=describe_network(model),
-            limits="How this model was trained, on what, and how well it does was not recorded when it was published. "
-            "Ask whoever published it.",
+            limits="How this model was trained, on which data, and how accurate it is was not recorded when it was "
+            "published. Ask the person who published it.",
             base_model=base_model,
             task=task,
         )
     )
 
 
-def for_repository(card: ModelCard, repo_id: str, remote_code: bool, revision: str | None = None) -> ModelCard:
-    """A card whose [`usage_example`] names the repository; other code in it, and anything else, stays."""
-
-    def usage(found: re.Match) -> str:
-        return f"```python\n{usage_example(repo_id, remote_code, found['task'], revision)}\n```"
-
-    card = ModelCard(str(card))
-    card.text = _USAGE.sub(usage, card.text)
-    tags = [tag for tag in card.data.tags or [] if tag != CODE_TAG] + [CODE_TAG] * remote_code
-    card.data.tags = tags or None
-    return card
-
-
-# Exactly what `usage_example` writes, for any name.
-_USAGE = re.compile(
-    r"```python\n(?:import refiner_hf  # registers the model\n)?from transformers import pipeline\n\n"
-    r"(?P<verb>classify|features) = pipeline\(\"(?P<task>[\w-]+)\", model=\"[^\"]*\"(?:, revision=\"[^\"]*\")?"
-    r"(?:, trust_remote_code=True)?\)\nprint\((?P=verb)\(\"photo\.jpg\", (?:top_k=5|pool=True)\)\)\n```"
-)
-
-
 def task_of(model: RefinerPreTrainedModel) -> str:
-    """The pipeline that a model answers in: a classifier classifies, everything else gives features."""
+    """The task of the pipeline for a model: a classifier classifies images, any other model gives features."""
     return CLASSIFICATION if isinstance(model, RefinerForImageClassification) else "image-feature-extraction"
-
-
-def usage_example(name: str, remote_code: bool, task: str = CLASSIFICATION, revision: str | None = None) -> str:
-    """A few lines of Python that give an image to `name`, a folder or Hub name, in the pipeline of `task`."""
-    options = f', revision="{revision}"' if revision else ""
-    options += ", trust_remote_code=True" if remote_code else ""
-    verb, result = ("classify", "top_k=5") if task == CLASSIFICATION else ("features", "pool=True")
-    return "\n".join(
-        [
-            *([] if remote_code else ["import refiner_hf  # registers the model"]),
-            "from transformers import pipeline",
-            "",
-            f'{verb} = pipeline("{task}", model="{name}"{options})',
-            f'print({verb}("photo.jpg", {result}))',
-        ]
-    )
 
 
 def _slug(name: str | None) -> str:

@@ -1,51 +1,34 @@
 """What the card of a trained model says."""
 
 import csv
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from ..data.sources import ImageData
 from ..modeling_refiner import RefinerForMaskedImageModeling
-from ..training.ema import FOLDER as EMA_FOLDER
 from ..utils.machine import device_name, versions
 from ..utils.markdown import markdown_table, markdown_text
+from ..utils.run_files import EMA_FOLDER, EMISSIONS_FILE, RUN_FILE
 from .architecture import describe_network
-from .card import CLASSIFICATION, CardContent, task_of, usage_example
+from .card import CardContent, task_of
+from .options import public_rows, training_rows
+from .usage import CLASSIFICATION, usage_example
 
-
-RUN_FILE = "training_arguments.json"
-EMISSIONS_FILE = "emissions.csv"
 
 _METRICS = {
     "eval_accuracy": ("accuracy", "Top-1 accuracy"),
     "eval_top5_accuracy": ("top_5_accuracy", "Top-5 accuracy"),
 }
 
-# Options that say where things lie or how they are shown, not what was trained.
-_NOT_IN_CARD = {
-    "output_dir", "logging_dir", "run_name", "hub_model_id", "hub_token", "push_to_hub", "report_to", "disable_tqdm",
-    "remove_unused_columns", "with_code", "weights_license", "example_pictures", "analysis_images", "logging_steps",
-    "logging_strategy", "logging_first_step", "eval_strategy", "save_strategy", "save_total_limit", "do_train",
-    "do_eval", "resume_from_checkpoint", "dataloader_num_workers", "dataloader_pin_memory", "local_rank",
-    "deepspeed_plugin", "distributed_state", "label_names", "train_batch_size", "eval_batch_size",
-    "per_device_eval_batch_size", "verify_push", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision",
-    "project", "trackio_space_id", "accelerator_config", "ignore_data_skip", "dataloader_persistent_workers",
-}  # fmt: skip
-_ALWAYS_IN_CARD = (
-    "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "lr_scheduler_type", "warmup_steps", "weight_decay", "optim", "adam_beta1", "adam_beta2", "max_grad_norm",
-    "label_smoothing_factor", "seed", "bf16", "fp16", "norm_statistics_images", "freeze_norms",
-)  # fmt: skip
 _NETWORK_IN_CARD = (
     "drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "layerscale_value", "initializer_range",
     "dense_loss_weight", "dense_logits_weight", "token_mixing", "cosine_regularizer_weight", "batch_norm_momentum",
 )  # fmt: skip
 
 
-def training_facts(
+def training_content(
     trainer: Trainer,
     measured: dict[str, float],
     *,
@@ -156,37 +139,24 @@ def _training(
     emissions: dict[str, Any] | None,
 ) -> str:
     args, config = trainer.args, trainer.model.config
-    shown = args.to_sanitized_dict()
-    always = [name for name in _ALWAYS_IN_CARD if name in shown]
-    rows = [(name, _plain(shown[name])) for name in dict.fromkeys([*always, *_changed(args)])]
-    rows += [(name, _plain(getattr(config, name))) for name in _NETWORK_IN_CARD]
+    rows = training_rows(args) + public_rows(vars(config), _NETWORK_IN_CARD)
     where = ""
     if arguments:
-        rows += [(name, _plain(value)) for name, value in arguments["augmentation"].items()]
-        rows += [(name, _plain(arguments["data"][name])) for name in ("train_val_split", "max_train_samples")]
-        where = f"; all of them are in `{RUN_FILE}`"
+        rows += public_rows(arguments["augmentation"])
+        rows += public_rows(arguments["data"], ("train_val_split", "max_train_samples"))
+        where = f" The file `{RUN_FILE}` has more options."
     if hasattr(trainer.processing_class, "crop_pct"):
-        rows.append(("crop_pct (evaluation)", _plain(trainer.processing_class.crop_pct)))
+        rows += public_rows({"crop_pct (evaluation)": trainer.processing_class.crop_pct})
     duration = f" in {measured['train_runtime']:.0f} s" if "train_runtime" in measured else ""
     if speed := measured.get("train_samples_per_second"):
         duration += f" ({speed:.1f} images/s, evaluations and saving included)"
     processes = f"{args.world_size} processes, each on " if args.world_size > 1 else ""
     return (
         f"With `refiner_hf` and the Hugging Face Trainer: {trainer.state.global_step} steps{duration} on "
-        f"{processes}{device_name()}; {versions()}.{_footprint(emissions)} Every option that isn't in this table has "
-        f"its default{where}.\n\n" + markdown_table(["option", "value"], rows)
+        f"{processes}{device_name()}; {versions()}.{_footprint(emissions)} Options that decide "
+        f"what is learned, and aren't in this table, have their defaults.{where}\n\n"
+        + markdown_table(["option", "value"], rows)
     )
-
-
-def _changed(args: TrainingArguments) -> list[str]:
-    """The options that differ from their defaults. (A second instance, to compare with, would reset the devices.)"""
-    changed = []
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if value and value != default and field.name not in _NOT_IN_CARD:
-            changed.append(field.name)
-    return sorted(changed)
 
 
 def _emissions(folder: Path) -> dict[str, Any] | None:
@@ -226,10 +196,6 @@ def _limits(data: ImageData | None, num_labels: int) -> str:
 
 
 _UNMEASURED = "What the features are good for has not been measured."
-
-
-def _plain(value) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _length(data) -> str:

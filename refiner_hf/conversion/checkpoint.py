@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from ..cards.architecture import describe_network
-from ..cards.card import CardContent, make_card, usage_example
+from ..cards.conversion import converted_card
 from ..cards.paper import published_network
 from ..configuration_refiner import RefinerConfig
 from ..hub.code import add_code
@@ -81,9 +80,16 @@ def convert_checkpoint(
         processor.save_pretrained(unfinished)
         if with_code:
             add_code(unfinished)
-        _card(output_dir.name, Path(checkpoint).name, content, model, use_ema, crop_pct, with_code).save(
-            unfinished / "README.md"
+        card = converted_card(
+            output_dir.name,
+            Path(checkpoint).name,
+            content,
+            model,
+            use_ema=use_ema,
+            crop_pct=crop_pct,
+            remote_code=with_code,
         )
+        card.save(unfinished / "README.md")
         loaded = RefinerForImageClassification.from_pretrained(unfinished)
         check_same_answers(model, loaded)
     loaded.config.name_or_path = str(output_dir)
@@ -136,34 +142,3 @@ def name_labels(config: RefinerConfig) -> None:
         names = IMAGENET_LABELS.read_text(encoding="utf-8").splitlines()
         config.id2label = dict(enumerate(names))
         config.label2id = {name: i for i, name in enumerate(names)}
-
-
-def _card(name: str, file: str, content: Mapping, model, use_ema: bool, crop_pct: float, with_code: bool):
-    kind = "averaged (EMA)" if use_ema else "raw"
-    said = {
-        key: content[key] for key in ("arch", "epoch", "metric") if isinstance(content.get(key), (str, int, float))
-    }
-    published = published_network(model.config)
-    results = ""
-    if published:
-        results = (
-            f"The network is {published.name}'s. {published.table()}\n\nWhether the converted file holds the weights "
-            "that these numbers were published for can't be seen in it."
-        )
-    claims = "".join(f" The file says {key}: {value}." for key, value in said.items())
-    return make_card(
-        CardContent(
-            title=name,
-            summary=f"A Refiner image classifier, converted from the reference checkpoint `{file}`.",
-            usage=usage_example(name, with_code),
-            results=results,
-            architecture=describe_network(model),
-            training=f"The {kind} weights of `{file}` were converted by `refiner_hf`; nothing was trained.{claims} "
-            f"What the file says of itself was not measured again. Images are prepared as the reference evaluates: "
-            f"bicubic resize, centre crop with crop_pct {crop_pct:g}.",
-            limits="Accuracy was not measured after the conversion. The saved model was loaded back and gave the same "
-            "logits as the converted one. Where and on what it was trained is not recorded in the tensors; ask "
-            "whoever gave you the file.",
-            remote_code=with_code,
-        )
-    )

@@ -8,8 +8,7 @@ import torch
 from PIL import Image as PILImage
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..cards.architecture import describe_network
-from ..cards.card import CardContent, make_card, usage_example
+from ..cards.conversion import refined_card
 from ..hub.code import add_code
 from ..modeling_refiner import RefinerForImageClassification
 from ..utils.loading import load_image_processor
@@ -75,7 +74,8 @@ def refine_to_folder(
         processor.save_pretrained(unfinished)
         if with_code:
             add_code(unfinished)
-        _card(output_dir.name, model, refined, pictures is not None, with_code).save(unfinished / "README.md")
+        card = refined_card(output_dir.name, model, refined, on_pictures=pictures is not None, remote_code=with_code)
+        card.save(unfinished / "README.md")
         loaded = RefinerForImageClassification.from_pretrained(unfinished)
         check_same_answers(source, loaded, _ROUNDING)
     loaded.config.name_or_path = str(output_dir)
@@ -87,24 +87,3 @@ def _prepared(pictures: Iterable[PILImage.Image], processor: BaseImageProcessor)
     pictures = iter(pictures)
     while some := list(islice(pictures, _BATCH)):
         yield processor(some, return_tensors="pt").pixel_values
-
-
-def _card(name: str, source: str, model: RefinerForImageClassification, measured: bool, with_code: bool):
-    is_folder = Path(source).exists()
-    called = Path(source).resolve().name if is_folder else source
-    begins = "pictures" if measured else "noise"
-    return make_card(
-        CardContent(
-            title=name,
-            summary=f"A Refiner image classifier made of `{called}`: its attention maps pass a refinement that does "
-            f"nothing yet. In evaluation it gives the logits of `{called}`; it is there to be fine-tuned.",
-            usage=usage_example(name, with_code),
-            architecture=describe_network(model),
-            training=f"All weights but the refinement's are those of `{called}`: `refine_vit` of `refiner_hf` made "
-            f"the model, and nothing was trained. The norms' statistics come from {begins}.",
-            limits=f"What holds for `{called}` holds here. Its accuracy was not measured. The saved model was loaded "
-            "back and gave the logits that it gives.",
-            base_model=None if is_folder else source,
-            remote_code=with_code,
-        )
-    )

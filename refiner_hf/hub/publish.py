@@ -5,13 +5,16 @@ import logging
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 
 from .. import modeling_refiner
-from ..cards.card import basic_card, for_repository
+from ..cards.card import basic_card
+from ..cards.options import public_options
+from ..cards.usage import for_repository
 from ..modeling_refiner import RefinerPreTrainedModel
 from ..utils.files import to_json
 from ..utils.loading import (
@@ -24,6 +27,7 @@ from ..utils.loading import (
     load_network,
 )
 from ..utils.paths import without_paths
+from ..utils.run_files import RUN_FILE
 from .code import AUTO_MAP, code_for, has_code, without_code
 from .fingerprint import fingerprint_of
 from .repository import PublishError, hub, prepare_repository, with_retries
@@ -40,8 +44,8 @@ _NOT_PUBLISHED = (
     "checkpoint-*", "last-checkpoint", "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth",
     "training_args.bin", "emissions.csv", "_*", ".*",
 )  # fmt: skip
-# JSON files in which a Trainer writes down paths.
-_WITH_PATHS = ("trainer_state.json", "training_arguments.json", "adapter_config.json")
+# JSON files in which a Trainer writes paths and options.
+_WITH_PATHS = ("trainer_state.json", RUN_FILE, "adapter_config.json")
 
 # Files of a repository by their path in it: a local file, or the content itself.
 Files = dict[str, Path | bytes]
@@ -168,10 +172,19 @@ def public_files(folder: Path) -> Files:
         inside = path.relative_to(folder)
         if not path.is_file() or any(fnmatch(part, no) for part in inside.parts for no in _NOT_PUBLISHED):
             continue
-        files[inside.as_posix()] = (
-            to_json(without_paths(_read_json(path))).encode() if path.name in _WITH_PATHS else path
-        )
+        files[inside.as_posix()] = to_json(public_content(path)).encode() if path.name in _WITH_PATHS else path
     return files
+
+
+def public_content(path: Path) -> dict[str, Any]:
+    """
+    What may be published of a JSON file in which a Trainer writes: no paths of this machine, and of the options of a
+    training only those that say what was trained.
+    """
+    content = _read_json(path)
+    if path.name == RUN_FILE and isinstance(content.get("training"), dict):
+        content["training"] = public_options(content["training"])
+    return without_paths(content)
 
 
 def check_model(folder: Path) -> RefinerPreTrainedModel:

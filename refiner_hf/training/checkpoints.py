@@ -23,8 +23,8 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 from ..configuration_refiner import RefinerConfig
 from ..data.streams import StreamPosition
 from ..modeling_refiner import RefinerForImageClassification
+from ..utils.run_files import EMA_FOLDER
 from .arguments import RefinerTrainingArguments
-from .ema import FOLDER as EMA_FOLDER
 
 
 _RANDOM_NUMBERS, _POSITIONS = "rng_state*.pth", "stream_position_*.json"

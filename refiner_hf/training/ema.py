@@ -8,10 +8,10 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import SAFE_WEIGHTS_NAME, logging
 
+from ..utils.run_files import EMA_FOLDER
+
 
 logger = logging.get_logger(__name__)
-
-FOLDER = "ema"  # within a checkpoint, and within the finished folder
 
 
 class EmaCallback(TrainerCallback):
@@ -50,13 +50,13 @@ class EmaCallback(TrainerCallback):
 
     def save(self, folder: str | Path, processor: BaseImageProcessor | ProcessorMixin | None) -> None:
         """Into `folder/ema`, which loads by itself."""
-        self.model.save_pretrained(Path(folder) / FOLDER)
+        self.model.save_pretrained(Path(folder) / EMA_FOLDER)
         if processor is not None:
-            processor.save_pretrained(Path(folder) / FOLDER)
+            processor.save_pretrained(Path(folder) / EMA_FOLDER)
 
     def load(self, folder: str | Path) -> None:
         """From `folder/ema`; where there is none, the average goes on from the weights that the model has now."""
-        file = Path(folder) / FOLDER / SAFE_WEIGHTS_NAME
+        file = Path(folder) / EMA_FOLDER / SAFE_WEIGHTS_NAME
         if not file.is_file():
             logger.warning(f"{folder} holds no average of the weights: it begins with the checkpoint's.")
             return

@@ -1,6 +1,5 @@
 """The finished folder of a training run: pictures, code and card beside the weights."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +8,16 @@ from PIL import Image
 from transformers import Trainer, pipeline
 from transformers.utils import logging
 
+from ..cards import captions
 from ..cards.card import make_card
 from ..cards.plots import plot_confusion_matrix, plot_learning_curve, plot_predictions
-from ..cards.training import RUN_FILE, training_facts
+from ..cards.training import training_content
 from ..data.images import decode_image
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN, ImageData
 from ..hub.code import add_code
+from ..hub.publish import public_content
 from ..utils.files import write_json
-from ..utils.paths import without_paths
+from ..utils.run_files import RUN_FILE
 from .arguments import RefinerTrainingArguments
 from .map_analysis import analyze_folder
 
@@ -61,19 +62,17 @@ def finish_folder(
     args: RefinerTrainingArguments = trainer.args
     folder = Path(args.output_dir)
     for name in (RUN_FILE, "trainer_state.json"):
-        write_json(folder / name, without_paths(json.loads((folder / name).read_text(encoding="utf-8"))))
-
-    caption = "Loss and accuracy during training; the training loss has regularisation and a dense head's loss in it"
-    pictures = [("learning_curve.png", caption)]
+        write_json(folder / name, public_content(folder / name))
+    pictures = [("learning_curve.png", captions.LEARNING_CURVE)]
     plot_learning_curve(trainer.state.log_history, folder / pictures[0][0])
     if confusion_matrix is not None:
         plot_confusion_matrix(confusion_matrix, trainer.model.config.label_names, folder / "confusion_matrix.png")
-        pictures.append(("confusion_matrix.png", f"Confusion matrix on {data.evaluation_split}"))
+        pictures.append(("confusion_matrix.png", captions.confusion_matrix(data.evaluation_split)))
     examples = predict_examples(folder, data, args.example_pictures or EXAMPLES) if data.evaluation is not None else []
     if examples and args.example_pictures:
         titles = [f"{example.label}: {example.answer} {example.score:.0%}" for example in examples]
         plot_predictions([example.image for example in examples], titles, folder / "predictions.png")
-        pictures.append(("predictions.png", "Pictures of the evaluation set, as 'true label: prediction, score'"))
+        pictures.append(("predictions.png", captions.PREDICTIONS))
         _save_pictures([example.image for example in examples], folder / "examples")
     if args.analysis_images and data.evaluation is not None:
         may_show = args.example_pictures > 0
@@ -84,7 +83,7 @@ def finish_folder(
 
     if args.with_code:
         add_code(folder)
-    facts = training_facts(trainer, measured, data=data, arguments=arguments, pictures=pictures)
+    facts = training_content(trainer, measured, data=data, arguments=arguments, pictures=pictures)
     make_card(facts).save(folder / "README.md")
     return examples
 

@@ -1,7 +1,8 @@
-"""What a trained network's maps are like, for its card."""
+"""The maps of a trained network, measured and drawn for its card."""
 
 from pathlib import Path
 
+from ..cards import captions
 from ..data.image_sample import decoded, sample_rows
 from ..data.sources import ImageData
 from ..inspection.analysis import analyze
@@ -33,25 +34,18 @@ def analyze_folder(folder: Path, data: ImageData, count: int, device: str, pictu
     rows = sample_rows(data.evaluation, count, _SEED)
     found = analyze(network, decoded(rows), len(rows), _BATCH)
     write_analyses([found], facts_of(data.name, _SEED, _BATCH, device), folder / ANALYSIS)
-    measured_on = f"on {found['images']} evaluation images"
-    refines = "before" in found
+    images, refines = found["images"], "before" in found
     pictures = [
-        (
-            f"{ANALYSIS}/{CURVES}.png",
-            f"What each layer's attention maps and tokens are like, {measured_on} (bands: standard deviation; of CKA, "
-            "standard error" + ("; hollow dots: maps before their refinement)" if refines else ")"),
-        ),
-        (f"{ANALYSIS}/{LAYERS}.png", f"How alike the maps and the features of different layers are, {measured_on}"),
+        (f"{ANALYSIS}/{CURVES}.png", captions.curves(images, refines)),
+        (f"{ANALYSIS}/{LAYERS}.png", captions.layers(images)),
     ]
     if not picture:
         return pictures
     views = view_attention(network, next(decoded(rows)))
-    pictures.append((f"{ANALYSIS}/layers.png", "Where the class token looks in an evaluation picture, heads averaged"))
+    pictures.append((f"{ANALYSIS}/layers.png", captions.OVERVIEW))
     plot_overview(views, 0, folder / pictures[-1][0])
     if refines:
         layer = views.refining_layers[-1]
-        pictures.append(
-            (f"{ANALYSIS}/heads.png", f"The same head by head through the refinement in layer {layer + 1}")
-        )
+        pictures.append((f"{ANALYSIS}/heads.png", captions.heads(layer + 1)))
         plot_heads(views, layer, 0, folder / pictures[-1][0])
     return pictures

@@ -11,9 +11,9 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from ..cards.training import RUN_FILE
 from ..utils.locking import LOCK, locked_folder
 from ..utils.paths import without_paths
+from ..utils.run_files import RUN_FILE
 from .arguments import RefinerTrainingArguments
 from .checkpoints import DamagedCheckpointError, check_checkpoint
 

@@ -14,7 +14,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from ..cards.card import make_card
-from ..cards.training import last_measured, training_facts
+from ..cards.training import last_measured, training_content
 from ..hub.code import code_for
 from ..hub.publish import CARD, Files, Published, check_adapter, commit_files, public_files, publish_folder
 from ..hub.repository import hub, prepare_repository
@@ -180,7 +180,7 @@ class PushingTrainer(Trainer):
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
     ) -> ModelCard:
-        facts = training_facts(self, last_measured(self))
+        facts = training_content(self, last_measured(self))
         said = {
             "language": language,
             "license": license,

@@ -11,8 +11,7 @@ from timm.data import Mixup
 from transformers import default_data_collator, set_seed
 from transformers.utils import logging
 
-from ..cards.card import CardContent, make_card
-from ..cards.training import RUN_FILE
+from ..cards.card import license_card
 from ..configuration_refiner import RefinerConfig
 from ..data.arguments import AugmentationArguments, DataArguments
 from ..data.augmentation import Augment
@@ -27,6 +26,7 @@ from ..hub.repository import PublishError, prepare_repository, with_retries
 from ..hub.verification import verify
 from ..modeling_refiner import RefinerForImageClassification
 from ..utils.files import write_json
+from ..utils.run_files import RUN_FILE
 from .arguments import ModelArguments, RefinerTrainingArguments
 from .ema import EmaCallback
 from .finished_folder import CONFUSION_MATRIX, Example, finish_folder
@@ -196,7 +196,7 @@ def _run(
 
 def _check_license(args: RefinerTrainingArguments) -> None:
     """Has the Hub's validator look at the one part of the card that a user writes, before the training."""
-    card = make_card(CardContent(title="", summary="", usage="", limits="", license=args.weights_license))
+    card = license_card(args.weights_license)
     with_retries(lambda: card.validate(repo_type="model"), "Validating --weights_license")
 
 

@@ -15,8 +15,9 @@ from PIL import Image
 import refiner_hf
 from refiner_hf import RefinerConfig, RefinerForImageClassification, RefinerModel
 from refiner_hf.cards.architecture import describe_network
-from refiner_hf.cards.card import CardContent, basic_card, for_repository, make_card, usage_example
+from refiner_hf.cards.card import CardContent, basic_card, make_card
 from refiner_hf.cards.plots import plot_confusion_matrix, plot_learning_curve, plot_predictions
+from refiner_hf.cards.usage import for_repository, usage_example
 from refiner_hf.hub.code import AUTO_MAP, CODE_FILES, PROCESSOR_AUTO_MAP, add_code
 from refiner_hf.utils.flops import count_flops
 from refiner_hf.utils.markdown import markdown_table

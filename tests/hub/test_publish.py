@@ -150,9 +150,10 @@ class TestWhatArrives:
 
     def test_the_card_of_the_folder_with_the_repositorys_name_in_its_example(self, hub, token, folder):
         text = (
-            "---\nlicense: mit\n---\n# Mine\n\n```python\nimport refiner_hf  # registers the model\n"
+            "---\nlicense: mit\n---\n# Mine\n\n<!-- usage: image-classification -->\n```python\n"
+            "import refiner_hf  # registers the model\n"
             'from transformers import pipeline\n\nclassify = pipeline("image-classification", model="a folder")\n'
-            'print(classify("photo.jpg", top_k=5))\n```\n\n```python\nmodel="a folder"\n```\n'
+            'print(classify("photo.jpg", top_k=5))\n```\n<!-- end of usage -->\n\n```python\nmodel="a folder"\n```\n'
         )
         assert self.published_card(hub, token, folder, text) == text.replace(
             '"image-classification", model="a folder"', '"image-classification", model="alice/model"'

@@ -192,7 +192,7 @@ class TestTrouble:
         assert [commit.title for commit in history[:2]] == ["End of training", "Training in progress, step 6"]
         assert set(history[0].files) == FINISHED
 
-    @pytest.mark.parametrize("broken", ["_link", "training_facts"])
+    @pytest.mark.parametrize("broken", ["_link", "training_content"])
     def test_a_push_on_the_way_can_not_be_prepared(self, hub, options, monkeypatch, broken):
         """A full disk, or a card that can't be made."""
         said = []

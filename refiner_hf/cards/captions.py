@@ -1,0 +1,31 @@
+"""The captions of a card's pictures."""
+
+LEARNING_CURVE = (
+    "Loss and accuracy during training. The training loss includes regularisation and the loss of a dense head."
+)
+PREDICTIONS = "Pictures of the evaluation set, as 'true label: prediction, score'"
+OVERVIEW = "Where the class token looks in an evaluation picture, averaged over heads"
+
+
+def confusion_matrix(split: str) -> str:
+    """Of the evaluation on `split`."""
+    return f"Confusion matrix on {split}"
+
+
+def curves(images: int, refines: bool) -> str:
+    """Of an analysis on so many images. In a network that refines there are maps before refinement."""
+    before = "; hollow dots: maps before their refinement" if refines else ""
+    return (
+        f"Each layer's attention maps and tokens, measured on {images:,} evaluation images (bands: standard "
+        f"deviation; of CKA, standard error{before})"
+    )
+
+
+def layers(images: int) -> str:
+    """Of the same analysis."""
+    return f"Similarity of the maps and features of different layers, measured on {images:,} evaluation images"
+
+
+def heads(layer: int) -> str:
+    """Of one layer's maps; its number is from 1."""
+    return f"The same for each head, through the refinement in layer {layer}"

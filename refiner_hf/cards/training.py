@@ -11,6 +11,7 @@ from ..modeling_refiner import RefinerForMaskedImageModeling
 from ..utils.machine import device_name, versions
 from ..utils.markdown import markdown_table, markdown_text
 from ..utils.run_files import EMA_FOLDER, EMISSIONS_FILE, RUN_FILE
+from ..utils.text import name_some
 from .architecture import describe_network
 from .card import CardContent, task_of
 from .options import public_rows, training_rows
@@ -126,9 +127,10 @@ def _data(trainer: Trainer, data: ImageData | None) -> str:
     if data is None:
         counts = f"{_length(trainer.train_dataset)} training images, {_length(trainer.eval_dataset)} evaluation images"
         return f"{counts}. Which ones was not recorded."
+    labels = [markdown_text(label) for label in trainer.model.config.label_names]
     return (
         f"{markdown_text(data.name)}: {_length(data.train)} training images, {_length(data.evaluation)} evaluation "
-        f"images ({data.evaluation_split}). Labels: {_name_some(trainer.model.config.label_names)}."
+        f"images ({data.evaluation_split}). Labels: {name_some(labels, 20)}."
     )
 
 
@@ -202,8 +204,3 @@ def _length(data) -> str:
     if data is None:
         return "no"
     return f"{len(data):,}" if hasattr(data, "__len__") else "a stream of"
-
-
-def _name_some(labels: list[str], most: int = 20) -> str:
-    named = ", ".join(markdown_text(label) for label in labels[:most])
-    return named if len(labels) <= most else f"{named} and {len(labels) - most} more"

@@ -18,7 +18,7 @@ from pathlib import Path
 from ..benchmarking.record import read_record
 from ..benchmarking.report import write_report
 from ..benchmarking.run import BenchmarkOptions, run_benchmark
-from ..utils.locking import locked
+from ..utils.locking import locked_beside
 from ..utils.paths import without_paths
 from .running import command, if_interrupted
 
@@ -27,7 +27,7 @@ from .running import command, if_interrupted
 def main(options: BenchmarkOptions) -> None:
     """Measures what the record doesn't hold yet, and writes the report."""
     options.stem.parent.mkdir(parents=True, exist_ok=True)
-    with locked(options.stem.with_name(f".{options.stem.name}.lock"), str(options.stem)):
+    with locked_beside(options.stem):
         path = Path(f"{options.stem}.json")
         with if_interrupted("The same command continues with what isn't measured yet."):
             record = read_record(path) if options.report else run_benchmark(options, command_of(options))

@@ -12,10 +12,9 @@ model's folder examples/. Only this machine can open the page, unless it is shar
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
 from ..demo import app
 from ..inspection.networks import open_network
+from ..utils.images import images_in
 from .options import device_option, pick_device, revision_option
 from .running import command
 
@@ -38,5 +37,5 @@ def main(args: DemoArguments) -> None:
 
 def find_examples(model: str) -> list[Path]:
     """The pictures in a model folder's `examples`."""
-    endings = Image.registered_extensions()
-    return sorted(path for path in Path(model, "examples").glob("*") if path.suffix.lower() in endings)
+    folder = Path(model, "examples")
+    return sorted(map(Path, images_in(folder))) if folder.is_dir() else []

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, Value
 
+from ..utils.text import counted
 from .columns import IMAGE_COLUMN
 from .contents import FEW
 from .images import UnreadableImageError, decode_image
@@ -48,8 +49,8 @@ def raise_if_unreadable(reasons: list[str]) -> None:
     if reasons:
         more = f"\nand {len(reasons) - _MOST_NAMED} more" if len(reasons) > _MOST_NAMED else ""
         raise ValueError(
-            f"{len(reasons)} images can't be read. Mend or remove them, or leave them out by "
-            "--unreadable_images skip:\n" + "\n".join(reasons[:_MOST_NAMED]) + more
+            f"{counted(len(reasons), 'image')} can't be read. Repair or remove what is listed here, or leave it out "
+            "with --unreadable_images skip:\n" + "\n".join(reasons[:_MOST_NAMED]) + more
         )
 
 

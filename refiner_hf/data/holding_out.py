@@ -11,13 +11,12 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers.utils import logging
 
+from ..utils.text import name_some
 from .columns import CONTENT_COLUMN, LABEL_COLUMN
 from .contents import contents_of, numbers_in, with_contents
 
 
 logger = logging.get_logger(__name__)
-
-_MOST_NAMED = 10  # labels in a message
 
 
 def hold_out(
@@ -66,14 +65,13 @@ def _check_labels(train: Dataset, held: np.ndarray, share: float) -> None:
     measured = np.bincount(labels[held], minlength=len(names))
     if len(unlearned := np.flatnonzero((left == 0) & (measured > 0))):
         raise ValueError(
-            f"All images of {_some(names, unlearned)} are held out at --train_val_split {share:g}, so that nothing "
+            f"All images of {_named(names, unlearned)} are held out at --train_val_split {share:g}, so that nothing "
             "could be learned of them: each image is decided by itself, by its content. Add pictures of them, lower "
             "--train_val_split, give --validation_dir, or try another --seed."
         )
     if len(unmeasured := np.flatnonzero((left > 0) & (measured == 0))):
-        logger.warning(f"No image of {_some(names, unmeasured)} is held out: nothing will be measured of them.")
+        logger.warning(f"No image of {_named(names, unmeasured)} is held out: nothing will be measured of them.")
 
 
-def _some(names: list[str], which: np.ndarray) -> str:
-    more = f" and {len(which) - _MOST_NAMED} more labels" if len(which) > _MOST_NAMED else ""
-    return ", ".join(names[i] for i in which[:_MOST_NAMED]) + more
+def _named(names: list[str], which: np.ndarray) -> str:
+    return name_some([names[i] for i in which])

@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset, Image, IterableDataset, load_dataset
 from PIL import Image as PILImage
 
+from ..utils.images import images_in
 from .images import decode_image
 from .sources import EVALUATION_SPLITS, IMAGE_COLUMN, at_most, check_cache, has_tables, read_files, shuffled
 
@@ -72,7 +73,6 @@ def decoded(rows: Iterable[dict[str, Any]]) -> Iterator[PILImage.Image]:
 
 
 def _load_folder(folder: Path) -> Dataset:
-    known = PILImage.registered_extensions()
-    if not has_tables(folder) and not any(file.suffix.lower() in known for file in folder.rglob("*")):
+    if not has_tables(folder) and next(images_in(folder), None) is None:
         raise ValueError(f"There are no images in {folder}.")
     return read_files(folder, drop_labels=True)

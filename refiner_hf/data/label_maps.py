@@ -5,7 +5,6 @@ A label map holds a teacher's k best classes, with their raw scores, at each pla
 is found by what is in the image's file, wherever the file lies and in whatever order it comes.
 """
 
-import json
 from abc import ABC, abstractmethod
 from hashlib import blake2b
 from pathlib import Path
@@ -15,6 +14,8 @@ import numpy as np
 import torch
 from datasets import load_dataset
 
+from ..utils.files import read_json
+from ..utils.text import name_some
 from .images import read_bytes
 
 
@@ -55,13 +56,13 @@ class ShardedLabelMaps(LabelMaps):
     """
 
     def __init__(self, folder: Path, labels: list[str]):
-        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+        facts = read_json(folder / FACTS_FILE)
         if not facts.get("finished"):
             raise ValueError(f"The label maps in {folder} aren't finished. Start refiner label-maps again to go on.")
         if facts["labels"] != labels:
             raise ValueError(
-                f"The label maps in {folder} are of {len(facts['labels'])} labels ({_some(facts['labels'])}), the "
-                f"data has {len(labels)} ({_some(labels)})."
+                f"The label maps in {folder} are of {len(facts['labels'])} labels ({name_some(facts['labels'])}), the "
+                f"data has {len(labels)} ({name_some(labels)})."
             )
         self.shape = facts["top_k"], facts["rows"], facts["columns"]
         files = sorted(str(path) for path in folder.glob(SHARDS))
@@ -130,7 +131,3 @@ def open_label_maps(folder: str, labels: list[str]) -> LabelMaps:
 def key_of(image: dict[str, Any]) -> int:
     """A number for what is in an image's file: 8 bytes of its hash."""
     return int.from_bytes(blake2b(read_bytes(image), digest_size=8).digest(), "big", signed=True)
-
-
-def _some(labels: list[str]) -> str:
-    return ", ".join(labels[:5]) + (", ..." if len(labels) > 5 else "")

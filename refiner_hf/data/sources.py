@@ -5,12 +5,12 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import datasets
 from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, load_dataset
 from transformers.utils import logging
 
+from ..utils.files import check_writable
 from .arguments import DataArguments
 from .columns import IMAGE_COLUMN, LABEL_COLUMN
 from .holding_out import hold_out
@@ -168,14 +168,7 @@ def check_cache() -> None:
         `OSError`: `datasets` can't keep there what it prepares.
     """
     cache = Path(datasets.config.HF_DATASETS_CACHE)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=cache):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"The cache of `datasets`, {cache}, can't be written: {error}. Set HF_DATASETS_CACHE to a folder that can."
-        ) from error
+    check_writable(cache, "The cache of `datasets`,", "Set HF_DATASETS_CACHE to a folder that can.")
 
 
 def read_files(folder: Path, *, drop_labels: bool) -> Dataset:

@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image as PILImage
 from transformers.image_processing_utils import BaseImageProcessor
 
+from ..utils.text import name_some
 from .augmentation import Augment
 from .images import EncodedImage, decode_image
 from .label_maps import BOX, FLIPPED, MAP_CLASSES, MAP_SCORES, LabelMaps
@@ -109,11 +110,7 @@ def match_labels(data_labels: list[str], model_labels: list[str]) -> list[int] |
     if unknown := [label for label in data_labels if label not in model_labels]:
         unseen = [label for label in model_labels if label not in data_labels]
         raise ValueError(
-            f"The data has labels that the model doesn't know: {_some(unknown)}. The model's labels that the data "
-            f"lacks: {_some(unseen)}. Rename the data's labels (folders) as the model calls them."
+            f"The data has labels that the model doesn't know: {name_some(unknown)}. The model's labels that the data "
+            f"lacks: {name_some(unseen)}. Rename the data's labels (folders) as the model calls them."
         )
     return [model_labels.index(label) for label in data_labels]
-
-
-def _some(labels: list[str], most: int = 20) -> str:
-    return str(labels) if len(labels) <= most else f"{labels[:most]} and {len(labels) - most} more"

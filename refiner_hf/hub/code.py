@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..utils.files import read_json
+
 
 PACKAGE = Path(__file__).parent.parent
 # The flat files that the Auto classes need; they import each other only.
@@ -63,7 +65,7 @@ def add_code(folder: str | Path) -> None:
 
 def _configurations(folder: str | Path) -> dict[str, dict[str, Any]]:
     paths = [Path(folder) / file for file in _NAMING]
-    return {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()}
+    return {path.name: read_json(path) for path in paths if path.exists()}
 
 
 def _to_bytes(content: dict[str, Any]) -> bytes:

@@ -1,6 +1,5 @@
 """A saved model's folder to a repository on the Hub, in one commit."""
 
-import json
 import logging
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -16,7 +15,7 @@ from ..cards.card import basic_card
 from ..cards.options import public_options
 from ..cards.usage import for_repository
 from ..modeling_refiner import RefinerPreTrainedModel
-from ..utils.files import to_json
+from ..utils.files import read_json, to_json
 from ..utils.loading import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -181,7 +180,7 @@ def public_content(path: Path) -> dict[str, Any]:
     What may be published of a JSON file in which a Trainer writes: no paths of this machine, and of the options of a
     training only those that say what was trained.
     """
-    content = _read_json(path)
+    content = read_json(path)
     if path.name == RUN_FILE and isinstance(content.get("training"), dict):
         content["training"] = public_options(content["training"])
     return without_paths(content)
@@ -299,14 +298,4 @@ def open_pull_request(api: HfApi, repo_id: str, files: Files, message: str, bran
 def _weight_files(folder: Path) -> set[str]:
     if (folder / WEIGHTS).exists() or not (folder / WEIGHTS_INDEX).exists():
         return {WEIGHTS}
-    return {WEIGHTS_INDEX, *_read_json(folder / WEIGHTS_INDEX)["weight_map"].values()}
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object.")
-    return content
+    return {WEIGHTS_INDEX, *read_json(folder / WEIGHTS_INDEX)["weight_map"].values()}

@@ -1,6 +1,5 @@
 """Makes label maps of a data set, shard by shard."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,15 @@ from transformers.utils import logging
 from ..data.images import EncodedImage
 from ..data.label_maps import CLASSES, FACTS_FILE, KEY, SCORES, key_of
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN
-from ..utils.files import write_json
+from ..utils.files import read_json, write_json
 from ..utils.locking import LOCK, locked_folder
+from ..utils.resuming import check_same_facts
 from .teachers import Teacher
 
 
 logger = logging.get_logger(__name__)
+
+_ELSEWHERE = "Give another --output_dir."
 
 
 class _ForTeacher(torch.utils.data.Dataset):
@@ -156,28 +158,19 @@ def _scores(teacher: Teacher, pixels: torch.Tensor, columns: list[int] | None) -
 
 
 def _begin(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """What is in the folder already."""
-    if (folder / FACTS_FILE).exists():
-        begun = _read_facts(folder / FACTS_FILE)
-    elif any(path.name != LOCK for path in folder.iterdir()):
-        raise ValueError(f"{folder} isn't empty and holds no label maps. Give another --output_dir.")
-    else:
-        begun = {}
-        write_json(folder / FACTS_FILE, facts)
-    changed = [name for name, value in facts.items() if begun and begun.get(name) != value]
-    if changed:
-        raise ValueError(f"{folder} holds label maps with another {', '.join(changed)}. Give another --output_dir.")
-    return begun
-
-
-def _read_facts(file: Path) -> dict[str, Any]:
+    """What the folder holds already."""
+    file = folder / FACTS_FILE
+    if not file.exists():
+        if any(path.name != LOCK for path in folder.iterdir()):
+            raise ValueError(f"{folder} isn't empty and holds no label maps. {_ELSEWHERE}")
+        write_json(file, facts)
+        return {}
     try:
-        facts = json.loads(file.read_text(encoding="utf-8"))
+        begun = read_json(file)
     except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}. Remove the folder, or give another --output_dir.") from error
-    if not isinstance(facts, dict):
-        raise ValueError(f"{file} is damaged: it holds no facts. Remove the folder, or give another --output_dir.")
-    return facts
+        raise ValueError(f"{error} Remove the folder, or give another --output_dir.") from error
+    check_same_facts(begun, facts, f"{folder} holds label maps", _ELSEWHERE)
+    return begun
 
 
 def _write_shard(file: Path, content: dict[str, list], length: int) -> None:

@@ -20,7 +20,7 @@ from PIL import Image as PILImage
 from torch import nn
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
-from ..utils.loading import load_classifier, load_image_processor, try_out
+from ..utils.loading import load_classifier_and_processor
 
 
 TIMM_PREFIX = "timm/"
@@ -87,8 +87,7 @@ class TransformersTeacher(Teacher):
     """
 
     def __init__(self, name: str, image_size: int | None, revision: str | None):
-        model, processor = load_classifier(name, revision), load_image_processor(name, {"revision": revision})
-        try_out(name, model, processor)
+        model, processor = load_classifier_and_processor(name, revision)
         super().__init__(model, processor.image_mean or [0.0] * 3, processor.image_std or [1.0] * 3)
         self.num_labels = model.config.num_labels
         self.labels = [model.config.id2label[i] for i in range(model.config.num_labels)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import BaseImageProcessor, PreTrainedConfig
 
-from ..utils.loading import load_classifier, load_config, load_image_processor, try_out
+from ..utils.loading import load_classifier_and_processor, load_config, load_image_processor
 from .scores import probabilities
 
 
@@ -97,9 +97,8 @@ class TorchClassifier(Classifier):
     """A model of transformers, in float32 however it was saved."""
 
     def __init__(self, name: str, device: str, revision: str | None = None):
-        model = load_classifier(name, revision)
-        super().__init__(name, model.config, load_image_processor(name, {"revision": revision}))
-        try_out(name, model, self.processor)
+        model, processor = load_classifier_and_processor(name, revision)
+        super().__init__(name, model.config, processor)
         self._model = model.to(device)
 
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from transformers import BaseImageProcessor
 
 from ..image_processing_pil_refiner import open_image, to_8_bit_rgb
 from ..utils.images import find_images
-from ..utils.locking import locked
+from ..utils.locking import locked_beside
 from .classifiers import Classifier, open_classifier
 from .table import AnswerTable, check_place, partial_file
 
@@ -78,8 +78,7 @@ def predict(
     top_k = min(top_k, len(classifier.labels))
 
     facts = {"model": classifier.digest(), "top_k": top_k}
-    alone = locked(output.with_name(f".{output.name}.lock"), str(output))
-    with alone, AnswerTable(output, _columns(top_k), facts) as answers:
+    with locked_beside(output), AnswerTable(output, _columns(top_k), facts) as answers:
         if strangers := answers.finished - {_printable(file) for file in files}:
             raise ValueError(
                 f"{partial_file(output)} holds answers to images that aren't meant now, such as {min(strangers)}. "

@@ -1,15 +1,14 @@
 """The table of answers. It grows in a file beside its place, so that a run that broke off can go on."""
 
 import csv
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
-from ..utils.files import write_json
+from ..utils.files import check_writable, read_json, write_json
+from ..utils.resuming import check_same_facts
 
 
 _ROW_END = b"\r\n"  # as the csv module writes it
@@ -29,12 +28,7 @@ def check_place(output: Path) -> None:
     """
     if os.path.lexists(output):
         raise FileExistsError(f"{output} exists already and isn't overwritten. Give another --output_file.")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=output.parent):
-            pass
-    except OSError as error:
-        raise OSError(f"The folder {output.parent} can't be written: {error}. Give another --output_file.") from error
+    check_writable(output.parent, "The folder", "Give another --output_file.")
 
 
 class AnswerTable:
@@ -108,14 +102,11 @@ class AnswerTable:
 
     def _check_facts(self, facts: dict[str, Any]) -> None:
         try:
-            begun = json.loads(self._facts_file.read_text(encoding="utf-8"))
+            begun = read_json(self._facts_file)
         except (FileNotFoundError, ValueError):
             begun = {}
-        if changed := [name for name, value in facts.items() if begun.get(name) != value]:
-            raise ValueError(
-                f"{self._partial} holds the answers of a run that broke off, with another {' and '.join(changed)}. "
-                "Remove it, or give another --output_file."
-            )
+        what = f"{self._partial} holds the answers of an interrupted run"
+        check_same_facts(begun, facts, what, "Remove it, or give another --output_file.")
 
 
 def whole_rows(file: Path) -> tuple[list[list[str]], int]:

@@ -1,8 +1,6 @@
 """The folder of a run: whether it can be written, and whether a run in it is to go on."""
 
-import json
 import shlex
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,10 @@ from accelerate.utils import broadcast_object_list
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from ..utils.files import check_writable, read_json
 from ..utils.locking import LOCK, locked_folder
 from ..utils.paths import without_paths
+from ..utils.resuming import changed_facts
 from ..utils.run_files import RUN_FILE
 from .arguments import RefinerTrainingArguments
 from .checkpoints import DamagedCheckpointError, check_checkpoint
@@ -39,7 +39,7 @@ def prepare_output_folder(args: RefinerTrainingArguments, arguments: dict[str, A
     found: list[Any] = [None]
     if args.process_index == 0:
         try:
-            _check_writable(Path(args.output_dir))
+            check_writable(Path(args.output_dir), "The output folder", "Give another --output_dir.")
             held.enter_context(locked_folder(args.output_dir))
             found = [_prepare(args, arguments)]
         except (OSError, ValueError) as error:
@@ -48,15 +48,6 @@ def prepare_output_folder(args: RefinerTrainingArguments, arguments: dict[str, A
     if isinstance(found[0], Exception):
         raise found[0]
     return found[0]
-
-
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(f"The output folder {folder} can't be written: {error}. Give another --output_dir.") from error
 
 
 def _prepare(args: RefinerTrainingArguments, arguments: dict[str, Any]) -> str | None:
@@ -91,7 +82,7 @@ def _check_same_run(folder: Path, arguments: dict[str, Any], checkpoint: str) ->
     """A run may go on for longer or on other hardware, but with the network and the data that it began with."""
     groups = ("model", "data", "augmentation")
     try:
-        begun = without_paths(json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
+        begun = without_paths(read_json(folder / RUN_FILE))
         begun = {group: dict(begun[group]) for group in groups}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -100,15 +91,16 @@ def _check_same_run(folder: Path, arguments: dict[str, Any], checkpoint: str) ->
         ) from error
     arguments = without_paths(arguments)
     changed = [
-        f"{name} was {begun[group].get(name)!r} and is now {value!r}"
+        change
         for group in groups
-        for name, value in arguments[group].items()
-        if name not in _MAY_CHANGE and begun[group].get(name) != value
+        for change in changed_facts(
+            begun[group], {name: value for name, value in arguments[group].items() if name not in _MAY_CHANGE}
+        )
     ]
     if changed:
         raise ValueError(
-            f"{folder} holds a run that broke off, but its options differ: {'; '.join(changed)}. Start it with the "
-            "same options to go on, or give another --output_dir."
+            f"{folder} holds an interrupted run, but its options differ: {'; '.join(changed)}. Start it with the same "
+            "options to continue it, or give another --output_dir."
         )
 
 

@@ -27,6 +27,7 @@ from ..hub.verification import verify
 from ..modeling_refiner import RefinerForImageClassification
 from ..utils.files import write_json
 from ..utils.run_files import RUN_FILE
+from ..utils.text import counted
 from .arguments import ModelArguments, RefinerTrainingArguments
 from .ema import EmaCallback
 from .finished_folder import CONFUSION_MATRIX, Example, finish_folder
@@ -228,7 +229,7 @@ def _look_at_images(data: ImageData, data_args: DataArguments, args: RefinerTrai
     elif reasons and args.should_save:
         file = Path(args.output_dir) / UNREADABLE_FILE
         file.write_text("\n".join(reasons) + "\n", encoding="utf-8")
-        logger.warning(f"{len(reasons)} images can't be read and are left out; {file} lists them.")
+        logger.warning(f"{counted(len(reasons), 'image')} can't be read; the training leaves out what {file} lists.")
 
 
 def _check_training(

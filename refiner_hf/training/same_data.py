@@ -1,6 +1,5 @@
 """Whether a run that goes on has the images and labels that it began with."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,8 @@ from transformers.utils import CONFIG_NAME, logging
 from ..data.arguments import DataArguments
 from ..data.contents import digests_of
 from ..data.sources import ImageData
+from ..utils.files import read_json
+from ..utils.text import name_some
 
 
 logger = logging.get_logger(__name__)
@@ -85,7 +86,7 @@ def _read(file: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        begun = json.loads(file.read_text(encoding="utf-8"))
+        begun = read_json(file)
         return {name: begun[name] for name in ("labels", "training", "evaluation", "evaluated_at_most")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
@@ -102,7 +103,7 @@ def _check_labels(checkpoint: str, begun: list[str], now: list[str], ordered: bo
     if begun == now or (not ordered and set(begun) == set(now)):  # a network may have its labels in another order
         return
     new, gone = ([label for label in some if label not in others] for some, others in ((now, begun), (begun, now)))
-    changed = [f"new: {_some(new)}"] * bool(new) + [f"gone: {_some(gone)}"] * bool(gone) or ["another order"]
+    changed = [f"new: {name_some(new)}"] * bool(new) + [f"gone: {name_some(gone)}"] * bool(gone) or ["another order"]
     raise ValueError(
         f"The labels aren't those that {checkpoint} was made with ({'; '.join(changed)}). "
         "Put them back to go on; or give another --output_dir, with "
@@ -126,7 +127,3 @@ def _changes(begun: dict[str, Any], now: dict[str, Any], what: str) -> list[str]
 
 def _count(facts: dict[str, Any]) -> str:
     return "an unknown number of" if facts["images"] is None else f"{facts['images']:,}"
-
-
-def _some(labels: list[str], most: int = 10) -> str:
-    return ", ".join(labels[:most]) + (f" and {len(labels) - most} more" if len(labels) > most else "")

@@ -1,4 +1,4 @@
-"""Which images are meant."""
+"""Which files are images: those with an image's extension that aren't hidden, in folders that aren't hidden."""
 
 import glob
 import os
@@ -25,7 +25,7 @@ def find_images(given: Iterable[str | os.PathLike]) -> list[str]:
 
 def _expand(given: str) -> list[str]:
     if os.path.isdir(given):
-        files = list(_images_below(given))
+        files = list(images_in(given))
         problem = f"There are no images in the folder {given}."
     elif os.path.lexists(given):  # first, since a file's name may look like a pattern
         return [given]
@@ -37,7 +37,13 @@ def _expand(given: str) -> list[str]:
     return files
 
 
-def _images_below(folder: str) -> Iterator[str]:
+def images_in(folder: str | os.PathLike) -> Iterator[str]:
+    """
+    The images in a folder and below it.
+
+    Raises:
+        `OSError`: a folder that can't be read.
+    """
     extensions = Image.registered_extensions()
     for place, folders, names in os.walk(folder, onerror=_fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -47,5 +53,5 @@ def _images_below(folder: str) -> Iterator[str]:
 
 
 def _fail(error: OSError) -> None:
-    """Otherwise `os.walk` leaves out what it can't read, and nobody knows."""
+    """Without this `os.walk` silently leaves out what it can't read."""
     raise error

@@ -30,6 +30,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import IMAGE_PROCESSOR_NAME as PROCESSOR_NAME
 
+from .text import name_some
+
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _NAMED = 3  # tensors in an error
@@ -148,7 +150,8 @@ def load_network(
         `OSError`: there is no such model, or it has no weights.
     """
     source = find_source(name, **hub or {})
-    options = {"config": _load_config(name, source), **options} if "config" not in options else options
+    if "config" not in options:
+        options["config"] = _load_config(name, source)
     trained = _trained_by_adapter(source)
 
     def absent(tensor: str) -> bool:
@@ -179,6 +182,15 @@ def load_classifier(name: str, revision: str | None = None) -> PreTrainedModel:
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ValueError(f"{name} is a {config.model_type!r} model, which isn't an image classifier.")
     return load_network(name, hub={"revision": revision}, config=config, dtype=torch.float32)
+
+
+def load_classifier_and_processor(
+    name: str, revision: str | None = None
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """A classifier, as [`load_classifier`] gives it, and its image processor, tried out together."""
+    model, processor = load_classifier(name, revision), load_image_processor(name, {"revision": revision})
+    try_out(name, model, processor)
+    return model, processor
 
 
 def load_image_processor(name: str, hub: Hub | None = None, **options: Any) -> BaseImageProcessor:
@@ -296,7 +308,7 @@ def _check_tensors(
         ],
     }
     problems = {what: sorted(keys) for what, keys in problems.items()}
-    told = [f"{what} {_name_some(keys)}" for what, keys in problems.items() if keys]
+    told = [f"{what} {name_some(keys, _NAMED)}" for what, keys in problems.items() if keys]
     if told:
         raise ValueError(
             f"The weights of {name} don't fit its network ({type(model).__name__}): they {'; they '.join(told)}. "
@@ -334,7 +346,7 @@ def _with_adapter(name: str, model: PreTrainedModel, adapter: Place) -> PreTrain
         adapted = PeftModel.from_pretrained(model, adapter.name, **adapter.hub)
         wanted = set(get_peft_model_state_dict(adapted))
         if there != wanted:
-            raise ValueError(f"missing or left over are {_name_some(sorted(there ^ wanted))}.")
+            raise ValueError(f"missing or left over are {name_some(sorted(there ^ wanted), _NAMED)}.")
         return adapted.merge_and_unload()
 
 
@@ -360,8 +372,3 @@ def _in_words(error: Exception) -> str:
         return "they are a pickle that may hold code, which isn't run. Ask for safetensors."
     text = " ".join(str(error).split())
     return text if isinstance(error, (ValueError, RuntimeError)) and text else f"{type(error).__name__}: {text}"
-
-
-def _name_some(keys: list[str]) -> str:
-    others = len(keys) - _NAMED
-    return ", ".join(keys[:_NAMED]) + (f" and {others:,} other{'s' * (others > 1)}" if others > 0 else "")

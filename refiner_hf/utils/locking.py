@@ -1,7 +1,7 @@
 """Two commands never write to one place at the same time."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,7 +16,7 @@ def locked(file: str | Path, what: str) -> Iterator[None]:
     Holds a lock while something is written. It ends with the process that holds it, however that ends.
 
     Args:
-        file: of the lock, in a folder that can be written; gone afterwards.
+        file: the lock's file, in a folder that can be written. It is removed afterwards.
         what (`str`): what is written, for the error.
 
     Raises:
@@ -32,9 +32,15 @@ def locked(file: str | Path, what: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # While it is held: whoever opened the file before it went sees that it is gone, and makes another.
+        # Before the release: a process that has opened the file already then sees that it is gone, and makes another.
         Path(file).unlink(missing_ok=True)
         lock.release()
+
+
+def locked_beside(path: str | Path, what: str | None = None) -> AbstractContextManager[None]:
+    """[`locked`] for something that isn't there yet, by a hidden file beside it. `what` is by default its path."""
+    path = Path(path)
+    return locked(path.with_name(f".{path.name}.lock"), str(path) if what is None else what)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..modeling_refiner import RefinerForImageClassification
 from .loading import said_in_words
-from .locking import locked
+from .locking import locked_beside
 
 
 def check_new(folder: Path) -> None:
@@ -27,7 +27,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """A folder beside it to write into, which becomes `folder` at the end, or is removed where anything failed."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder.with_name(f".{folder.name}.lock"), f"the folder {folder}"):
+    with locked_beside(folder, f"the folder {folder}"):
         check_new(folder)
         unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:

@@ -190,7 +190,7 @@ def test_everything_is_measured_once_and_written(quick, tmp_path, capsys):
     write_json(tmp_path / "out" / "cpu.json", record)
     main(words)
     assert len(quick) == 12
-    with pytest.raises(SystemExit, match="rounds was 2, is 3.*--fresh"):
+    with pytest.raises(SystemExit, match="rounds was 2 and is now 3.*--fresh"):
         main([*words, "--rounds", "3"])
     main([*words, "--part", "op", "--fresh"])
     assert len(quick) == 15

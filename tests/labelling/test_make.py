@@ -93,7 +93,7 @@ def test_goes_on_where_it_broke_off(teacher, photos, tmp_path, monkeypatch, caps
     main(options(teacher, photos, tmp_path / "broken"))
     for file in (tmp_path / "unbroken").iterdir():
         assert (tmp_path / "broken" / file.name).read_bytes() == file.read_bytes(), file.name
-    with pytest.raises(SystemExit, match="label maps with another top_k"):
+    with pytest.raises(SystemExit, match="label maps, made under other conditions: top_k was"):
         main(options(teacher, photos, tmp_path / "broken", "--top_k", "1"))
 
 

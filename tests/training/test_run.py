@@ -554,7 +554,7 @@ def test_what_is_unreadable_stops_or_is_left_out(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "photos")
     (folder / "red" / "1.png").write_bytes((folder / "red" / "1.png").read_bytes()[:150])
     words = ["--train_dir", str(folder), *QUICK]
-    with pytest.raises(SystemExit, match=r"1 images can't be read(.|\n)*1\.png"):
+    with pytest.raises(SystemExit, match=r"1 image can't be read(.|\n)*1\.png"):
         main([*words, "--output_dir", str(tmp_path / "stopped")])
     result = main([*words, "--output_dir", str(tmp_path / "out"), "--unreadable_images", "skip"])
     assert len(result.data.train) + len(result.data.evaluation) == 23

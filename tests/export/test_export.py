@@ -18,7 +18,7 @@ from refiner_hf.export.compare import compare, comparison_table, load_labelled
 from refiner_hf.export.graph import check_onnx, export_onnx, open_onnx, quantize_onnx, run_onnx
 from refiner_hf.hub.code import add_code
 
-from ..conftest import GOLDEN_MODELS, LAYOUTS, assert_close, load_json
+from ..conftest import GOLDEN_MODELS, LAYOUTS, assert_close, load_json, save_with_processor
 from ..every_class import config_of, make
 from ..images import write_folder
 
@@ -110,9 +110,7 @@ def saved(tmp_path):
     """A model that knows the photos' labels, in another order, and its processor."""
     network = make(RefinerForImageClassification)
     network.reset_classifier(["red", "blue", "green"])
-    network.save_pretrained(tmp_path / "model")
-    RefinerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
-    return network, tmp_path / "model"
+    return network, save_with_processor(network, tmp_path / "model")
 
 
 @pytest.fixture

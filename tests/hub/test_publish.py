@@ -16,7 +16,6 @@ from refiner_hf import (
     RefinerBackbone,
     RefinerForImageClassification,
     RefinerForMaskedImageModeling,
-    RefinerImageProcessor,
     RefinerModel,
     refine_vit,
 )
@@ -26,7 +25,7 @@ from refiner_hf.hub.publish import publish_folder
 from refiner_hf.hub.repository import TRIES, PublishError, prepare_repository
 from refiner_hf.hub.verification import verify
 
-from ..conftest import assert_close, load_json
+from ..conftest import assert_close, load_json, save_with_processor
 
 
 @pytest.fixture
@@ -46,9 +45,7 @@ def token(hub, waits):
 @pytest.fixture
 def folder(tiny_model, tmp_path):
     """A model with its processor, and things beside it that are nobody's business."""
-    path = tmp_path / "a folder"
-    tiny_model().save_pretrained(path)
-    RefinerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(path)
+    path = save_with_processor(tiny_model(), tmp_path / "a folder")
     for private in (
         "training_args.bin",
         "emissions.csv",

@@ -6,7 +6,6 @@ import subprocess
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from PIL import Image
 
 from refiner_hf.attention_refiner import RefinerMapRefinement
@@ -28,20 +27,6 @@ def made_up(layers: int = 2, heads: int = 3, expanded: int = 6, grid: tuple[int,
     sight.layers[1].stages[APPLIED][0] = 0
     sight.layers[1].stages[APPLIED][0, 0, 1, 2] = -0.5
     return sight
-
-
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that are written."""
-    figures = []
-    save = Figure.savefig
-
-    def keep(figure, *args, **kwargs):
-        figures.append(figure)
-        save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return figures
 
 
 def colours_in(path) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from refiner_hf.labelling import make
 from refiner_hf.labelling.make import match_teacher
 from refiner_hf.training.targets import TrainingTargets
 
+from ..conftest import save_with_processor
 from ..images import write_folder
 from ..training.test_run import QUICK
 
@@ -48,9 +49,7 @@ def teacher(tmp_path_factory):
         for channel in range(3):
             projection[channel, channel] = 1 / 16
             model.classifier.weight[2 - channel, channel] = 5
-    model.save_pretrained(folder)
-    RefinerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
+    return save_with_processor(model, folder)
 
 
 def options(teacher, photos, out, *more):

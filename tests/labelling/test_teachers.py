@@ -24,8 +24,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from refiner_hf import RefinerImageProcessor
 from refiner_hf.labelling.teachers import TimmTeacher, TransformersTeacher, load_teacher
+
+from ..conftest import save_with_processor
 
 
 TOKENS = dict(
@@ -92,9 +93,7 @@ def test_what_it_says_of_a_place_is_what_it_says_of_an_image_that_is_all_like_it
 
 def test_a_refiner(tiny_model, tmp_path):
     model = randomized(tiny_model(use_dense_head=True))
-    model.save_pretrained(tmp_path)
-    RefinerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
-    teacher = load_teacher(str(tmp_path))
+    teacher = load_teacher(str(save_with_processor(model, tmp_path)))
     pixels = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         patches = teacher.model.refiner(pixels).last_hidden_state[:, 1:]
@@ -147,9 +146,7 @@ def test_a_folder_that_timm_saved(tmp_path):
 
 
 def test_images_are_squeezed_whole(tmp_path, tiny_model):
-    tiny_model().save_pretrained(tmp_path)
-    RefinerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
-    teacher = load_teacher(str(tmp_path))
+    teacher = load_teacher(str(save_with_processor(tiny_model(), tmp_path)))
     image = Image.new("RGB", (64, 20), (255, 0, 0))
     image.paste((0, 0, 255), (32, 0, 64, 20))
     pixels = teacher.prepare(image)

@@ -18,6 +18,7 @@ from refiner_hf.hub.verification import verify
 from refiner_hf.training import pushing, run
 from refiner_hf.training.trainer import RefinerTrainer
 
+from ..cards import Card, shown
 from ..images import write_folder
 from .test_run import QUICK
 from .test_trainer import Images, arguments, losses
@@ -293,13 +294,23 @@ class TestOwnTrainer:
             finetuned_from="alice/base", model_name="A name", tasks="image-classification",
         )  # fmt: skip
         files = hub.repositories["alice/model"].files()
-        card = ModelCard(files["README.md"].decode())
-        (result,) = card.data.eval_results
-        assert result.metric_value == pytest.approx(measured["eval_accuracy"]) and result.dataset_name == "Noise"
-        assert (card.data.license, card.data.language, card.data.base_model) == ("mit", "en", "alice/base")
-        assert "mine" in card.data.tags and card.data.datasets == ["alice/noise"]
-        for fact in ("# A name", "24 training images, 10 evaluation images", "3 steps in", "learning_rate | 0.001"):
-            assert fact in card.text, fact
+        card = Card(files["README.md"])
+        (model,) = card.data.pop("model-index")
+        (result,) = model["results"]
+        assert card.data == {
+            "library_name": "transformers", "pipeline_tag": "image-classification", "license": "mit", "language": "en",
+            "base_model": "alice/base", "datasets": ["alice/noise"], "metrics": ["accuracy"],
+            "tags": ["refiner", "vision", "image-classification", "mine"],
+        }  # fmt: skip
+        assert (model["name"], result["dataset"]) == ("A name", {"name": "Noise", "type": "alice/noise"})
+        accuracy = pytest.approx(measured["eval_accuracy"])
+        assert [(each["type"], each["value"]) for each in result["metrics"]] == [("accuracy", accuracy)]
+        assert card.sections["Summary"].startswith("# A name\n")
+        assert card.numbers("Results") == [10] and card.numbers("Data") == [24, 10]
+        assert card.table("Results")["Top-1 accuracy"] == f"{measured['eval_accuracy']:.2%}"
+        assert card.numbers("How it was made")[0] == trainer.state.global_step == 3
+        options, had = card.table("How it was made"), trainer.model.config.to_dict() | trainer.args.to_dict()
+        assert options == {name: shown(had[name]) for name in options} and options["learning_rate"] == "0.001"
         assert "training_args.bin" not in files
         assert hub.repositories["alice/model"].branches["main"] == published.commit
 

@@ -16,6 +16,7 @@ from refiner_hf.training.targets import smooth_labels
 from refiner_hf.training.trainer import RefinerTrainer
 from refiner_hf.utils.norm_statistics import reestimate_norm_statistics
 
+from ..cards import Card
 from ..conftest import assert_close
 
 
@@ -196,11 +197,13 @@ class TestMaskedImageModeling:
     def test_it_learns_and_is_measured(self, trainer, tmp_path):
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
-        assert trainer.evaluate()["eval_loss"] < 0.9 * before
+        after = trainer.evaluate()
+        assert after["eval_loss"] < 0.9 * before
         trainer.create_model_card()
-        card = (tmp_path / "README.md").read_text()
-        assert "masked image model" in card and "| Mean absolute difference of the hidden pixels" in card
-        assert 'pipeline("image-feature-extraction"' in card
+        card = Card((tmp_path / "README.md").read_bytes())
+        assert "masked image model" in card.sections["Summary"] and "hidden pixels" in list(card.table("Results"))[0]
+        assert list(card.table("Results").values())[0] == f"{after['eval_loss']:.4f}"
+        assert card.data["pipeline_tag"] == "image-feature-extraction" and card.data["pipeline_tag"] in card.code
 
     def test_statistics_are_those_under_masks(self, trainer):
         """Without masks the maps are others, and an evaluation under masks gets worse by it."""

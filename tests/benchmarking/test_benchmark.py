@@ -1,6 +1,9 @@
 import json
-import subprocess
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -114,10 +117,17 @@ def test_memory_in_a_child():
     assert 2 * expanded_map < row["memory"] < 10 * expanded_map
 
 
-def test_a_killed_child_ran_out_of_memory(monkeypatch):
-    killed = subprocess.CompletedProcess([], -9, "", "")
-    monkeypatch.setattr(memory.subprocess, "run", lambda *args, **kwargs: killed)
-    assert memory.peak_memory_in_child(case(), BASE) == {"error": "out of memory"}
+@pytest.mark.parametrize("number, error", [(signal.SIGKILL, "out of memory"), (signal.SIGTERM, "killed by SIGTERM")])
+def test_a_killed_child(number, error):
+    """SIGKILL is what the system sends where memory runs out."""
+    before = set(psutil.Process().children())
+    with ThreadPoolExecutor(1) as thread:
+        row = thread.submit(memory.peak_memory_in_child, case("op", image_size=224, batch_size=4), BASE)
+        while not (started := set(psutil.Process().children()) - before):
+            assert not row.done(), row.result()
+            time.sleep(0.001)
+        started.pop().send_signal(number)
+        assert row.result(60) == {"error": error}
 
 
 def test_ratios_are_taken_round_by_round():

@@ -69,16 +69,18 @@ class TestOffloading:
         assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
 
     @every_class
-    def test_layers_stay_whole(self, cls, accelerate):
-        """A layer adds its input to its output, so both must be on one device."""
+    @pytest.mark.parametrize("room", ["some of the layers", "some of the embeddings"])
+    def test_layers_and_embeddings_stay_whole(self, cls, accelerate, room):
+        """A layer adds its input to its output, and embeddings add theirs, so these must be on one device."""
         model = make(cls, use_conv_stem=False)
-        size = accelerate.utils.compute_module_sizes(model)[""]
+        sizes = accelerate.utils.compute_module_sizes(model)
+        size = 0.6 * sizes[""] if room == "some of the layers" else 0.9 * sizes[f"{prefix(cls)}embeddings"]
         device_map = accelerate.infer_auto_device_map(
             model,
-            max_memory={"cpu": 0.6 * size, "disk": 2 * size},
+            max_memory={"cpu": size, "disk": 2 * sizes[""]},
             no_split_module_classes=model._no_split_modules,
         )
-        assert set(device_map.values()) == {"cpu", "disk"}
+        assert set(device_map.values()) == ({"cpu", "disk"} if room == "some of the layers" else {"disk"})
         # From "layers.0" to "layers.0.mlp" is a step inside.
         assert all(len(name.removeprefix("refiner.").split(".")) <= 2 for name in device_map), device_map
         assert not any(name.startswith(f"{prefix(cls)}embeddings.") for name in device_map), device_map

@@ -423,10 +423,13 @@ class TestCommand:
         assert len(offered.samples) == 2
         assert find_examples("no/such-model") == []
 
-    @pytest.mark.parametrize("words", [["--model", "/nowhere/at/all"], ["--device", "cuda:7"]])
-    def test_errors_are_said(self, folder, words, monkeypatch):
+    @pytest.mark.parametrize(
+        "words, says",
+        [(["--model", "/nowhere/at/all"], "no folder /nowhere/at/all"), (["--device", "cuda:7"], "no cuda:7 here")],
+    )
+    def test_errors_are_said(self, folder, words, says, monkeypatch):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-        with pytest.raises(SystemExit, match="Error: "):
+        with pytest.raises(SystemExit, match=f"Error: .*{says}"):
             main(["--model", str(folder), *words])
 
     @pytest.mark.parametrize("port", ["taken", 99999])

@@ -197,7 +197,7 @@ def test_what_cannot_be_exported(saved, photos, tmp_path):
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-50])
-    fails("--model", str(folder), says="Error")
+    fails("--model", str(folder), says="model.safetensors are damaged")
     weights.write_bytes(whole)
     (folder / "preprocessor_config.json").unlink()
     fails("--model", str(folder), says="processor")

@@ -95,7 +95,7 @@ class TestWhatArrives:
         assert repository.branches["trial"] == repository.tags["v1"] == published.commit
         assert set(repository.files()) == {".gitattributes"}
         assert 'model="lab/model", revision="trial")' in repository.files("trial")["README.md"].decode()
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="lab/model is not a local folder"):
             RefinerForImageClassification.from_pretrained("lab/model", revision="v1", token=False)
         RefinerForImageClassification.from_pretrained("lab/model", revision="v1", token=token)
 

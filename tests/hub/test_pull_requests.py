@@ -155,5 +155,5 @@ def test_a_processor_is_missing_only_where_the_hub_says_so(hub, token, folder):
     assert has_image_processor("alice/with") and not has_image_processor("alice/without")
     hub.drop("HEAD", "/alice/with/resolve/.*preprocessor", times=100)
     hub.drop("GET", "/alice/with/resolve/.*preprocessor", times=100)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="connection to the Hub broke while alice/with"):
         has_image_processor("alice/with", {"cache_dir": str(folder / "empty")})

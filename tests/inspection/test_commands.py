@@ -91,7 +91,7 @@ class TestVisualize:
             (["--head", "5"], "no head 5; there are 4"),
             (["--patch", "5,1"], "no patch 5,1; there are 4 rows and 6 columns"),
             (["--patch", "7"], "ROW,COLUMN such as 3,5, got '7'"),
-            (["--model", "/nowhere/at/all"], "Error"),
+            (["--model", "/nowhere/at/all"], "no folder /nowhere/at/all"),
             (["--device", "cuda:7"], "(?i)cuda"),
         ],
     )
@@ -158,7 +158,7 @@ class TestAnalyze:
             (["--max_images", "0"], "max_images must be at least 1"),
             (["--batch_size", "3"], "at least 4 images"),
             (["--data", "/nowhere/at/all"], "no folder /nowhere/at/all"),
-            (["--model", "/nowhere/at/all"], "Error"),
+            (["--model", "/nowhere/at/all"], "no folder /nowhere/at/all"),
         ],
     )
     def test_bad_choices(self, refiner, tmp_path, words, message):

@@ -319,7 +319,7 @@ class TestOpenNetwork:
             open_network(str(tmp_path / "swin"))
 
     def test_no_network(self, tmp_path):
-        with pytest.raises((OSError, ValueError)):
+        with pytest.raises(ValueError, match="config.json of .* can't be used"):
             open_network(str(tmp_path))
 
     @pytest.mark.parametrize("patch, grid", [(4, (3, 6)), ([4, 8], (3, 3)), ((6, 4), (2, 6))])

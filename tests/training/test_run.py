@@ -4,11 +4,13 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import datasets
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -16,10 +18,14 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from refiner_hf.commands.train import main
+from refiner_hf.data.draws import DrawSampler
+from refiner_hf.data.images import decode_image
 from refiner_hf.hub.card import count_flops
+from refiner_hf.training.trainer import RefinerTrainer
+from refiner_hf.utils.norm_statistics import reestimate_norm_statistics
 
 from ..cards import Card, shown
-from ..conftest import load_json
+from ..conftest import assert_close, load_json
 from ..images import COLOURS, write_folder
 
 
@@ -57,6 +63,16 @@ def trained(more_photos, tmp_path_factory):
 class TestFinishedFolder:
     def test_it_learned(self, trained):
         assert trained[1].metrics["eval_accuracy"] >= 5 / 6
+
+    def test_norms_have_the_statistics_of_the_training_images(self, trained):
+        folder, result = trained
+        model = AutoModelForImageClassification.from_pretrained(folder)
+        saved = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+        images = [decode_image(row["image"]) for row in result.data.train]
+        pixels = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt").pixel_values
+        assert reestimate_norm_statistics(model, [pixels]) == len(images)
+        for name, buffer in saved.items():
+            assert_close(buffer, model.get_buffer(name), 1e-4, name)
 
     def test_holds_everything_and_nothing_else(self, trained):
         folder, _ = trained
@@ -174,8 +190,6 @@ class TestFinishedFolder:
     def test_pipeline_answers_as_the_evaluation_measured(self, trained):
         folder, result = trained
         classify = pipeline("image-classification", model=str(folder))
-        from refiner_hf.data.images import decode_image
-
         right = sum(
             classify(decode_image(row["image"]))[0]["label"] == result.data.labels[row["labels"]]
             for row in result.data.evaluation
@@ -247,6 +261,18 @@ class TestEvaluationOnly:
             "all_results.json", "eval_results.json", "confusion_matrix.csv"
         }  # fmt: skip
 
+    def test_confusions(self, trained, tmp_path):
+        """True labels down, predicted ones across."""
+        data = write_folder(tmp_path / "data", 4, ("green", "red"))
+        (data / "green").rename(data / "blue")
+        main(
+            ["--model_name_or_path", str(trained[0]), "--validation_dir", str(data), "--do_eval", "--use_cpu",
+             "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
+        )  # fmt: skip
+        rows = list(csv.DictReader((tmp_path / "out" / "confusion_matrix.csv").open()))
+        blue, green, red = ({label: int(row[label]) for label in COLOURS} for row in rows)
+        assert blue["green"] >= 3 and red["red"] >= 3 and green == dict.fromkeys(COLOURS, 0)
+
     def test_unknown_labels_are_listed(self, trained, tmp_path):
         data = write_folder(tmp_path / "data", 2, ("green", "violet"))
         with pytest.raises(SystemExit, match=r"\['violet'\].*\['blue', 'red'\]"):
@@ -304,6 +330,22 @@ class TestFineTuning:
         for name, tensor in old.state_dict().items():
             assert torch.allclose(new.state_dict()[name].float(), tensor.float(), atol=1e-6), name
 
+    def test_labels_in_another_order_than_the_datas(self, trained, tmp_path, photos):
+        """The heads keep the checkpoint's order, and training follows it as evaluation does."""
+        model, order = AutoModelForImageClassification.from_pretrained(trained[0]), [2, 0, 1]
+        with torch.no_grad():
+            for parameter in (*model.classifier.parameters(), *model.dense_classifier.parameters()):
+                parameter.copy_(parameter[order].clone())
+        names = [model.config.id2label[i] for i in order]
+        model.config.id2label, model.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+        model.save_pretrained(shutil.copytree(trained[0], tmp_path / "turned"))
+        measured = [
+            self.fine_tune(folder, photos, tmp_path / f"out_of_{folder.name}", "--learning_rate", "1e-9").metrics
+            for folder in (trained[0], tmp_path / "turned")
+        ]
+        for name in ("train_loss", "eval_loss"):
+            assert measured[1][name] == pytest.approx(measured[0][name], rel=1e-4)
+
     def test_at_another_image_size(self, trained, tmp_path, photos):
         self.fine_tune(trained[0], photos, tmp_path / "out", "--image_size", "24")
         new = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
@@ -332,8 +374,6 @@ class TestMoreData:
         assert not {"examples", "predictions.png"} & {path.name for path in (tmp_path / "out").iterdir()}
 
     def test_stream(self, tmp_path, photos):
-        import datasets
-
         table = datasets.load_dataset("imagefolder", data_dir=str(photos), split="train")
         for name in ("train", "validation"):
             table.to_parquet(str(tmp_path / "tables" / f"{name}.parquet"))
@@ -345,6 +385,29 @@ class TestMoreData:
         assert 0 <= result.metrics["eval_accuracy"] <= 1
         assert (tmp_path / "out" / "predictions.png").exists()
         assert load_json(tmp_path / "out" / "analysis" / "analysis.json")["networks"][0]["images"] == 4
+
+    def test_options_of_the_images_order(self, tmp_path, photos, monkeypatch):
+        """A seed of its own, in a folder and in a stream, and what to do with a stream's unreadable images."""
+        trainers = []
+
+        def stop(trainer, **kwargs):
+            trainers.append(trainer)
+            raise ValueError("far enough")
+
+        monkeypatch.setattr(RefinerTrainer, "train", stop)
+        datasets.load_dataset("imagefolder", data_dir=str(photos), split="train").to_parquet(
+            str(tmp_path / "tables" / "train.parquet")
+        )
+        for name, words in {
+            "folder": ["--train_dir", str(photos)],
+            "stream": ["--dataset_name", str(tmp_path / "tables"), "--streaming", "--max_steps", "3"],
+        }.items():
+            words += ["--output_dir", str(tmp_path / name), "--do_train", "--data_seed", "7"]
+            with pytest.raises(SystemExit, match="far enough"):
+                main([*words, *QUICK, "--unreadable_images", "skip"])
+        folder, stream = trainers
+        assert list(folder._get_train_sampler()) == list(DrawSampler(folder.train_dataset, 7))
+        assert stream.train_dataset.seed == 7 and stream.train_dataset.skip_unreadable
 
     def test_a_failed_analysis_costs_nothing_else(self, tmp_path, photos, monkeypatch):
         from refiner_hf.training import folder
@@ -417,9 +480,16 @@ class TestBadInput:
         with pytest.raises(SystemExit, match="options.yaml isn't"):
             main([str(tmp_path / "options.yaml")])
 
-    @pytest.mark.parametrize("overrides", ['{"hidden_size": 48}', '{"num_hidden_layers": 1}', '{"hidden_act": "x"}'])
-    def test_overrides_that_do_not_fit_a_checkpoint(self, trained, tmp_path, photos, overrides):
-        with pytest.raises(SystemExit, match="Error"):
+    @pytest.mark.parametrize(
+        "overrides, says",
+        [
+            ('{"hidden_size": 48}', "another shape than the network's in classifier.weight"),
+            ('{"num_hidden_layers": 1}', "2 entries for num_hidden_layers=1"),
+            ('{"hidden_act": "x"}', "hidden_act is 'x'"),
+        ],
+    )
+    def test_overrides_that_do_not_fit_a_checkpoint(self, trained, tmp_path, photos, overrides, says):
+        with pytest.raises(SystemExit, match=says):
             main(
                 ["--model_name_or_path", str(trained[0]), "--train_dir", str(photos), "--use_cpu",
                  "--output_dir", str(tmp_path / "out"), "--config_overrides", overrides]
@@ -529,7 +599,8 @@ def test_a_checkpoint_that_was_cut_off_is_left_aside(tmp_path, photos, monkeypat
     other = write_folder(tmp_path / "data", labels=("cat", "dog"))
     with pytest.raises(SystemExit, match="train_dir was 'photos' and is now 'data'"):
         main([*options[:1], str(other), *options[2:]])
-    main(options)
+    measured = main(options).metrics
+    assert not [name for name in measured if name.startswith("train_")], "they are of the last part alone"
     assert any("checkpoint-9 is damaged: trainer_state.json can't be read" in line for line in said)
     assert any("Going on from" in line and "checkpoint-6" in line for line in said)
     assert (tmp_path / "out" / "README.md").exists()
@@ -580,14 +651,17 @@ def test_curves_for_tensorboard(tmp_path, photos):
 
 
 def test_what_is_unreadable_stops_or_is_left_out(tmp_path, monkeypatch):
-    folder = write_folder(tmp_path / "photos")
-    (folder / "red" / "1.png").write_bytes((folder / "red" / "1.png").read_bytes()[:150])
-    words = ["--train_dir", str(folder), *QUICK]
-    with pytest.raises(SystemExit, match=r"1 images can't be read(.|\n)*1\.png"):
+    folders, damaged = [write_folder(tmp_path / name) for name in ("photos", "others")], []
+    for folder, name in zip(folders, ("red/1.png", "blue/2.png")):
+        damaged.append(folder / name)
+        damaged[-1].write_bytes(damaged[-1].read_bytes()[:150])
+    words = ["--train_dir", str(folders[0]), "--validation_dir", str(folders[1]), *QUICK]
+    with pytest.raises(SystemExit, match=r"(?s)2 images can't be read.*red/1\.png.*blue/2\.png"):
         main([*words, "--output_dir", str(tmp_path / "stopped")])
     result = main([*words, "--output_dir", str(tmp_path / "out"), "--unreadable_images", "skip"])
-    assert len(result.data.train) + len(result.data.evaluation) == 23
-    assert "1.png" in (tmp_path / "out" / "_unreadable_images.txt").read_text()
+    assert (len(result.data.train), len(result.data.evaluation)) == (23, 23)
+    listed = (tmp_path / "out" / "_unreadable_images.txt").read_text().splitlines()
+    assert len(listed) == 2 and all(str(file) in line for file, line in zip(damaged, listed))
 
 
 def test_an_odd_batch_can_not_be_mixed(tmp_path, photos):

@@ -298,7 +298,7 @@ class TestNormStatistics:
     def test_survive_a_batch_that_fails(self, tiny_model):
         model = tiny_model()
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="1 channels"):
             reestimate_norm_statistics(model, [torch.randn(2, 3, 16, 16), torch.randn(2, 1, 16, 16)])
         assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 

@@ -13,6 +13,7 @@ from refiner_hf.training.metrics import ClassificationMetrics, rank_labels
 from refiner_hf.training.statistics import NormStatisticsCallback
 from refiner_hf.training.trainer import RefinerTrainer
 
+from ..cards import Card
 from ..conftest import assert_close
 from .test_trainer import Images, arguments
 
@@ -70,6 +71,10 @@ def test_evaluated_beside_the_raw_model(tiny_model, tmp_path):
             loss = model.eval()(data.pixels, labels=data.labels).loss
         assert metrics[name] == pytest.approx(loss.item(), rel=1e-4)
     assert any("eval_ema_accuracy" in entry for entry in trainer.state.log_history)
+    trainer.create_model_card()
+    results = Card((tmp_path / "README.md").read_bytes()).table("Results")
+    (averaged,) = (value for name, value in results.items() if name.startswith("Top-1") and "averaged" in name)
+    assert averaged == f"{metrics['eval_ema_accuracy']:.2%}"
 
 
 def test_saved_beside_the_raw_model(tiny_model, tmp_path):

@@ -13,12 +13,14 @@ from transformers import TrainerCallback, TrainingArguments
 from refiner_hf import RefinerForImageClassification
 from refiner_hf.commands.push_to_hub import main as push
 from refiner_hf.commands.train import main
+from refiner_hf.hub.publish import publish_folder
 from refiner_hf.hub.repository import PublishError
 from refiner_hf.hub.verification import verify
 from refiner_hf.training import pushing, run
 from refiner_hf.training.trainer import RefinerTrainer
 
 from ..cards import Card, shown
+from ..conftest import save_with_processor
 from ..images import write_folder
 from .test_run import QUICK
 from .test_trainer import Images, arguments, losses
@@ -103,6 +105,12 @@ class TestStrategies:
         assert alone.published is None
         a, b = (load((folder / "model.safetensors").read_bytes()) for folder in (pushed.folder, alone.folder))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+    def test_fine_tuned_from_the_hub(self, hub, options, token, tiny_model, tmp_path):
+        base = tiny_model(num_hidden_layers=2, num_attention_heads=2)
+        publish_folder(save_with_processor(base, tmp_path / "base"), "alice/base", token=token)
+        main([*options, "--model_name_or_path", "alice/base", "--num_train_epochs", "1"])
+        assert Card(hub.repositories["alice/model"].files()["README.md"]).data["base_model"] == "alice/base"
 
     def test_named_after_its_folder_by_default(self, hub, options):
         options = options[: options.index("--hub_model_id")]

@@ -55,6 +55,7 @@ def trained(more_photos, tmp_path_factory):
             "--train_dir", str(more_photos), "--output_dir", str(folder), *QUICK, "--num_train_epochs", "4",
             "--train_val_split", "0.25", "--eval_strategy", "epoch", "--logging_steps", "1", "--with_code",
             "--weights_license", "apache-2.0", "--example_pictures", "8", "--analysis_images", "5",
+            "--adam_epsilon", "1e-7",
         ]
     )  # fmt: skip
     return folder, result
@@ -128,7 +129,7 @@ class TestFinishedFolder:
         options = card.table("How it was made")
         assert options == {name: shown(had[name]) for name in options}
         given = {"num_train_epochs": "4", "learning_rate": "0.002", "per_device_train_batch_size": "8",
-                 "train_val_split": "0.25", "crop_pct (evaluation)": "1"}  # fmt: skip
+                 "train_val_split": "0.25", "crop_pct (evaluation)": "1", "adam_epsilon": "1e-07"}  # fmt: skip
         assert options.items() >= given.items()
         assert {"seed", "drop_path_rate", *run["augmentation"]} <= options.keys()
 
@@ -157,9 +158,18 @@ class TestFinishedFolder:
         assert load_json(folder / "training_arguments.json")["data"]["train_dir"] == "photos"
 
     def test_example_pictures(self, trained):
-        examples = sorted((trained[0] / "examples").iterdir())
-        assert [path.name for path in examples] == [f"{i}.png" for i in range(8)]
-        assert Image.open(examples[0]).size == (30, 24)
+        """From all over the evaluation images, with the answers of the model as it is in the folder."""
+        folder, result = trained
+        rows = result.data.evaluation
+        rows = [rows[i * len(rows) // 8] for i in range(8)]
+        images = [decode_image(row["image"]) for row in rows]
+        answers = pipeline("image-classification", model=str(folder))(images, top_k=1)
+        for example, row, image, (answer,) in zip(result.examples, rows, images, answers, strict=True):
+            assert example.image == image and example.label == result.data.labels[row["labels"]]
+            assert (example.answer, example.score) == (answer["label"], pytest.approx(answer["score"]))
+        saved = sorted((folder / "examples").iterdir())
+        assert [path.name for path in saved] == [f"{i}.png" for i in range(8)]
+        assert all(Image.open(path).tobytes() == image.tobytes() for path, image in zip(saved, images))
 
     def test_analysis(self, trained):
         (network,) = load_json(trained[0] / "analysis" / "analysis.json")["networks"]
@@ -324,6 +334,7 @@ class TestFineTuning:
 
     def test_the_same_labels_keep_the_heads(self, trained, tmp_path, photos):
         result = self.fine_tune(trained[0], photos, tmp_path / "out", "--learning_rate", "1e-9", "--freeze_norms")
+        assert AutoImageProcessor.from_pretrained(tmp_path / "out").crop_pct == 1.0  # as the checkpoint's
         assert result.metrics["eval_accuracy"] >= 0.75
         old = AutoModelForImageClassification.from_pretrained(trained[0])
         new = AutoModelForImageClassification.from_pretrained(tmp_path / "out")

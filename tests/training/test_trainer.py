@@ -1,6 +1,7 @@
 """The Trainer's traps, each closed."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 from refiner_hf import RefinerForImageClassification, RefinerForMaskedImageModeling
 from refiner_hf.data.masking import MaskPatches
 from refiner_hf.normalization_refiner import RefinerBatchNorm2d
+from refiner_hf.training import trainer as trainer_module
 from refiner_hf.training.arguments import RefinerTrainingArguments
 from refiner_hf.training.statistics import NormStatisticsCallback
 from refiner_hf.training.targets import smooth_labels
@@ -17,7 +19,7 @@ from refiner_hf.training.trainer import RefinerTrainer
 from refiner_hf.utils.norm_statistics import reestimate_norm_statistics
 
 from ..cards import Card
-from ..conftest import assert_close
+from ..conftest import assert_close, load_json
 
 
 class Images(Dataset):
@@ -145,6 +147,40 @@ def test_checkpointing_trains_the_same(tiny_model, tmp_path):
     for name, buffer in buffers.items():
         assert_close(other_buffers[name], buffer, 1e-4, name)
     assert model.refiner.layers[1].attention.refinement.output_norm.num_batches_tracked == 3
+
+
+def test_an_evaluation_takes_every_image(tiny_model, tmp_path):
+    """Also where a training leaves out its last batch, which isn't whole."""
+    data = Images(10)
+    args = arguments(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=8)
+    trainer = RefinerTrainer(tiny_model(), args, train_dataset=data, eval_dataset=data)
+    assert trainer.train().global_step == 1
+    with torch.no_grad():
+        expected = trainer.model.eval()(data.pixels, labels=data.labels).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_images_per_second_are_those_of_training(tiny_model, tmp_path, monkeypatch):
+    """By a clock that goes on by 2 s for a batch, and by far more in an evaluation and a save."""
+    now = [0]
+
+    class Clock(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            now[0] += 2
+
+        on_step_end = on_substep_end
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            now[0] += 1000
+
+    save = RefinerTrainer._save_rng_state
+    monkeypatch.setattr(RefinerTrainer, "_save_rng_state", lambda *args: now.append(now.pop() + 1000) or save(*args))
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    often = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, num_train_epochs=2)
+    args = arguments(tmp_path, **often, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    RefinerTrainer(tiny_model(), args, train_dataset=Images(), eval_dataset=Images(8), callbacks=[Clock()]).train()
+    history = load_json(tmp_path / "checkpoint-6" / "trainer_state.json")["log_history"]
+    assert [entry["images_per_second"] for entry in history if "loss" in entry] == [2.0] * 6
 
 
 def test_images_are_not_dropped_and_the_option_is_refused(tmp_path):

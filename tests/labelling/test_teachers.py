@@ -1,5 +1,7 @@
 """Any classifier says what it sees where."""
 
+import math
+
 import pytest
 import timm
 import torch
@@ -55,6 +57,13 @@ CLASSIFIERS = {
 }
 
 
+# What heads that don't take the class token as it is make of one place (images, places, width).
+ONE_PLACE = {
+    "beit": lambda model, places: model.classifier(model.beit.pooler.layernorm(places)),
+    "dinov2": lambda model, places: model.classifier(torch.cat((places, places), -1)),
+}
+
+
 def randomized(model):
     """Biases and norms too, so that forgetting one shows."""
     torch.manual_seed(0)
@@ -75,7 +84,12 @@ def test_transformers(name, tmp_path):
     with torch.no_grad():
         scores = teacher(pixels)
         again = teacher(pixels[1:])
-    assert scores.shape[:2] == (2, 3) and (grid is None or scores.shape[2:] == grid)
+        found = teacher.model.base_model(pixels).last_hidden_state
+        if grid is not None:  # tokens
+            places = found[:, found.shape[1] - math.prod(grid) :]
+            expected = ONE_PLACE.get(name, lambda model, places: model.classifier(places))(teacher.model, places)
+            assert torch.allclose(scores.flatten(2).transpose(1, 2), expected, rtol=1e-3, atol=1e-3)
+    assert scores.shape == (2, 3, *(grid or found.shape[2:]))
     assert torch.allclose(again[0], scores[1], atol=1e-4)
     assert "forward" not in vars(teacher.model.base_model), "the model is left as it was"
 

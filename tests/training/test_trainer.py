@@ -149,6 +149,16 @@ def test_checkpointing_trains_the_same(tiny_model, tmp_path):
     assert model.refiner.layers[1].attention.refinement.output_norm.num_batches_tracked == 3
 
 
+def test_weights_that_are_spoiled_are_not_saved(tiny_model, tmp_path):
+    """Though every loss was finite: the last step's gradients may do it."""
+    trainer = RefinerTrainer(tiny_model(), arguments(tmp_path), train_dataset=Images())
+    trainer.train()
+    next(trainer.model.parameters()).data[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="loss or a weight became infinite or NaN"):
+        trainer.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()
+
+
 def test_an_evaluation_takes_every_image(tiny_model, tmp_path):
     """Also where a training leaves out its last batch, which isn't whole."""
     data = Images(10)

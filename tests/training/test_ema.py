@@ -115,8 +115,9 @@ def test_a_checkpoint_without_one(tiny_model, tmp_path, monkeypatch):
 def test_the_best_model_brings_its_average(tiny_model, tmp_path):
     trainer = train(
         tiny_model(), tmp_path, num_train_epochs=3, eval_strategy="epoch", save_strategy="epoch", learning_rate=0.05,
-        load_best_model_at_end=True, metric_for_best_model="ema_loss", greater_is_better=False,
+        load_best_model_at_end=True, metric_for_best_model="ema_loss", greater_is_better=True,
     )  # fmt: skip
+    assert trainer.state.best_global_step < trainer.state.global_step, "else it has that average anyway"
     best = RefinerForImageClassification.from_pretrained(trainer.state.best_model_checkpoint, subfolder="ema")
     for name, value in best.state_dict().items():
         assert (trainer.ema.model.state_dict()[name] == value).all()
@@ -138,6 +139,17 @@ def test_its_norms_have_statistics_of_their_own(tiny_model, tmp_path):
         for (name, norm), mean in zip(norms.items(), means):
             # Those further on see what a norm before them made with the unbiased variance.
             assert_close(norm.running_mean, mean, 1e-3 if "convolution1" in name else 1e-2, name)
+
+
+def test_where_there_can_be_no_average(tiny_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["v_proj"]))
+    for model, fields, says in (
+        (tiny_model(), dict(bf16_full_eval=True), "stays in float32"),
+        (adapted, {}, "one of a whole Refiner, not of an adapter"),
+    ):
+        with pytest.raises(ValueError, match=f"An average of the weights .*{says}"):
+            RefinerTrainer(model, arguments(tmp_path, ema_decay=0.5, **fields), train_dataset=Images())
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -1])

@@ -34,6 +34,14 @@ def test_the_papers_schedule(tiny_model, tmp_path):
     assert seen[3000:] == pytest.approx([1e-5] * 100) and seen[2950] > 1.01e-5
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_cooldown_stays_at_the_schedules_end(tiny_model, tmp_path, schedule):
+    args = arguments(tmp_path, learning_rate=1.0, lr_scheduler_type=schedule, cooldown_steps=5)
+    seen = rates(RefinerTrainer(tiny_model(), args), 20)
+    alone = rates(RefinerTrainer(tiny_model(), arguments(tmp_path, learning_rate=1.0, lr_scheduler_type=schedule)), 15)
+    assert seen == [*alone, *[0] * 5] and alone[-1] > 0
+
+
 @pytest.mark.parametrize("cooldown, expected", [(0, 0), (7, 7), (0.1, 10), (200, 100)])
 def test_cooldown_in_steps_or_as_a_share(tmp_path, cooldown, expected):
     assert arguments(tmp_path, cooldown_steps=cooldown).get_cooldown_steps(100) == expected

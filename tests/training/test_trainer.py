@@ -227,18 +227,33 @@ class TestMaskedImageModeling:
     """Pretraining without labels, with the same Trainer."""
 
     @pytest.fixture
-    def trainer(self, tiny_config, tmp_path):
-        torch.manual_seed(0)
-        model = RefinerForMaskedImageModeling(tiny_config())
-        collate = MaskPatches(model.config)
-        return RefinerTrainer(
-            model,
-            arguments(tmp_path, num_train_epochs=6, learning_rate=3e-3, save_strategy="epoch"),
-            train_dataset=Images(),
-            eval_dataset=Images(),
-            data_collator=collate,
-            callbacks=[NormStatisticsCallback(Images(), 8, collate)],
-        )
+    def make(self, tiny_config, tmp_path):
+        def make(epochs: int = 6, statistics: bool = True) -> RefinerTrainer:
+            torch.manual_seed(0)
+            model = RefinerForMaskedImageModeling(tiny_config())
+            collate = MaskPatches(model.config)
+            return RefinerTrainer(
+                model,
+                arguments(tmp_path, num_train_epochs=epochs, learning_rate=3e-3, save_strategy="epoch"),
+                train_dataset=Images(),
+                eval_dataset=Images(),
+                data_collator=collate,
+                callbacks=[NormStatisticsCallback(Images(), 8, collate)] if statistics else [],
+            )
+
+        return make
+
+    @pytest.fixture
+    def trainer(self, make):
+        return make()
+
+    def test_masks_of_the_statistics_are_none_of_the_trainings(self, make):
+        curves = []
+        for statistics in (True, False):
+            trainer = make(2, statistics)
+            trainer.train()
+            curves.append(losses(trainer))
+        assert curves[0] == curves[1]
 
     def test_it_learns_and_is_measured(self, trainer, tmp_path):
         before = trainer.evaluate()["eval_loss"]

@@ -388,11 +388,12 @@ class TestTrouble:
             publish_folder(folder, "alice/model", token=token)
         assert not waits
 
-    def test_somebody_else_writes_at_the_same_time(self, hub, token, folder):
+    @pytest.mark.parametrize("status", [409, 412])
+    def test_somebody_else_writes_at_the_same_time(self, hub, token, folder, status):
         """Their files stay."""
         HfApi(token=token).create_repo("alice/model")
         HfApi(token=token).upload_file(path_or_fileobj=b"x", path_in_repo="theirs", repo_id="alice/model")
-        hub.fail("POST", "/api/models/.*/commit/", status=412)
+        hub.fail("POST", "/api/models/.*/commit/", status=status)
         publish_folder(folder, "alice/model", token=token)
         assert self.arrived(hub, folder) and hub.repositories["alice/model"].files()["theirs"] == b"x"
 

@@ -63,6 +63,7 @@ def test_layers_learn_more_slowly_the_earlier_they_come(tiny_model, tmp_path):
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     names = dict(model.named_parameters())
     assert len(rate) == len(names)
+    assert groups[0]["lr"] == 1, "the full rate is the one that is logged"
     for name, expected in {
         "classifier.weight": 1, "dense_classifier.bias": 1, "refiner.norm.weight": 1,
         "refiner.layers.3.mlp.fc1.weight": 1 / 2,

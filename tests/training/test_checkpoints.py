@@ -163,6 +163,17 @@ CASES = [(name, i) for name, damages in DAMAGES.items() for i in range(len(damag
 
 def test_the_newest_whole_one(broken):
     assert choose(broken) == str(broken / "checkpoint-9")
+    newer = shutil.copytree(broken / "checkpoint-9", broken / "checkpoint-12")
+    state(global_step=12)(newer / "trainer_state.json")
+    assert choose(broken) == str(newer)
+
+
+def test_nothing_to_resume_from(broken):
+    for checkpoint in broken.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert choose(broken) is None
+    with pytest.raises(ValueError, match="no checkpoint in .*run to resume from"):
+        choose(broken, resume_from_checkpoint="True")
 
 
 @pytest.mark.parametrize("name, number", CASES, ids=[f"{name}-{number}" for name, number in CASES])

@@ -141,8 +141,9 @@ def test_what_was_written_down_is_damaged(place, content):
         main(command(place))
 
 
-def test_a_limit_on_the_evaluation_may_change(place):
-    main(command(place, "--max_eval_samples", "4"))
+def test_options_that_may_change(place):
+    main(command(place, "--max_eval_samples", "4", "--refine_implementation", "eager"))
+    assert (place / "run" / "README.md").exists()
 
 
 def test_held_out_images(tmp_path, monkeypatch):

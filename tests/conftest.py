@@ -29,10 +29,12 @@ import huggingface_hub  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from huggingface_hub.utils._http import default_client_factory  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from transformers import PreTrainedModel  # noqa: E402
 
-from refiner_hf import RefinerConfig, RefinerForImageClassification  # noqa: E402
+from refiner_hf import RefinerConfig, RefinerForImageClassification, RefinerImageProcessor  # noqa: E402
 from refiner_hf.conversion.weights import read_config, rename_state_dict  # noqa: E402
 
 
@@ -129,6 +131,27 @@ LAYOUTS = {
     "plain": ["plain"] * 4,
     "mixed": ["refined", "shared_refined", "shared_refined", "plain"],
 }
+
+
+def save_with_processor(model: PreTrainedModel, folder: Path) -> Path:
+    """A model and an image processor of its size, in a folder."""
+    model.save_pretrained(folder)
+    height, width = model.config.image_height_width
+    RefinerImageProcessor(size={"height": height, "width": width}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are written, in order."""
+    figures, save = [], Figure.savefig
+
+    def keep(figure, *args, **kwargs):
+        figures.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures
 
 
 def load_json(path) -> dict:

@@ -3,9 +3,16 @@
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 
-from refiner_hf import RefinerBackbone, RefinerConfig, RefinerForImageClassification, RefinerForMaskedImageModeling
-from refiner_hf.inspection.attention_views import view_attention
+from refiner_hf import (
+    RefinerBackbone,
+    RefinerConfig,
+    RefinerForImageClassification,
+    RefinerForMaskedImageModeling,
+    RefinerImageProcessor,
+)
+from refiner_hf.inspection.attention_views import APPLIED, view_attention
 from refiner_hf.inspection.networks import Network
 from refiner_hf.training.arguments import RefinerTrainingArguments
 from refiner_hf.training.trainer import RefinerTrainer
@@ -90,14 +97,14 @@ def test_the_token_does_not_decay(tmp_path):
 
 
 def test_looking_inside():
-    from PIL import Image
-
-    from refiner_hf import RefinerImageProcessor
-
     model = make(RefinerForImageClassification, **HEAD)
     processor = RefinerImageProcessor(size={"height": 16, "width": 16})
-    sight = view_attention(Network("with distillation", model, processor), Image.new("RGB", (20, 20), "red"), [(1, 2)])
-    assert sight.grid == (4, 4) and len(sight.layers) == 4
+    image = Image.radial_gradient("L").convert("RGB")
+    sight = view_attention(Network("with distillation", model, processor), image, [(1, 2)])
+    maps = model(processor(image, return_tensors="pt").pixel_values, output_attentions=True).attentions
+    for layer, attention_map in zip(sight.layers, maps, strict=True):
+        expected = attention_map[0, :, [0, 2 + 4 + 2], 2:].transpose(0, 1).reshape(2, 4, 4, 4)
+        assert_close(torch.from_numpy(layer.stages[APPLIED]), expected.detach())
 
 
 def test_a_head_needs_the_token():

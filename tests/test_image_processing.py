@@ -65,6 +65,7 @@ class TestImagesOfEveryKind:
         assert torch.equal(levels(backend(size=square(16)), Image.fromarray(rgba)), expected)
         assert torch.equal(levels(backend(size=square(16)), rgba), expected)
 
+    @pytest.mark.filterwarnings("error:Palette images with Transparency")
     def test_palette(self, backend):
         image = Image.fromarray(self.gradient()).quantize(16)
         expected = levels(backend(size=square(16)), image.convert("RGB"))
@@ -86,6 +87,9 @@ class TestImagesOfEveryKind:
         expected = levels(backend(size=square(16)), Image.fromarray(grey))
         for image in (Image.open(tmp_path / "deep.png"), str(tmp_path / "deep.png"), deep):
             assert torch.equal(levels(backend(size=square(16)), image), expected)
+        steps = np.array([0, 256, 257, 65534, 65535], np.uint16).repeat(4).reshape(4, 5)
+        found = levels(backend(size=square(4), do_resize=False, do_center_crop=False), steps)
+        assert found.unique().tolist() == [0, 1, 254, 255]
 
     def test_floating_point_mode_is_refused(self, backend):
         with pytest.raises(ValueError, match="mode F"):

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from refiner_hf import modeling_refiner
 from refiner_hf.loss_refiner import image_classification_loss
 from refiner_hf.token_mixing_refiner import mix_targets, mix_tokens, sample_mixing_mask
 
@@ -128,14 +129,28 @@ class TestTokenMixing:
             expected[top : row + height // 2, left : column + width // 2] += 1 / 3000
         assert np.abs(torch.stack(masks).float().mean(0).numpy() - expected).max() < 0.04
 
-    def test_only_in_training_and_for_integer_labels_too(self, tiny_model):
-        model = tiny_model(token_mixing=True, use_dense_head=True)
-        images = torch.randn(4, 3, 16, 16)
-        loss = model.train()(images, labels=torch.tensor([0, 1, 2, 3])).loss
-        loss.backward()
-        assert loss.isfinite()
-        model.eval()
-        assert torch.equal(model(images).logits, model(images).logits)
+    @pytest.mark.parametrize("kind", ["integers", "soft labels"])
+    def test_only_in_training(self, tiny_model, monkeypatch, kind):
+        """The class token learns of both images by their share, each patch of the image that it came from."""
+        mask = torch.zeros(4, 4, dtype=torch.bool)
+        mask[:2, 1:] = True
+        monkeypatch.setattr(modeling_refiner, "sample_mixing_mask", lambda grid, device: mask)
+        model, twin = (tiny_model(token_mixing=mixing, use_dense_head=True) for mixing in (True, False))
+        images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
+        soft = F.one_hot(labels, 5).float()
+        if kind == "soft labels":
+            labels = soft = torch.rand(4, 5).softmax(-1)
+        assert torch.equal(model.eval()(images).logits, twin.eval()(images).logits)
+
+        outputs = model.train()(images, labels=labels)
+        tokens = twin.train().refiner(images, mixing_mask=mask).last_hidden_state
+        logits, patches = twin.classifier(tokens[:, 0]), twin.dense_classifier(tokens[:, 1:])
+        patches = torch.where(mask.flatten()[:, None], patches.flip(0), patches)
+        share = 6 / 16
+        expected = soft_cross_entropy(logits, (1 - share) * soft + share * soft.flip(0))
+        expected += 0.5 * soft_cross_entropy(patches, soft[:, None])
+        assert outputs.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert torch.equal(outputs.patch_logits, patches)
 
 
 class TestCosineRegularizer:

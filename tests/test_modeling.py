@@ -355,8 +355,12 @@ def test_options_that_change_the_network(tiny_model):
 
 def test_fields_changed_after_construction_are_checked(tiny_model, tmp_path):
     tiny_model().save_pretrained(tmp_path)
-    for wrong in (dict(num_hidden_layers=6), dict(attention_types=["shared_refined"] * 4), dict(image_size=18)):
-        with pytest.raises(StrictDataclassError):
+    for wrong, says in (
+        (dict(num_hidden_layers=6), "4 entries for num_hidden_layers=6"),
+        (dict(attention_types=["shared_refined"] * 4), "before it"),
+        (dict(image_size=18), "multiple"),
+    ):
+        with pytest.raises(StrictDataclassError, match=says):
             RefinerForImageClassification.from_pretrained(tmp_path, **wrong)
 
 

@@ -9,27 +9,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from refiner_hf import RefinerConfig, RefinerForImageClassification, RefinerImageProcessor
+from refiner_hf import RefinerConfig, RefinerForImageClassification
 from refiner_hf.commands import COMMANDS, main
 from refiner_hf.utils.locking import locked
 
+from ..conftest import save_with_processor
 from ..images import write_folder
 
 
 LABELS = {0: "blue", 1: "green", 2: "red"}
-SIZE = {"height": 16, "width": 16}
 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("sound") / "model"
     config = RefinerConfig(
         image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, id2label=LABELS
     )
-    RefinerForImageClassification(config).save_pretrained(folder)
-    RefinerImageProcessor(size=SIZE).save_pretrained(folder)
-    return folder
+    return save_with_processor(RefinerForImageClassification(config), tmp_path_factory.mktemp("sound") / "model")
 
 
 @pytest.fixture(scope="module")

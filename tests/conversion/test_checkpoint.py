@@ -1,6 +1,7 @@
 """Reference checkpoints: what converts gives the reference's logits; what doesn't is named, and leaves nothing."""
 
 import argparse
+import copy
 import os
 import subprocess
 import sys
@@ -10,12 +11,16 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from refiner_hf import RefinerConfig, RefinerForImageClassification
+from refiner_hf.cards.paper import published_network
 from refiner_hf.commands.convert import main
 from refiner_hf.conversion.checkpoint import convert_checkpoint, load_reference_file, select_state_dict
 from refiner_hf.conversion.weights import read_config, rename_state_dict
+from refiner_hf.hub.code import CODE_FILES
 
 from ..conftest import GOLDEN, GOLDEN_MODELS, assert_close, load_json
 from ..naive_reference import naive_logits, random_reference
+from ..parsed_card import Card
 
 
 CHECKPOINT = GOLDEN / "released_checkpoint.pth.tar"
@@ -44,7 +49,7 @@ def test_naive_reference_equals_golden(golden, name):
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_golden_checkpoint(golden, tmp_path, use_ema):
     golden = golden("released")
-    convert_checkpoint(CHECKPOINT, tmp_path / "out", use_ema=use_ema)
+    convert_checkpoint(CHECKPOINT, tmp_path / "out", use_ema=use_ema, with_code=use_ema)
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
     with torch.no_grad():
         logits = model(golden["pixel_values"]).logits
@@ -56,9 +61,15 @@ def test_golden_checkpoint(golden, tmp_path, use_ema):
         assert not torch.allclose(logits, golden["eval.logits"], atol=1e-3)
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     assert dict(processor.size) == {"height": 48, "width": 48}
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "converted" in card and "released_checkpoint.pth.tar" in card and "More information needed" not in card
-    assert "as published" not in card  # this is none of the paper's networks
+    card = Card((tmp_path / "out" / "README.md").read_bytes())
+    said = card.sections["How it was made"]
+    assert "released_checkpoint.pth.tar" in said and ("averaged" in said, "raw" in said) == (use_ema, not use_ema)
+    assert list(card.sections) == [
+        "Summary", "How to use it", "The network", "How it was made", "Limits", "Citation"
+    ], "no results: this is none of the paper's networks"  # fmt: skip
+    assert ("custom_code" in card.data["tags"]) == ("trust_remote_code=True" in card.code) == use_ema
+    there = {path.name for path in (tmp_path / "out").iterdir()}
+    assert set(CODE_FILES) & there == (set(CODE_FILES) if use_ema else set())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
@@ -234,6 +245,28 @@ class TestWhatDoesNotConvert:
         monkeypatch.setattr(checkpoint, "check_same_answers", fail)
         assert "disk full" in self.convert(reference, save, tmp_path)
         assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth.tar"]
+
+    def test_what_was_saved_answers_otherwise(self, reference, save, tmp_path, monkeypatch):
+        write = RefinerForImageClassification.save_pretrained
+
+        def spoil(model, folder):
+            model = copy.deepcopy(model)
+            torch.nn.init.constant_(model.classifier.bias, 0.1)
+            write(model, folder)
+
+        monkeypatch.setattr(RefinerForImageClassification, "save_pretrained", spoil)
+        with pytest.raises(RuntimeError, match="saved model's logits differ by 0"):
+            convert_checkpoint(save(reference), tmp_path / "out")
+        assert_nothing_left(tmp_path)
+
+
+def test_crop_of_a_published_network(tmp_path, monkeypatch):
+    """As of Refiner-L, whose own conversion takes minutes."""
+    published = published_network(RefinerConfig.large())
+    monkeypatch.setattr("refiner_hf.conversion.checkpoint.published_network", lambda config: published)
+    convert_checkpoint(CHECKPOINT, tmp_path / "out")
+    assert load_json(tmp_path / "out" / "preprocessor_config.json")["crop_pct"] == 1.13
+    assert "**as published**" in Card((tmp_path / "out" / "README.md").read_bytes()).sections["Results"]
 
 
 def test_state_dict_choices():

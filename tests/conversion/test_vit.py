@@ -243,7 +243,7 @@ def test_what_cannot_be_refined():
         refine_vit(torch.nn.Linear(2, 2))
     with torch.device("meta"), pytest.raises(ValueError, match="offloaded"):
         refine_vit(ViTForImageClassification(ViTConfig(**SIZE)))
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="couldn't find them in the cached files"):
         refine_vit("nowhere")
 
 
@@ -338,7 +338,7 @@ def test_command_refuses_and_leaves_nothing(saved, photos, tmp_path):
     PROCESSORS["vit"].save_pretrained(source)
     weights = tmp_path / "vit" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    fails("--model", source, says="Error")
+    fails("--model", source, says="model.safetensors are damaged")
     out.mkdir()
     (out / "mine.txt").touch()
     with pytest.raises(SystemExit, match="isn't an empty folder"):

@@ -111,12 +111,13 @@ class TestEncodedImages:
 def test_options_reach_timm(processor):
     def transforms(**fields):
         augment = Augment(processor, AugmentationArguments(**fields))
-        return repr((augment.augment, augment.normalize))
+        return {type(each).__name__: each for each in (*augment.augment.transforms, *augment.normalize.transforms)}
 
-    assert "RandAugment" in transforms(auto_augment="rand-m9-mstd0.5-inc1")
-    assert "RandAugment" not in transforms() and "RandomErasing" not in transforms()
-    assert "RandomErasing" in transforms(random_erasing=0.25)
-    assert "ColorJitter" in transforms(color_jitter=0.2) and "ColorJitter" not in transforms()
+    assert not {"RandAugment", "RandomErasing", "ColorJitter"} & transforms().keys()
+    policy = transforms(auto_augment="rand-m9-mstd0.5-inc1")["RandAugment"]
+    assert {operation.magnitude for operation in policy.ops} == {9}
+    assert transforms(random_erasing=0.25)["RandomErasing"].probability == 0.25
+    assert transforms(color_jitter=0.2)["ColorJitter"].brightness == pytest.approx((0.8, 1.2))
 
 
 @pytest.mark.parametrize("policy", ["rand-m10-n15", "rand-m10-mstd0.5-inc1-n15", "original-mstd5", "v0", "augmix-m10"])

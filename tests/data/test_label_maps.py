@@ -69,6 +69,8 @@ def test_published_files(tmp_path, images):
     assert scores.dtype == np.float16 and classes.dtype == np.int16
     with pytest.raises(ValueError, match="no label map of the image .*4.jpeg"):
         found(images[4])
+    (tmp_path / "published" / "cat" / "3.pt").rename(tmp_path / "published" / "5.pt")  # without folders of classes
+    assert (found(images[5]).scores == maps[0]).all()
     with pytest.raises(ValueError, match="file names, which these images haven't"):
         found({"path": None, "bytes": b"3"})
     (tmp_path / "published" / "cat" / "4.pt").write_bytes(b"something else")

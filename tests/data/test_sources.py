@@ -10,6 +10,7 @@ from PIL import Image
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
+from refiner_hf.data import sources
 from refiner_hf.data.arguments import DataArguments
 from refiner_hf.data.checking import find_unreadable, raise_if_unreadable
 from refiner_hf.data.digits import SEEN, accuracy_seen, digits_splits, logistic_regression_accuracy
@@ -87,9 +88,14 @@ class TestFolders:
             load(validation_dir=str(folder))
 
     def test_samples_are_limited_and_mixed(self, folder):
-        data = load(train_dir=str(folder), max_train_samples=7, max_eval_samples=2, train_val_split=0.4)
-        assert (len(data.train), len(data.evaluation)) == (7, 2)
-        assert len(set(labels_of(data.train))) > 1
+        def paths(**limits):
+            data = load(train_dir=str(folder), train_val_split=0.4, **limits)
+            return [[row["image"]["path"] for row in rows] for rows in (data.train, data.evaluation)]
+
+        limits = dict(max_train_samples=7, max_eval_samples=2)
+        for some, whole, count in zip(paths(**limits), paths(), (7, 2)):
+            assert len(some) == count and set(some) < set(whole) and some != whole[:count]
+        assert paths(**limits) == paths(**limits)
 
     @pytest.mark.parametrize("make", [lambda p: None, lambda p: p.mkdir(), lambda p: write_folder(p / "a" / "b")])
     def test_folders_that_are_none(self, tmp_path, make):
@@ -134,6 +140,16 @@ class TestOtherSources:
         data = load(dataset_name=str(folder))
         assert data.labels == ["blue", "green", "red"] and data.hub_id is None
 
+    def test_dataset_of_the_hub(self, table, monkeypatch):
+        def load_dataset(name, configuration, streaming):
+            assert (name, configuration, streaming) == ("someone/pets", "large", False)
+            return datasets.DatasetDict(train=table, test=table.select(range(3)), validation=table.select(range(5)))
+
+        monkeypatch.setattr(sources, "load_dataset", load_dataset)
+        data = load(dataset_name="someone/pets", dataset_config_name="large")
+        assert (data.name, data.hub_id, data.evaluation_split) == ("pets", "someone/pets", "validation")
+        assert (len(data.train), len(data.evaluation)) == (24, 5)
+
     def test_label_names_as_text(self, table, tmp_path):
         names = [table.features["label"].names[i] for i in table["label"]]
         (tmp_path / "tables").mkdir()
@@ -147,6 +163,11 @@ class TestOtherSources:
         (tmp_path / "tables").mkdir()
         table.cast_column("label", datasets.Value("int64")).to_parquet(str(tmp_path / "tables" / "t.parquet"))
         assert load(train_dir=str(tmp_path / "tables")).labels == ["0", "1", "2"]
+        numbers = [1000 * number for number in table["label"]]
+        table = table.remove_columns("label").add_column("label", numbers)
+        table.to_parquet(str(tmp_path / "tables" / "t.parquet"))
+        with pytest.raises(ValueError, match="are 3 different numbers up to 2000: number them from 0 on"):
+            load(train_dir=str(tmp_path / "tables"))
 
     def test_unknown_column(self, folder):
         with pytest.raises(ValueError, match="'picture'.*'image'"):

@@ -77,6 +77,14 @@ def test_processes_and_workers_share_an_epoch(shards, world_size, workers):
     assert sorted(seen) == list(range(ROWS))
 
 
+def test_processes_and_workers_draw_random_numbers_of_their_own():
+    by_process = [batches(3, 0, rank=rank, world_size=2)[0] for rank in range(2)]
+    by_worker = [[batch] for batch in batches(2, 2)[0]]  # they take turns
+    for seen in (by_process, by_worker):
+        one, other = ({number for _, numbers in batches for number in numbers} for batches in seen)
+        assert one and not one & other
+
+
 @pytest.mark.parametrize("workers", [0, 2, 3])
 @pytest.mark.parametrize("taken", [1, 4, 17])
 def test_goes_on_as_if_it_had_not_stopped(workers, taken, tmp_path):

@@ -24,7 +24,7 @@ from refiner_hf.image_processing_pil_refiner import open_image
 from refiner_hf.inspection.attention_views import APPLIED, BEFORE, CLASS_TOKEN, AttentionViews, view_attention
 from refiner_hf.inspection.networks import Network
 
-from ..conftest import LAYOUTS, TINY
+from ..conftest import LAYOUTS, TINY, save_with_processor
 from ..images import write_folder
 
 
@@ -60,6 +60,12 @@ def network(tiny_model):
         return Network("tiny", tiny_model(image_size=[16, 24], **overrides).eval(), RefinerImageProcessor(size=SIZE))
 
     return make
+
+
+@pytest.fixture
+def folder(network, tmp_path):
+    """That network, saved."""
+    return save_with_processor(network().model, tmp_path / "tiny")
 
 
 @pytest.fixture
@@ -403,13 +409,6 @@ class TestServer:
 
 
 class TestCommand:
-    @pytest.fixture
-    def folder(self, network, tmp_path):
-        tiny, folder = network(), tmp_path / "tiny"
-        tiny.model.save_pretrained(folder)
-        tiny.processor.save_pretrained(folder)
-        return folder
-
     def test_offers_the_examples_of_the_folder(self, folder, monkeypatch):
         write_folder(folder, 2, ("examples",))
         (folder / "examples" / "answers.json").write_text("{}")
@@ -424,10 +423,13 @@ class TestCommand:
         assert len(offered.samples) == 2
         assert find_examples("no/such-model") == []
 
-    @pytest.mark.parametrize("words", [["--model", "/nowhere/at/all"], ["--device", "cuda:7"]])
-    def test_errors_are_said(self, folder, words, monkeypatch):
+    @pytest.mark.parametrize(
+        "words, says",
+        [(["--model", "/nowhere/at/all"], "no folder /nowhere/at/all"), (["--device", "cuda:7"], "no cuda:7 here")],
+    )
+    def test_errors_are_said(self, folder, words, says, monkeypatch):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-        with pytest.raises(SystemExit, match="Error: "):
+        with pytest.raises(SystemExit, match=f"Error: .*{says}"):
             main(["--model", str(folder), *words])
 
     @pytest.mark.parametrize("port", ["taken", 99999])
@@ -457,11 +459,9 @@ main(["--model", sys.argv[1], "--port", sys.argv[2], "--device", "cpu"])
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
-def test_uploads_are_gone_when_it_ends(number, code, network, tmp_path, photo):
+def test_uploads_are_gone_when_it_ends(number, code, folder, tmp_path, photo):
     """An upload that is named like a folder ended the cleaning in a traceback, and the others stayed."""
-    tiny, folder, place = network(), tmp_path / "tiny", tmp_path / "temporary"
-    tiny.model.save_pretrained(folder)
-    tiny.processor.save_pretrained(folder)
+    place = tmp_path / "temporary"
     place.mkdir()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -499,11 +499,8 @@ def test_uploads_are_gone_when_it_ends(number, code, network, tmp_path, photo):
 @pytest.mark.skipif(not shutil.which("chromium"), reason="there is no browser")
 class TestBrowser:
     @pytest.fixture
-    def address(self, network, tmp_path):
+    def address(self, folder, tmp_path):
         """The command at work in a process of its own."""
-        tiny, folder = network(), tmp_path / "tiny"
-        tiny.model.save_pretrained(folder)
-        tiny.processor.save_pretrained(folder)
         write_folder(folder, 2, ("examples",))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -14,11 +14,12 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from refiner_hf import RefinerForImageClassification, RefinerImageProcessor, RefinerImageProcessorPil, RefinerModel
 from refiner_hf.commands.export import main
+from refiner_hf.export import graph
 from refiner_hf.export.compare import compare, comparison_table, load_labelled
 from refiner_hf.export.graph import check_onnx, export_onnx, open_onnx, quantize_onnx, run_onnx
 from refiner_hf.hub.code import add_code
 
-from ..conftest import GOLDEN_MODELS, LAYOUTS, assert_close, load_json
+from ..conftest import GOLDEN_MODELS, LAYOUTS, assert_close, load_json, save_with_processor
 from ..every_class import config_of, make
 from ..images import write_folder
 
@@ -78,11 +79,16 @@ def test_any_number_of_images(variant, tmp_path):
         assert difference < 1e-4
 
 
-def test_another_models_answers_are_noticed(network, tmp_path):
+def test_another_models_answers_are_noticed(network, tmp_path, monkeypatch):
     export_onnx(network, tmp_path / "model.onnx")
+    batches = []
+    monkeypatch.setattr(
+        graph, "run_onnx", lambda session, pixels: batches.append(len(pixels)) or run_onnx(session, pixels)
+    )
     assert check_onnx(tmp_path / "model.onnx", network) < 1e-4
+    assert 1 in batches and max(batches) > 2, "other numbers of images than it was recorded with"
     with torch.no_grad():
-        network.classifier.bias[0] += 0.01
+        network.classifier.bias[0] += 0.001
     with pytest.raises(RuntimeError, match=r"model.onnx differ by 0\.0"):
         check_onnx(tmp_path / "model.onnx", network)
 
@@ -95,9 +101,11 @@ def test_half_precision_is_refused(network, tmp_path):
 
 def test_int8(network, tmp_path):
     file, small = tmp_path / "model.onnx", tmp_path / "model_int8.onnx"
-    export_onnx(network, file)
+    export_onnx(network.train(), file)
+    assert network.training and network.refiner.norm.training, "as it was, though its evaluation is exported"
     quantize_onnx(file, small)
     assert "MatMulInteger" in kinds(small) and "ConvInteger" not in kinds(small)
+    assert "Gemm" in kinds(file) and "Gemm" not in kinds(small), "the classifiers too"
     pixels = torch.randn(7, 3, 16, 16)
     exact, rough = answers(file, pixels), answers(small, pixels)
     assert 0 < (exact - rough).norm() < 0.2 * exact.norm()
@@ -110,9 +118,7 @@ def saved(tmp_path):
     """A model that knows the photos' labels, in another order, and its processor."""
     network = make(RefinerForImageClassification)
     network.reset_classifier(["red", "blue", "green"])
-    network.save_pretrained(tmp_path / "model")
-    RefinerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "model")
-    return network, tmp_path / "model"
+    return network, save_with_processor(network, tmp_path / "model")
 
 
 @pytest.fixture
@@ -199,7 +205,7 @@ def test_what_cannot_be_exported(saved, photos, tmp_path):
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-50])
-    fails("--model", str(folder), says="Error")
+    fails("--model", str(folder), says="model.safetensors are damaged")
     weights.write_bytes(whole)
     (folder / "preprocessor_config.json").unlink()
     fails("--model", str(folder), says="processor")

@@ -23,6 +23,7 @@ from refiner_hf.utils.flops import count_flops
 from refiner_hf.utils.markdown import markdown_table
 
 from ..conftest import LAYOUTS, load_json
+from ..parsed_card import Card
 
 
 ROOT = Path(__file__).parents[2]
@@ -61,12 +62,14 @@ class TestCards:
     FACTS = CardContent(title="a", summary="A model.", usage="print(1)", limits="Many.")
 
     def test_empty_sections_are_left_out(self):
-        text = make_card(self.FACTS).content
-        for heading in ("Results", "Data", "How it was made", "The network"):
-            assert f"## {heading}" not in text
-        for heading in ("How to use it", "Limits", "Citation"):
-            assert f"## {heading}" in text
-        assert "\n\n\n" not in text
+        texts = dict(results="Good.", architecture="Small.", data="Photos.", training="Long.")
+        whole, bare = (make_card(facts).content for facts in (replace(self.FACTS, **texts), self.FACTS))
+        sections = Card(whole).sections
+        headings = "Summary, Results, How to use it, The network, Data, How it was made, Limits, Citation"
+        assert ", ".join(sections) == headings and sections["Data"] == "Photos."
+        left = ("Summary", "How to use it", "Limits", "Citation")
+        assert Card(bare).sections == {heading: sections[heading] for heading in left}
+        assert "\n\n\n" not in whole and "\n\n\n" not in bare
 
     def test_metrics_become_a_model_index(self, tmp_path):
         facts = CardContent(
@@ -80,9 +83,18 @@ class TestCards:
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_network(self, tiny_model, layout):
         model = tiny_model(attention_types=LAYOUTS[layout])
-        table = describe_network(model)
-        assert f"{sum(p.numel() for p in model.parameters()):,}" in table
-        assert ("refinement" in table) == (layout != "plain")
+        table = Card(make_card(replace(self.FACTS, architecture=describe_network(model))).content).table("The network")
+        refined = {"refinement": "expansion convolution, expansion ratio 3, kernel 3 x 3"}
+        kinds = {"plain": "4 plain", "released": "2 plain, 2 shared refined", "refine_every_layer": "4 refined",
+                 "mixed": "1 refined, 2 shared refined, 1 plain"}  # fmt: skip
+        assert table == {
+            "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
+            "cost of an image": f"{count_flops(model) / 1e9:.3g} GFLOP (2 per multiply-add)",
+            "images": "16 x 16 pixels, 3 channels, patches of 4 x 4",
+            "layers": f"4 ({kinds[layout]})", "width, MLP width": "24, 72", "attention heads": "4",
+            "embedding": "convolutional stem", "dense head": "no", "labels": "5",
+            **(refined if layout != "plain" else {}),
+        }  # fmt: skip
 
     # Multiply-adds of the published networks, counted on the reference implementation's own description of them.
     @pytest.mark.parametrize(
@@ -106,10 +118,12 @@ class TestCards:
 
     @pytest.mark.parametrize("head", [RefinerForImageClassification, RefinerModel])
     def test_of_a_model_that_came_without(self, tiny_config, head):
-        card = basic_card(head(tiny_config()), "alice/model")
+        card = Card(basic_card(head(tiny_config()), "alice/model").content)
         task = {"RefinerModel": "image-feature-extraction"}.get(head.__name__, "image-classification")
-        assert card.data.pipeline_tag == task and f'pipeline("{task}", model="alice/model")' in card.text
-        assert "More information needed" not in card.text and "not recorded" in card.text
+        tags = ["refiner", "vision", task]
+        assert card.data == {"library_name": "transformers", "pipeline_tag": task, "tags": tags}
+        assert list(card.sections) == ["Summary", "How to use it", "The network", "Limits", "Citation"]
+        assert f'pipeline("{task}", model="alice/model")' in card.code
 
     def test_usage_for_another_place(self):
         card = make_card(replace(self.FACTS, usage=usage_example("out", False)))
@@ -147,21 +161,37 @@ class TestCards:
 
 
 class TestPictures:
-    def test_learning_curve(self, tmp_path):
-        history = [{"epoch": i, "loss": 1 / (i + 1)} for i in range(5)]
-        plot_learning_curve(history, tmp_path / "a.png")
-        plot_learning_curve(history + [{"epoch": 4, "eval_loss": 1, "eval_accuracy": 0.5}], tmp_path / "b.png")
-        plot_learning_curve([], tmp_path / "c.png")
-        assert Image.open(tmp_path / "b.png").size[0] > 600
+    def test_learning_curve(self, tmp_path, drawn):
+        def curves(history):
+            plot_learning_curve(history, tmp_path / "a.png")
+            return [{line.get_label(): line.get_xydata().tolist() for line in axis.lines} for axis in drawn[-1].axes]
+
+        training = [{"epoch": i, "loss": 1 / (i + 1)} for i in range(3)]
+        points = [[0, 1], [1, 1 / 2], [2, 1 / 3]]
+        assert curves([]) == [{}, {}]
+        assert curves(training) == [{"training": points}, {}]
+        measured = [{"epoch": 2, "eval_loss": 4, "eval_accuracy": 0.5}, {"epoch": 3, "eval_top5_accuracy": 0.75}]
+        assert curves([*training, *measured, {"loss": 7}]) == [
+            {"training": points, "evaluation": [[2, 4]]}, {"top-1": [[2, 50]], "top-5": [[3, 75]]}
+        ]  # fmt: skip
+        assert Image.open(tmp_path / "a.png").size[0] > 600
 
     @pytest.mark.parametrize("labels", [2, 30, 200])
-    def test_confusion_matrix(self, tmp_path, labels):
-        counts = [[int(i == j) for j in range(labels)] for i in range(labels)]
-        plot_confusion_matrix(counts, [f"label {i}" for i in range(labels)], tmp_path / "a.png")
+    def test_confusion_matrix(self, tmp_path, drawn, labels):
+        """True labels down, predicted ones across; with their names where these can be read."""
+        counts, names = np.arange(labels**2).reshape(labels, labels), [f"label {i}" for i in range(labels)]
+        plot_confusion_matrix(counts.tolist(), names, tmp_path / "a.png")
+        axis = drawn[0].axes[0]
+        assert np.array_equal(axis.images[0].get_array(), counts)
+        assert axis.get_ylabel().lower().startswith("true") and axis.get_xlabel().lower().startswith("predicted")
+        for ticks in (axis.get_xticklabels(), axis.get_yticklabels()):
+            assert [text.get_text() for text in ticks] == (names if labels < 200 else [])
         assert 300 < Image.open(tmp_path / "a.png").size[0] < 2000
 
-    @pytest.mark.parametrize("count", [1, 3, 8])
-    def test_predictions(self, tmp_path, count):
-        plot_predictions([Image.new("RGB", (8, 8), (200, 0, 0))] * count, ["x"] * count, tmp_path / "a.png")
-        picture = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
-        assert ((picture == (200, 0, 0)).all(-1).mean() > 0.3) and picture.shape[1] > 100
+    @pytest.mark.parametrize("count, places", [(1, 1), (3, 3), (5, 8), (8, 8)])
+    def test_predictions(self, tmp_path, drawn, count, places):
+        images = [Image.new("RGB", (8, 8), (200, i, 0)) for i in range(count)]
+        plot_predictions(images, [f"title {i}" for i in range(count)], tmp_path / "a.png")
+        shown = [(axis.get_title(), tuple(axis.images[0].get_array()[0, 0])) for axis in drawn[0].axes if axis.images]
+        assert shown == [(f"title {i}", (200, i, 0)) for i in range(count)] and len(drawn[0].axes) == places
+        assert Image.open(tmp_path / "a.png").size[0] > 100

@@ -14,7 +14,6 @@ from refiner_hf import (
     RefinerBackbone,
     RefinerForImageClassification,
     RefinerForMaskedImageModeling,
-    RefinerImageProcessor,
     RefinerModel,
     refine_vit,
 )
@@ -24,7 +23,7 @@ from refiner_hf.hub.publish import publish_folder
 from refiner_hf.hub.repository import TRIES, PublishError, prepare_repository
 from refiner_hf.hub.verification import verify
 
-from ..conftest import assert_close, load_json
+from ..conftest import assert_close, load_json, save_with_processor
 
 
 @pytest.fixture
@@ -44,9 +43,7 @@ def token(hub, waits):
 @pytest.fixture
 def folder(tiny_model, tmp_path):
     """A model with its processor, and things beside it that are nobody's business."""
-    path = tmp_path / "a folder"
-    tiny_model().save_pretrained(path)
-    RefinerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(path)
+    path = save_with_processor(tiny_model(), tmp_path / "a folder")
     for private in (
         "training_args.bin",
         "emissions.csv",
@@ -96,7 +93,7 @@ class TestWhatArrives:
         assert repository.branches["trial"] == repository.tags["v1"] == published.commit
         assert set(repository.files()) == {".gitattributes"}
         assert 'model="lab/model", revision="trial")' in repository.files("trial")["README.md"].decode()
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="lab/model is not a local folder"):
             RefinerForImageClassification.from_pretrained("lab/model", revision="v1", token=False)
         RefinerForImageClassification.from_pretrained("lab/model", revision="v1", token=token)
 
@@ -390,11 +387,12 @@ class TestTrouble:
             publish_folder(folder, "alice/model", token=token)
         assert not waits
 
-    def test_somebody_else_writes_at_the_same_time(self, hub, token, folder):
+    @pytest.mark.parametrize("status", [409, 412])
+    def test_somebody_else_writes_at_the_same_time(self, hub, token, folder, status):
         """Their files stay."""
         HfApi(token=token).create_repo("alice/model")
         HfApi(token=token).upload_file(path_or_fileobj=b"x", path_in_repo="theirs", repo_id="alice/model")
-        hub.fail("POST", "/api/models/.*/commit/", status=412)
+        hub.fail("POST", "/api/models/.*/commit/", status=status)
         publish_folder(folder, "alice/model", token=token)
         assert self.arrived(hub, folder) and hub.repositories["alice/model"].files()["theirs"] == b"x"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from refiner_hf import RefinerForImageClassification, RefinerImageProcessor
+from refiner_hf import RefinerForImageClassification
 from refiner_hf.commands.predict import main as predict
 from refiner_hf.commands.push import main as push
 from refiner_hf.commands.visualize import main as visualize
@@ -16,6 +16,7 @@ from refiner_hf.hub.verification import verify
 from refiner_hf.labelling.teachers import load_teacher
 from refiner_hf.utils.loading import has_image_processor
 
+from ..conftest import save_with_processor
 from ..images import write_folder
 
 
@@ -27,15 +28,9 @@ def token(hub, monkeypatch):
     return hub.add_token("alice")
 
 
-def save(model, folder):
-    model.save_pretrained(folder)
-    RefinerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def folder(tiny_model, tmp_path):
-    return save(tiny_model(), tmp_path / "model")
+    return save_with_processor(tiny_model(), tmp_path / "model")
 
 
 @pytest.fixture
@@ -50,7 +45,7 @@ class TestPullRequest:
         model = tiny_model()
         with torch.no_grad():
             model.classifier.bias.add_(1)
-        return save(model, tmp_path / "better")
+        return save_with_processor(model, tmp_path / "better")
 
     def test_in_somebody_elses_repository(self, hub, token, theirs, tiny_model, tmp_path):
         before = theirs.branches["main"]
@@ -122,7 +117,7 @@ def test_commands_take_a_branch(hub, token, tiny_model, folder, tmp_path):
     """What refiner push writes to a branch, the others read from there."""
     names = ["one", "two", "three", "four", "five"]
     publish_folder(folder, "alice/model", token=token)
-    other = save(tiny_model(id2label=dict(enumerate(names))), tmp_path / "other")
+    other = save_with_processor(tiny_model(id2label=dict(enumerate(names))), tmp_path / "other")
     publish_folder(other, "alice/model", token=token, branch="trial")
     photos = write_folder(tmp_path / "photos", per_label=1)
     asked = ["--model", "alice/model", "--images", str(photos), "--num_workers", "0", "--output_file"]
@@ -160,5 +155,5 @@ def test_a_processor_is_missing_only_where_the_hub_says_so(hub, token, folder):
     assert has_image_processor("alice/with") and not has_image_processor("alice/without")
     hub.drop("HEAD", "/alice/with/resolve/.*preprocessor", times=100)
     hub.drop("GET", "/alice/with/resolve/.*preprocessor", times=100)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="connection to the Hub broke while alice/with"):
         has_image_processor("alice/with", {"cache_dir": str(folder / "empty")})

@@ -11,20 +11,17 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
-from refiner_hf import RefinerImageProcessor
 from refiner_hf.commands.analyze import main as analyze
 from refiner_hf.commands.visualize import main as visualize
 
-from ..conftest import LAYOUTS
+from ..conftest import LAYOUTS, save_with_processor
 from ..images import write_folder
 
 
 @pytest.fixture
 def refiner(tiny_model, tmp_path):
     def save(name="refiner", **overrides) -> str:
-        tiny_model(image_size=[16, 24], **overrides).save_pretrained(tmp_path / name)
-        RefinerImageProcessor(size={"height": 16, "width": 24}).save_pretrained(tmp_path / name)
-        return str(tmp_path / name)
+        return str(save_with_processor(tiny_model(image_size=[16, 24], **overrides), tmp_path / name))
 
     return save
 
@@ -94,7 +91,7 @@ class TestVisualize:
             (["--head", "5"], "no head 5; there are 4"),
             (["--patch", "5,1"], "no patch 5,1; there are 4 rows and 6 columns"),
             (["--patch", "7"], "ROW,COLUMN such as 3,5, got '7'"),
-            (["--model", "/nowhere/at/all"], "Error"),
+            (["--model", "/nowhere/at/all"], "no folder /nowhere/at/all"),
             (["--device", "cuda:7"], "(?i)cuda"),
         ],
     )
@@ -119,8 +116,7 @@ class TestVisualize:
             self.run(model, photo, tmp_path / "out")
 
     def test_a_picture_with_transparency_and_a_network_in_half_precision(self, tiny_model, tmp_path):
-        tiny_model(image_size=16).bfloat16().save_pretrained(tmp_path / "half")
-        RefinerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "half")
+        save_with_processor(tiny_model().bfloat16(), tmp_path / "half")
         Image.new("RGBA", (20, 30), (200, 30, 30, 90)).save(tmp_path / "clear.png")
         assert self.run(str(tmp_path / "half"), str(tmp_path / "clear.png"), tmp_path / "out", "--html")
 
@@ -162,7 +158,7 @@ class TestAnalyze:
             (["--max_images", "0"], "max_images must be at least 1"),
             (["--batch_size", "3"], "at least 4 images"),
             (["--data", "/nowhere/at/all"], "no folder /nowhere/at/all"),
-            (["--model", "/nowhere/at/all"], "Error"),
+            (["--model", "/nowhere/at/all"], "no folder /nowhere/at/all"),
         ],
     )
     def test_bad_choices(self, refiner, tmp_path, words, message):

@@ -10,7 +10,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from refiner_hf.attention_refiner import RefinerMapRefinement
-from refiner_hf.inspection.attention_views import APPLIED, BEFORE, CLASS_TOKEN, LOCAL, AttentionViews, LayerAttention
+from refiner_hf.inspection.attention_views import (
+    APPLIED,
+    BEFORE,
+    CLASS_TOKEN,
+    LOCAL,
+    AttentionViews,
+    LayerAttention,
+    coloured,
+)
 from refiner_hf.inspection.page import query_bytes, write_page
 from refiner_hf.inspection.pictures import _mosaic, plot_heads, plot_overview, plot_weights
 
@@ -30,20 +38,6 @@ def made_up(layers: int = 2, heads: int = 3, expanded: int = 6, grid: tuple[int,
     return views
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that are written."""
-    figures = []
-    save = Figure.savefig
-
-    def keep(figure, *args, **kwargs):
-        figures.append(figure)
-        save(figure, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return figures
-
-
 def colours_in(path) -> tuple[int, int]:
     """How many pixels are distinctly red, and blue."""
     red, green, blue = (np.asarray(Image.open(path).convert("RGB")).astype(int)[..., i] for i in range(3))
@@ -59,6 +53,40 @@ def test_red_adds_and_blue_subtracts(tmp_path):
     after = colours_in(tmp_path / "other.png")
     patch = before[1] - after[1]  # one of twelve of a panel
     assert before[1] > 0 and patch > 50 and after[0] - before[0] > 50
+
+
+def maps_in(figure: Figure) -> list[np.ndarray]:
+    """The maps that are laid over the picture, panel by panel."""
+    return [axis.images[1].get_array() for axis in figure.axes if len(axis.images) == 2]
+
+
+def same_maps(figure: Figure, expected: list[np.ndarray]) -> None:
+    for shown, weights in zip(maps_in(figure), expected, strict=True):
+        np.testing.assert_allclose(shown, coloured(weights))
+
+
+def test_heads_show_the_querys_maps(tmp_path, drawn):
+    sight = made_up()
+    plot_heads(sight, 1, 1, tmp_path / "a.png")
+    before, local, applied = (maps[1] for maps in sight.layers[1].stages.values())
+    # Each stage's mean, and then its heads; expanded heads take two rows.
+    same_maps(drawn[0], [before.mean(0), *before, local.mean(0), *local, applied.mean(0), *applied])
+    (frame,) = drawn[0].axes[0].patches  # around the second row's third patch, of 10 x 10 pixels
+    assert (frame.get_xy(), frame.get_width(), frame.get_height()) == ((19.5, 9.5), 10, 10)
+
+
+@pytest.mark.parametrize("layers", [3, 18])
+def test_overview_shows_the_querys_maps(tmp_path, drawn, layers):
+    sight, expected = made_up(layers), []
+    plot_overview(sight, 1, tmp_path / "a.png")
+    for layer in sight.layers:
+        expected += [layer.stages[name][1].mean(0) for name in (BEFORE, APPLIED) if name in layer.stages]
+        expected.append(layer.rollout[1])
+    same_maps(drawn[0], expected)
+    titled = [axis for axis in drawn[0].axes if axis.get_title().startswith("layer")]
+    places = [(axis.get_subplotspec().rowspan.start, axis.get_subplotspec().colspan.start) for axis in titled]
+    assert [axis.get_title() for axis in titled] == [f"layer {i + 1}" for i in range(layers)]
+    assert places == [(3 * (i // 16), 1 + i % 16) for i in range(layers)]
 
 
 def test_heads_can_be_chosen(tmp_path, drawn):

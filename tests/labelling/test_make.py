@@ -21,6 +21,7 @@ from refiner_hf.labelling import make
 from refiner_hf.labelling.make import match_teacher
 from refiner_hf.training.targets import TrainingTargets
 
+from ..conftest import save_with_processor
 from ..images import write_folder
 from ..training.test_run import QUICK
 
@@ -48,9 +49,7 @@ def teacher(tmp_path_factory):
         for channel in range(3):
             projection[channel, channel] = 1 / 16
             model.classifier.weight[2 - channel, channel] = 5
-    model.save_pretrained(folder)
-    RefinerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
-    return folder
+    return save_with_processor(model, folder)
 
 
 def options(teacher, photos, out, *more):
@@ -105,7 +104,7 @@ def test_bad_input(teacher, photos, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="can't be written"):
         main(options(teacher, photos, tmp_path / "file" / "maps"))
-    with pytest.raises(SystemExit, match="Error"):
+    with pytest.raises(SystemExit, match="no folder .*no_model"):
         main(options(tmp_path / "no_model", photos, tmp_path / "maps"))
     other = write_folder(tmp_path / "other", 2, ("cat", "dog"))
     with pytest.raises(SystemExit, match="knows 3 labels, such as .* and the data has 2"):
@@ -119,21 +118,40 @@ def test_whose_labels_are_whose(monkeypatch):
     assert match_teacher(["a", "b", "c"], 3, ["c", "a"]) == [2, 0]
     assert not said
     assert match_teacher(["n01", "n02"], 2, ["cat", "dog"]) is None and match_teacher(None, 2, ["cat", "dog"]) is None
-    assert len(said) == 2 and "Look at how often it agrees" in said[0]
+    assert len(said) == 2 and "VisitorState at how often it agrees" in said[0]
     for names in (None, ["a", "b", "c"]):
         with pytest.raises(ValueError, match="The teacher knows 3 labels"):
             match_teacher(names, 3, ["cat", "dog"])
 
 
-def test_trained_with(teacher, photos, tmp_path):
+def test_trained_with(teacher, photos, tmp_path, monkeypatch):
+    """Each image's own map, and what else makes its targets, as the options say."""
     main(options(teacher, photos, tmp_path / "maps"))
-    result = train(
+    make_targets, steps = TrainingTargets.__call__, []
+
+    def keep(self, inputs, *args):
+        targets = make_targets(self, inputs, *args)
+        steps.append((self, inputs, targets["labels"]))
+        return targets
+
+    monkeypatch.setattr(TrainingTargets, "__call__", keep)
+    train(
         ["--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "out"), "--label_map_dir",
-         str(tmp_path / "maps"), "--mixup", "0.8", "--cutmix", "1.0", "--config_overrides",
+         str(tmp_path / "maps"), "--transposed_label_maps", "--mixup", "0.8", "--cutmix", "0.3",
+         "--repeated_augmentation", "2", "--config_overrides",
          json.dumps({"image_size": 16, "patch_size": 4, "hidden_size": 24, "num_hidden_layers": 2,
                      "num_attention_heads": 2, "token_mixing": True, "use_dense_head": True})]
     )  # fmt: skip
-    assert result.metrics["eval_loss"] > 0
+    assert len(steps) > 1
+    for makes, inputs, targets in steps:
+        assert (makes.mixup.mixup_alpha, makes.mixup.cutmix_alpha, makes.transposed_boxes) == (0.8, 0.3, True)
+        assert targets.shape[1:] == (3, 2 + 16)
+        best = inputs["label_map_classes"][:, 0].flatten(1)  # a photo's colour shows nearly everywhere
+        assert torch.equal(best.mode(1).values.long(), inputs["labels"])
+    _, inputs, _ = steps[0]
+    for name in ("labels", "label_map_scores"):  # one image twice, and augmented anew
+        assert torch.equal(inputs[name][::2], inputs[name][1::2])
+    assert (inputs["pixel_values"][::2] != inputs["pixel_values"][1::2]).flatten(1).any(1).all()
     with pytest.raises(SystemExit, match="holds no label maps"):
         train(
             ["--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "no"), "--label_map_dir", str(photos)]

@@ -1,5 +1,7 @@
 """Any classifier says what it sees where."""
 
+import math
+
 import pytest
 import timm
 import torch
@@ -24,8 +26,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from refiner_hf import RefinerImageProcessor
 from refiner_hf.labelling.teachers import TimmTeacher, TransformersTeacher, load_teacher
+
+from ..conftest import save_with_processor
 
 
 TOKENS = dict(
@@ -54,6 +57,13 @@ CLASSIFIERS = {
 }
 
 
+# What heads that don't take the class token as it is make of one place (images, places, width).
+ONE_PLACE = {
+    "beit": lambda model, places: model.classifier(model.beit.pooler.layernorm(places)),
+    "dinov2": lambda model, places: model.classifier(torch.cat((places, places), -1)),
+}
+
+
 def randomized(model):
     """Biases and norms too, so that forgetting one shows."""
     torch.manual_seed(0)
@@ -74,7 +84,12 @@ def test_transformers(name, tmp_path):
     with torch.no_grad():
         scores = teacher(pixels)
         again = teacher(pixels[1:])
-    assert scores.shape[:2] == (2, 3) and (grid is None or scores.shape[2:] == grid)
+        found = teacher.model.base_model(pixels).last_hidden_state
+        if grid is not None:  # tokens
+            places = found[:, found.shape[1] - math.prod(grid) :]
+            expected = ONE_PLACE.get(name, lambda model, places: model.classifier(places))(teacher.model, places)
+            assert torch.allclose(scores.flatten(2).transpose(1, 2), expected, rtol=1e-3, atol=1e-3)
+    assert scores.shape == (2, 3, *(grid or found.shape[2:]))
     assert torch.allclose(again[0], scores[1], atol=1e-4)
     assert "forward" not in vars(teacher.model.base_model), "the model is left as it was"
 
@@ -92,9 +107,7 @@ def test_what_it_says_of_a_place_is_what_it_says_of_an_image_that_is_all_like_it
 
 def test_a_refiner(tiny_model, tmp_path):
     model = randomized(tiny_model(use_dense_head=True))
-    model.save_pretrained(tmp_path)
-    RefinerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
-    teacher = load_teacher(str(tmp_path))
+    teacher = load_teacher(str(save_with_processor(model, tmp_path)))
     pixels = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         patches = teacher.model.refiner(pixels).last_hidden_state[:, 1:]
@@ -147,9 +160,7 @@ def test_a_folder_that_timm_saved(tmp_path):
 
 
 def test_images_are_squeezed_whole(tmp_path, tiny_model):
-    tiny_model().save_pretrained(tmp_path)
-    RefinerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
-    teacher = load_teacher(str(tmp_path))
+    teacher = load_teacher(str(save_with_processor(tiny_model(), tmp_path)))
     image = Image.new("RGB", (64, 20), (255, 0, 0))
     image.paste((0, 0, 255), (32, 0, 64, 20))
     pixels = teacher.prepare(image)

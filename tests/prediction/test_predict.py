@@ -22,7 +22,6 @@ from transformers import (
     pipeline,
 )
 
-from refiner_hf import RefinerImageProcessor
 from refiner_hf.commands.predict import main
 from refiner_hf.prediction import predict as prediction
 from refiner_hf.prediction.classifiers import TorchClassifier, open_classifier
@@ -30,6 +29,7 @@ from refiner_hf.prediction.predict import predict
 from refiner_hf.prediction.table import whole_rows
 from refiner_hf.utils.images import find_images
 
+from ..conftest import save_with_processor
 from ..images import write_folder
 
 
@@ -60,9 +60,7 @@ def refiner(tiny_model, tmp_path):
     model = tiny_model(layerscale_value=1.0)
     with torch.no_grad():
         model.classifier.weight.mul_(20)
-    model.save_pretrained(tmp_path / "refiner")
-    RefinerImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "refiner")
-    return str(tmp_path / "refiner")
+    return str(save_with_processor(model, tmp_path / "refiner"))
 
 
 def export(network: torch.nn.Module, file: Path, output: str = "logits") -> None:

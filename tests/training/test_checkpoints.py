@@ -18,6 +18,7 @@ from refiner_hf.training import output_folder
 from refiner_hf.training.arguments import RefinerTrainingArguments
 from refiner_hf.training.checkpoints import DamagedCheckpointError, check_checkpoint
 from refiner_hf.training.output_folder import prepare_output_folder
+from refiner_hf.training.trainer import RefinerTrainer
 
 from ..conftest import load_json
 from ..images import write_folder
@@ -162,6 +163,17 @@ CASES = [(name, i) for name, damages in DAMAGES.items() for i in range(len(damag
 
 def test_the_newest_whole_one(broken):
     assert choose(broken) == str(broken / "checkpoint-9")
+    newer = shutil.copytree(broken / "checkpoint-9", broken / "checkpoint-12")
+    state(global_step=12)(newer / "trainer_state.json")
+    assert choose(broken) == str(newer)
+
+
+def test_nothing_to_resume_from(broken):
+    for checkpoint in broken.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    assert choose(broken) is None
+    with pytest.raises(ValueError, match="no checkpoint in .*run to resume from"):
+        choose(broken, resume_from_checkpoint="True")
 
 
 @pytest.mark.parametrize("name, number", CASES, ids=[f"{name}-{number}" for name, number in CASES])
@@ -258,6 +270,19 @@ def test_the_run_goes_on_from_the_one_before(photos, unbroken, broken):
         assert all(torch.equal(one[key], two[key]) for key in one), name
     with zipfile.ZipFile(broken / "checkpoint-9" / "optimizer.pt") as archive:
         assert archive.testzip() is None, "it was made again"
+
+
+def test_one_that_is_written_again_is_not_whole_before_its_end(photos, broken, monkeypatch):
+    flip(broken / "checkpoint-9" / "optimizer.pt")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RefinerTrainer, "_save_rng_state", interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        main(command(photos, broken))
+    assert not (broken / "checkpoint-9" / "trainer_state.json").exists()
+    assert choose(broken) == str(broken / "checkpoint-6")
 
 
 @pytest.mark.parametrize("named", [(), ("named",)], ids=["found", "named"])

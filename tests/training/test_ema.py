@@ -7,12 +7,14 @@ import torch
 from transformers import TrainerCallback
 
 from refiner_hf import RefinerForImageClassification, RefinerImageProcessor
+from refiner_hf.normalization_refiner import RefinerBatchNorm2d
 from refiner_hf.training.ema import EmaCallback
 from refiner_hf.training.metrics import ClassificationMetrics, rank_labels
 from refiner_hf.training.statistics import NormStatisticsCallback
 from refiner_hf.training.trainer import RefinerTrainer
 
 from ..conftest import assert_close
+from ..parsed_card import Card
 from .test_trainer import Images, arguments
 
 
@@ -69,6 +71,10 @@ def test_evaluated_beside_the_raw_model(tiny_model, tmp_path):
             loss = model.eval()(data.pixels, labels=data.labels).loss
         assert metrics[name] == pytest.approx(loss.item(), rel=1e-4)
     assert any("eval_ema_accuracy" in entry for entry in trainer.state.log_history)
+    trainer.create_model_card()
+    results = Card((tmp_path / "README.md").read_bytes()).table("Results")
+    (averaged,) = (value for name, value in results.items() if name.startswith("Top-1") and "averaged" in name)
+    assert averaged == f"{metrics['eval_ema_accuracy']:.2%}"
 
 
 def test_saved_beside_the_raw_model(tiny_model, tmp_path):
@@ -109,8 +115,9 @@ def test_a_checkpoint_without_one(tiny_model, tmp_path, monkeypatch):
 def test_the_best_model_brings_its_average(tiny_model, tmp_path):
     trainer = train(
         tiny_model(), tmp_path, num_train_epochs=3, eval_strategy="epoch", save_strategy="epoch", learning_rate=0.05,
-        load_best_model_at_end=True, metric_for_best_model="ema_loss", greater_is_better=False,
+        load_best_model_at_end=True, metric_for_best_model="ema_loss", greater_is_better=True,
     )  # fmt: skip
+    assert trainer.state.best_global_step < trainer.state.global_step, "else it has that average anyway"
     best = RefinerForImageClassification.from_pretrained(trainer.state.best_model_checkpoint, subfolder="ema")
     for name, value in best.state_dict().items():
         assert (trainer.ema.model.state_dict()[name] == value).all()
@@ -120,20 +127,29 @@ def test_its_norms_have_statistics_of_their_own(tiny_model, tmp_path):
     ema = EmaCallback(0.5)
     statistics = NormStatisticsCallback(Images(16), 8, ema=ema)
     trainer = train(tiny_model(), tmp_path, ema=ema, callbacks=[statistics])
-    name = "refiner.embeddings.patch_embeddings.norm1.running_mean"
-    names = [n for n in trainer.model.state_dict() if n.endswith("running_mean")]
-    name = name if name in names else names[0]
-    images = Images(16).pixels
-    seen = []
-    for model in (trainer.model, trainer.ema.model):
-        norm = model.get_submodule(name.rsplit(".", 1)[0])
-        handle = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].mean((0, 2, 3))))
-        with torch.no_grad():
-            model.eval()(images)
-        handle.remove()
-    assert_close(trainer.model.state_dict()[name], seen[0], 1e-3)
-    assert_close(trainer.ema.model.state_dict()[name], seen[1], 1e-3)
     assert not trainer.ema.model.training
+    for model in (trainer.model, trainer.ema.model):
+        norms = {name: module for name, module in model.named_modules() if isinstance(module, RefinerBatchNorm2d)}
+        means = []
+        for norm in norms.values():
+            norm.register_forward_pre_hook(lambda _, args, seen=means: seen.append(args[0].mean((0, 2, 3))))
+        with torch.no_grad():
+            model.eval()(Images(16).pixels)
+        assert len(norms) == len(means) == 3 + 2 * 4  # of the stem, and of two layers that refine
+        for (name, norm), mean in zip(norms.items(), means):
+            # Those further on see what a norm before them made with the unbiased variance.
+            assert_close(norm.running_mean, mean, 1e-3 if "convolution1" in name else 1e-2, name)
+
+
+def test_where_there_can_be_no_average(tiny_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["v_proj"]))
+    for model, fields, says in (
+        (tiny_model(), dict(bf16_full_eval=True), "stays in float32"),
+        (adapted, {}, "one of a whole Refiner, not of an adapter"),
+    ):
+        with pytest.raises(ValueError, match=f"An average of the weights .*{says}"):
+            RefinerTrainer(model, arguments(tmp_path, ema_decay=0.5, **fields), train_dataset=Images())
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0, -1])

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
-from refiner_hf.training.metrics import ClassificationMetrics, ConfusionMatrix, RankedAccuracy, rank_labels
+from refiner_hf.training.metrics import ClassificationMetrics, RankedAccuracy, rank_labels
 
 
 LOGITS = torch.tensor([[9, 8, 7, 6, 5, 4, 0], [0, 1, 2, 3, 4, 5, 6], [1, 2, 9, 4, 5, 6, 7.0], [7, 6, 5, 4, 3, 2, 1]])
@@ -40,13 +40,3 @@ def test_batches_add_up_and_need_no_network(monkeypatch):
     metric.add_batch(predictions=[[0, 1, 2, 3, 4]], references=[0])
     metric.add_batch(predictions=[[5, 1, 2, 3, 4]], references=[4])
     assert metric.compute() == {"accuracy": 0.5, "top5_accuracy": 1.0}
-
-
-def test_evaluate_can_combine_and_save_them(tmp_path):
-    import evaluate
-
-    combined = evaluate.combine([ConfusionMatrix(keep_in_memory=True)])
-    result = combined.compute(predictions=[0, 1], references=[0, 0], num_labels=2)
-    assert result["confusion_matrix"] == [[1, 1], [0, 0]]
-    path = evaluate.save(tmp_path, **result)
-    assert "confusion_matrix" in path.read_text()

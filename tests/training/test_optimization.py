@@ -34,6 +34,14 @@ def test_the_papers_schedule(tiny_model, tmp_path):
     assert seen[3000:] == pytest.approx([1e-5] * 100) and seen[2950] > 1.01e-5
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_cooldown_stays_at_the_schedules_end(tiny_model, tmp_path, schedule):
+    args = arguments(tmp_path, learning_rate=1.0, lr_scheduler_type=schedule, cooldown_steps=5)
+    seen = rates(RefinerTrainer(tiny_model(), args), 20)
+    alone = rates(RefinerTrainer(tiny_model(), arguments(tmp_path, learning_rate=1.0, lr_scheduler_type=schedule)), 15)
+    assert seen == [*alone, *[0] * 5] and alone[-1] > 0
+
+
 @pytest.mark.parametrize("cooldown, expected", [(0, 0), (7, 7), (0.1, 10), (200, 100)])
 def test_cooldown_in_steps_or_as_a_share(tmp_path, cooldown, expected):
     assert arguments(tmp_path, cooldown_steps=cooldown).get_cooldown_steps(100) == expected
@@ -55,6 +63,7 @@ def test_layers_learn_more_slowly_the_earlier_they_come(tiny_model, tmp_path):
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     names = dict(model.named_parameters())
     assert len(rate) == len(names)
+    assert groups[0]["lr"] == 1, "the full rate is the one that is logged"
     for name, expected in {
         "classifier.weight": 1, "dense_classifier.bias": 1, "refiner.norm.weight": 1,
         "refiner.layers.3.mlp.fc1.weight": 1 / 2,

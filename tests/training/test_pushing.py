@@ -13,12 +13,15 @@ from transformers import TrainerCallback, TrainingArguments
 from refiner_hf import RefinerForImageClassification
 from refiner_hf.commands.push import main as push
 from refiner_hf.commands.train import main
+from refiner_hf.hub.publish import publish_folder
 from refiner_hf.hub.repository import PublishError
 from refiner_hf.hub.verification import verify
 from refiner_hf.training import pushing, run
 from refiner_hf.training.trainer import RefinerTrainer
 
+from ..conftest import save_with_processor
 from ..images import write_folder
+from ..parsed_card import Card, shown
 from .test_run import QUICK
 from .test_trainer import Images, arguments, losses
 
@@ -102,6 +105,12 @@ class TestStrategies:
         assert alone.published is None
         a, b = (load((folder / "model.safetensors").read_bytes()) for folder in (pushed.folder, alone.folder))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+    def test_fine_tuned_from_the_hub(self, hub, options, token, tiny_model, tmp_path):
+        base = tiny_model(num_hidden_layers=2, num_attention_heads=2)
+        publish_folder(save_with_processor(base, tmp_path / "base"), "alice/base", token=token)
+        main([*options, "--model_name_or_path", "alice/base", "--num_train_epochs", "1"])
+        assert Card(hub.repositories["alice/model"].files()["README.md"]).data["base_model"] == "alice/base"
 
     def test_named_after_its_folder_by_default(self, hub, options):
         options = options[: options.index("--hub_model_id")]
@@ -293,13 +302,23 @@ class TestOwnTrainer:
             finetuned_from="alice/base", model_name="A name", tasks="image-classification",
         )  # fmt: skip
         files = hub.repositories["alice/model"].files()
-        card = ModelCard(files["README.md"].decode())
-        (result,) = card.data.eval_results
-        assert result.metric_value == pytest.approx(measured["eval_accuracy"]) and result.dataset_name == "Noise"
-        assert (card.data.license, card.data.language, card.data.base_model) == ("mit", "en", "alice/base")
-        assert "mine" in card.data.tags and card.data.datasets == ["alice/noise"]
-        for fact in ("# A name", "24 training images, 10 evaluation images", "3 steps in", "learning_rate | 0.001"):
-            assert fact in card.text, fact
+        card = Card(files["README.md"])
+        (model,) = card.data.pop("model-index")
+        (result,) = model["results"]
+        assert card.data == {
+            "library_name": "transformers", "pipeline_tag": "image-classification", "license": "mit", "language": "en",
+            "base_model": "alice/base", "datasets": ["alice/noise"], "metrics": ["accuracy"],
+            "tags": ["refiner", "vision", "image-classification", "mine"],
+        }  # fmt: skip
+        assert (model["name"], result["dataset"]) == ("A name", {"name": "Noise", "type": "alice/noise"})
+        accuracy = pytest.approx(measured["eval_accuracy"])
+        assert [(each["type"], each["value"]) for each in result["metrics"]] == [("accuracy", accuracy)]
+        assert card.sections["Summary"].startswith("# A name\n")
+        assert card.numbers("Results") == [10] and card.numbers("Data") == [24, 10]
+        assert card.table("Results")["Top-1 accuracy"] == f"{measured['eval_accuracy']:.2%}"
+        assert card.numbers("How it was made")[0] == trainer.state.global_step == 3
+        options, had = card.table("How it was made"), trainer.model.config.to_dict() | trainer.args.to_dict()
+        assert options == {name: shown(had[name]) for name in options} and options["learning_rate"] == "0.001"
         assert "training_args.bin" not in files
         assert hub.repositories["alice/model"].branches["main"] == published.commit
 

@@ -3,11 +3,14 @@
 import csv
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import datasets
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -15,9 +18,15 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from refiner_hf.commands.train import main
+from refiner_hf.data.images import decode_image
+from refiner_hf.data.seeded_sampling import SeededSampler
+from refiner_hf.training.trainer import RefinerTrainer
+from refiner_hf.utils.flops import count_flops
+from refiner_hf.utils.norm_statistics import reestimate_norm_statistics
 
-from ..conftest import load_json
+from ..conftest import assert_close, load_json
 from ..images import COLOURS, write_folder
+from ..parsed_card import Card, shown
 
 
 TINY = json.dumps(dict(image_size=16, patch_size=4, hidden_size=24, num_hidden_layers=2, num_attention_heads=2))
@@ -46,6 +55,7 @@ def trained(more_photos, tmp_path_factory):
             "--train_dir", str(more_photos), "--output_dir", str(folder), *QUICK, "--num_train_epochs", "4",
             "--train_val_split", "0.25", "--eval_strategy", "epoch", "--logging_steps", "1", "--with_code",
             "--weights_license", "apache-2.0", "--example_pictures", "8", "--analysis_images", "5",
+            "--adam_epsilon", "1e-7",
         ]
     )  # fmt: skip
     return folder, result
@@ -54,6 +64,16 @@ def trained(more_photos, tmp_path_factory):
 class TestFinishedFolder:
     def test_it_learned(self, trained):
         assert trained[1].metrics["eval_accuracy"] >= 5 / 6
+
+    def test_norms_have_the_statistics_of_the_training_images(self, trained):
+        folder, result = trained
+        model = AutoModelForImageClassification.from_pretrained(folder)
+        saved = {name: buffer.clone() for name, buffer in model.named_buffers() if "running" in name}
+        images = [decode_image(row["image"]) for row in result.data.train]
+        pixels = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt").pixel_values
+        assert reestimate_norm_statistics(model, [pixels]) == len(images)
+        for name, buffer in saved.items():
+            assert_close(buffer, model.get_buffer(name), 1e-4, name)
 
     def test_holds_everything_and_nothing_else(self, trained):
         folder, _ = trained
@@ -66,38 +86,69 @@ class TestFinishedFolder:
             "_data.json",
         }  # fmt: skip
 
-    def test_card(self, trained):
+    @pytest.fixture
+    def card(self, trained):
+        return Card((trained[0] / "README.md").read_bytes())
+
+    def test_metadata_of_the_card(self, trained, card):
+        (model,) = card.data.pop("model-index")
+        (result,) = model["results"]
+        assert card.data == {
+            "library_name": "transformers", "pipeline_tag": "image-classification", "license": "apache-2.0",
+            "tags": ["refiner", "vision", "image-classification", "custom_code"], "metrics": ["accuracy"],
+        }  # fmt: skip
+        split = f"{len(trained[1].data.evaluation)} of 60 images held out of train"
+        assert (result["dataset"]["name"], result["dataset"]["split"]) == ("photos", split)
+        (metric,) = result["metrics"]
+        accuracy = pytest.approx(trained[1].metrics["eval_accuracy"], abs=1e-6)
+        assert (metric["type"], metric["value"]) == ("accuracy", accuracy)
+
+    def test_numbers_of_the_card(self, trained, card):
         folder, result = trained
-        card = ModelCard.load(folder / "README.md")
-        (measured,) = [r for r in card.data.eval_results if r.metric_type == "accuracy"]
-        assert measured.metric_value == pytest.approx(result.metrics["eval_accuracy"], abs=1e-6)
-        held = len(result.data.evaluation)
-        split = f"{held} of 60 images held out of train"
-        assert (measured.dataset_name, measured.dataset_split) == ("photos", split)
-        assert card.data.license == "apache-2.0" and card.data.library_name == "transformers"
-        assert card.data.pipeline_tag == "image-classification"
-        assert "More information needed" not in card.text and "[]" not in card.text
-        for option in ("learning_rate | 0.002", "num_train_epochs | 4", "seed | 42", "crop_min_scale | 0.35"):
-            assert f"| {option} |" in card.text
-        for picture in ("learning_curve.png", "confusion_matrix.png", "predictions.png"):
-            assert f"]({picture})" in card.text
-            assert Image.open(folder / picture).size[0] > 300
-        assert "bibtex" in card.text and "Limits" in card.text and "24 x" not in card.text
-        assert f"{held} images ({split}) of photos" in card.text
-        assert f"{60 - held} training images, {held} evaluation images" in card.text
-        assert (
-            f"| parameters | {AutoModelForImageClassification.from_pretrained(folder).num_parameters():,} |"
-            in card.text
-        )
-        for measured in (
-            "GFLOP",
-            "Evaluation speed, reading images included | ",
-            " images/s on CPU (",
-            " images/s, eval",
-        ):
-            assert measured in card.text, measured
-        for line in ("drop_path_rate | 0.1", "train_val_split | 0.25", "crop_pct (evaluation) | 1"):
-            assert f"| {line} |" in card.text
+        held, measured = len(result.data.evaluation), card.table("Results")
+        speed = measured.pop("Evaluation speed, reading images included")
+        rate = result.metrics["eval_samples_per_second"]
+        assert re.fullmatch(r"([\d.]+) images/s on (?:CPU|\d+ x) .*", speed)[1] == f"{rate:.1f}"
+        assert measured == {
+            "Top-1 accuracy": f"{result.metrics['eval_accuracy']:.2%}",
+            "Loss": f"{result.metrics['eval_loss']:.4f}",
+        }
+        assert card.numbers("Results") == [held, held, 60] and card.numbers("Data") == [60 - held, held, held, 60]
+        assert f"{result.metrics['train_samples_per_second']:.1f} images/s" in card.sections["How it was made"]
+        model, network = AutoModelForImageClassification.from_pretrained(folder), card.table("The network")
+        assert network["parameters"] == f"{model.num_parameters():,}" and network["labels"] == "3"
+        flops = float(network["cost of an image"].removesuffix(" GFLOP (2 per multiply-add)"))
+        assert 1e9 * flops == pytest.approx(count_flops(model), rel=0.01)
+
+    def test_options_of_the_card(self, trained, card):
+        """Whatever it lists has the value that the run had, and what the command was given is there."""
+        folder, _ = trained
+        run = load_json(folder / "training_arguments.json")
+        had = load_json(folder / "config.json") | run["training"] | run["augmentation"] | run["data"]
+        had["crop_pct (evaluation)"] = load_json(folder / "preprocessor_config.json")["crop_pct"]
+        options = card.table("How it was made")
+        assert options == {name: shown(had[name]) for name in options}
+        given = {"num_train_epochs": "4", "learning_rate": "0.002", "per_device_train_batch_size": "8",
+                 "train_val_split": "0.25", "crop_pct (evaluation)": "1", "adam_epsilon": "1e-07"}  # fmt: skip
+        assert options.items() >= given.items()
+        assert {"seed", "drop_path_rate", *run["augmentation"]} <= options.keys()
+
+    def test_pictures_of_the_card(self, trained, card):
+        names = [f"analysis/{name}.png" for name in ("analysis_curves", "analysis_layers", "layers", "heads")]
+        assert card.pictures == ["learning_curve.png", "confusion_matrix.png", "predictions.png", *names]
+        assert all(min(Image.open(trained[0] / name).size) > 200 for name in card.pictures)
+
+    def test_example_of_the_card(self, trained, card, photos, tmp_path, monkeypatch, capsys):
+        """A reader runs it beside the folder, with a picture of their own."""
+        (tmp_path / trained[0].name).symlink_to(trained[0])
+        (tmp_path / "photo.jpg").symlink_to(photos / "red" / "0.png")
+        monkeypatch.chdir(tmp_path)
+        names = {}
+        exec(card.code, names)
+        answers = pipeline("image-classification", model=str(trained[0]))(str(photos / "red" / "0.png"), top_k=5)
+        assert names["classify"]("photo.jpg", top_k=5) == answers
+        assert str(answers) in capsys.readouterr().out
+        assert "import refiner_hf" not in card.code, "the folder has its own code"
 
     def test_no_path_of_this_machine_is_published(self, trained):
         folder, _ = trained
@@ -107,18 +158,22 @@ class TestFinishedFolder:
         assert load_json(folder / "training_arguments.json")["data"]["train_dir"] == "photos"
 
     def test_example_pictures(self, trained):
-        examples = sorted((trained[0] / "examples").iterdir())
-        assert [path.name for path in examples] == [f"{i}.png" for i in range(8)]
-        assert Image.open(examples[0]).size == (30, 24)
+        """From all over the evaluation images, with the answers of the model as it is in the folder."""
+        folder, result = trained
+        rows = result.data.evaluation
+        rows = [rows[i * len(rows) // 8] for i in range(8)]
+        images = [decode_image(row["image"]) for row in rows]
+        answers = pipeline("image-classification", model=str(folder))(images, top_k=1)
+        for example, row, image, (answer,) in zip(result.examples, rows, images, answers, strict=True):
+            assert example.image == image and example.label == result.data.labels[row["labels"]]
+            assert (example.answer, example.score) == (answer["label"], pytest.approx(answer["score"]))
+        saved = sorted((folder / "examples").iterdir())
+        assert [path.name for path in saved] == [f"{i}.png" for i in range(8)]
+        assert all(Image.open(path).tobytes() == image.tobytes() for path, image in zip(saved, images))
 
-    def test_analysis_is_in_the_card(self, trained):
-        folder, _ = trained
-        card = (folder / "README.md").read_text()
-        for name in ("analysis_curves", "analysis_layers", "layers", "heads"):
-            assert f"](analysis/{name}.png)" in card
-            assert Image.open(folder / "analysis" / f"{name}.png").size[0] > 300
-        assert "on 5 evaluation images" in card and "analysis_images" not in card
-        assert load_json(folder / "analysis" / "analysis.json")["networks"][0]["name"] == "colours"
+    def test_analysis(self, trained):
+        (network,) = load_json(trained[0] / "analysis" / "analysis.json")["networks"]
+        assert (network["name"], network["images"]) == ("colours", 5)
 
     def test_metrics_are_beside_the_model(self, trained):
         folder, result = trained
@@ -145,8 +200,6 @@ class TestFinishedFolder:
     def test_pipeline_answers_as_the_evaluation_measured(self, trained):
         folder, result = trained
         classify = pipeline("image-classification", model=str(folder))
-        from refiner_hf.data.images import decode_image
-
         right = sum(
             classify(decode_image(row["image"]))[0]["label"] == result.data.labels[row["labels"]]
             for row in result.data.evaluation
@@ -218,6 +271,18 @@ class TestEvaluationOnly:
             "all_results.json", "eval_results.json", "confusion_matrix.csv"
         }  # fmt: skip
 
+    def test_confusions(self, trained, tmp_path):
+        """True labels down, predicted ones across."""
+        data = write_folder(tmp_path / "data", 4, ("green", "red"))
+        (data / "green").rename(data / "blue")
+        main(
+            ["--model_name_or_path", str(trained[0]), "--validation_dir", str(data), "--do_eval", "--use_cpu",
+             "--output_dir", str(tmp_path / "out"), "--report_to", "none"]
+        )  # fmt: skip
+        rows = list(csv.DictReader((tmp_path / "out" / "confusion_matrix.csv").open()))
+        blue, green, red = ({label: int(row[label]) for label in COLOURS} for row in rows)
+        assert blue["green"] >= 3 and red["red"] >= 3 and green == dict.fromkeys(COLOURS, 0)
+
     def test_unknown_labels_are_listed(self, trained, tmp_path):
         data = write_folder(tmp_path / "data", 2, ("green", "violet"))
         with pytest.raises(SystemExit, match=r"\['violet'\].*\['blue', 'red'\]"):
@@ -269,11 +334,28 @@ class TestFineTuning:
 
     def test_the_same_labels_keep_the_heads(self, trained, tmp_path, photos):
         result = self.fine_tune(trained[0], photos, tmp_path / "out", "--learning_rate", "1e-9", "--freeze_norms")
+        assert AutoImageProcessor.from_pretrained(tmp_path / "out").crop_pct == 1.0  # as the checkpoint's
         assert result.metrics["eval_accuracy"] >= 0.75
         old = AutoModelForImageClassification.from_pretrained(trained[0])
         new = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
         for name, tensor in old.state_dict().items():
             assert torch.allclose(new.state_dict()[name].float(), tensor.float(), atol=1e-6), name
+
+    def test_labels_in_another_order_than_the_datas(self, trained, tmp_path, photos):
+        """The heads keep the checkpoint's order, and training follows it as evaluation does."""
+        model, order = AutoModelForImageClassification.from_pretrained(trained[0]), [2, 0, 1]
+        with torch.no_grad():
+            for parameter in (*model.classifier.parameters(), *model.dense_classifier.parameters()):
+                parameter.copy_(parameter[order].clone())
+        names = [model.config.id2label[i] for i in order]
+        model.config.id2label, model.config.label2id = dict(enumerate(names)), {n: i for i, n in enumerate(names)}
+        model.save_pretrained(shutil.copytree(trained[0], tmp_path / "turned"))
+        measured = [
+            self.fine_tune(folder, photos, tmp_path / f"out_of_{folder.name}", "--learning_rate", "1e-9").metrics
+            for folder in (trained[0], tmp_path / "turned")
+        ]
+        for name in ("train_loss", "eval_loss"):
+            assert measured[1][name] == pytest.approx(measured[0][name], rel=1e-4)
 
     def test_at_another_image_size(self, trained, tmp_path, photos):
         self.fine_tune(trained[0], photos, tmp_path / "out", "--image_size", "24")
@@ -303,8 +385,6 @@ class TestMoreData:
         assert not {"examples", "predictions.png"} & {path.name for path in (tmp_path / "out").iterdir()}
 
     def test_stream(self, tmp_path, photos):
-        import datasets
-
         table = datasets.load_dataset("imagefolder", data_dir=str(photos), split="train")
         for name in ("train", "validation"):
             table.to_parquet(str(tmp_path / "tables" / f"{name}.parquet"))
@@ -316,6 +396,29 @@ class TestMoreData:
         assert 0 <= result.metrics["eval_accuracy"] <= 1
         assert (tmp_path / "out" / "predictions.png").exists()
         assert load_json(tmp_path / "out" / "analysis" / "analysis.json")["networks"][0]["images"] == 4
+
+    def test_options_of_the_images_order(self, tmp_path, photos, monkeypatch):
+        """A seed of its own, in a folder and in a stream, and what to do with a stream's unreadable images."""
+        trainers = []
+
+        def stop(trainer, **kwargs):
+            trainers.append(trainer)
+            raise ValueError("far enough")
+
+        monkeypatch.setattr(RefinerTrainer, "train", stop)
+        datasets.load_dataset("imagefolder", data_dir=str(photos), split="train").to_parquet(
+            str(tmp_path / "tables" / "train.parquet")
+        )
+        for name, words in {
+            "folder": ["--train_dir", str(photos)],
+            "stream": ["--dataset_name", str(tmp_path / "tables"), "--streaming", "--max_steps", "3"],
+        }.items():
+            words += ["--output_dir", str(tmp_path / name), "--do_train", "--data_seed", "7"]
+            with pytest.raises(SystemExit, match="far enough"):
+                main([*words, *QUICK, "--unreadable_images", "skip"])
+        folder, stream = trainers
+        assert list(folder._get_train_sampler()) == list(SeededSampler(folder.train_dataset, 7))
+        assert stream.train_dataset.seed == 7 and stream.train_dataset.skip_unreadable
 
     def test_a_failed_analysis_costs_nothing_else(self, tmp_path, photos, monkeypatch):
         from refiner_hf.training import finished_folder
@@ -364,9 +467,9 @@ class TestBadInput:
         ],
     )
     def test_options(self, tmp_path, photos, words, message, capsys):
-        with pytest.raises((SystemExit, ValueError)) as error:
+        with pytest.raises(SystemExit) as stopped:
             main(["--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK, *words])
-        assert message in str(error.value) + capsys.readouterr().err
+        assert message in f"{stopped.value}{capsys.readouterr().err}"
         assert not (tmp_path / "out").exists()
 
     def test_unknown_augmentation(self, tmp_path, photos):
@@ -388,9 +491,16 @@ class TestBadInput:
         with pytest.raises(SystemExit, match="options.yaml isn't"):
             main([str(tmp_path / "options.yaml")])
 
-    @pytest.mark.parametrize("overrides", ['{"hidden_size": 48}', '{"num_hidden_layers": 1}', '{"hidden_act": "x"}'])
-    def test_overrides_that_do_not_fit_a_checkpoint(self, trained, tmp_path, photos, overrides):
-        with pytest.raises(SystemExit, match="Error"):
+    @pytest.mark.parametrize(
+        "overrides, says",
+        [
+            ('{"hidden_size": 48}', "another shape than the network's in classifier.weight"),
+            ('{"num_hidden_layers": 1}', "2 entries for num_hidden_layers=1"),
+            ('{"hidden_act": "x"}', "hidden_act is 'x'"),
+        ],
+    )
+    def test_overrides_that_do_not_fit_a_checkpoint(self, trained, tmp_path, photos, overrides, says):
+        with pytest.raises(SystemExit, match=says):
             main(
                 ["--model_name_or_path", str(trained[0]), "--train_dir", str(photos), "--use_cpu",
                  "--output_dir", str(tmp_path / "out"), "--config_overrides", overrides]
@@ -500,7 +610,8 @@ def test_a_checkpoint_that_was_cut_off_is_left_aside(tmp_path, photos, monkeypat
     other = write_folder(tmp_path / "data", labels=("cat", "dog"))
     with pytest.raises(SystemExit, match="train_dir was 'photos' and is now 'data'"):
         main([*options[:1], str(other), *options[2:]])
-    main(options)
+    measured = main(options).metrics
+    assert not [name for name in measured if name.startswith("train_")], "they are of the last part alone"
     assert any("checkpoint-9 is damaged: trainer_state.json can't be read" in line for line in said)
     assert any("Going on from" in line and "checkpoint-6" in line for line in said)
     assert (tmp_path / "out" / "README.md").exists()
@@ -551,14 +662,17 @@ def test_curves_for_tensorboard(tmp_path, photos):
 
 
 def test_what_is_unreadable_stops_or_is_left_out(tmp_path, monkeypatch):
-    folder = write_folder(tmp_path / "photos")
-    (folder / "red" / "1.png").write_bytes((folder / "red" / "1.png").read_bytes()[:150])
-    words = ["--train_dir", str(folder), *QUICK]
-    with pytest.raises(SystemExit, match=r"1 image can't be read(.|\n)*1\.png"):
+    folders, damaged = [write_folder(tmp_path / name) for name in ("photos", "others")], []
+    for folder, name in zip(folders, ("red/1.png", "blue/2.png")):
+        damaged.append(folder / name)
+        damaged[-1].write_bytes(damaged[-1].read_bytes()[:150])
+    words = ["--train_dir", str(folders[0]), "--validation_dir", str(folders[1]), *QUICK]
+    with pytest.raises(SystemExit, match=r"(?s)2 images can't be read.*red/1\.png.*blue/2\.png"):
         main([*words, "--output_dir", str(tmp_path / "stopped")])
     result = main([*words, "--output_dir", str(tmp_path / "out"), "--unreadable_images", "skip"])
-    assert len(result.data.train) + len(result.data.evaluation) == 23
-    assert "1.png" in (tmp_path / "out" / "_unreadable_images.txt").read_text()
+    assert (len(result.data.train), len(result.data.evaluation)) == (23, 23)
+    listed = (tmp_path / "out" / "_unreadable_images.txt").read_text().splitlines()
+    assert len(listed) == 2 and all(str(file) in line for file, line in zip(damaged, listed))
 
 
 def test_an_odd_batch_can_not_be_mixed(tmp_path, photos):

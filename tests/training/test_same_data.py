@@ -1,10 +1,12 @@
 """A run that goes on has the images and labels that it began with, or says what changed."""
 
+import json
 import shutil
 
 import datasets
 import pytest
 
+from refiner_hf import RefinerConfig
 from refiner_hf.commands.train import main
 from refiner_hf.data.arguments import DataArguments
 from refiner_hf.data.sources import load_image_data
@@ -117,6 +119,21 @@ def test_a_run_of_which_nothing_was_written_down(place, monkeypatch):
     assert len(said) == 1 and "whether they are the same is unknown" in said[0]
 
 
+def test_another_order_of_labels(tmp_path, monkeypatch):
+    """A network may have another than its data, and keeps it; the data may not change theirs."""
+    said = []
+    monkeypatch.setattr(same_data.logger, "warning", said.append)
+    checkpoint = tmp_path / "run" / "checkpoint-1"
+    RefinerConfig(id2label={0: "red", 1: "blue"}).save_pretrained(checkpoint)
+    now = {"labels": ["blue", "red"], "training": {"images": 1}, "evaluation": None, "evaluated_at_most": None}
+    check_same_data(str(checkpoint), now, named=False)
+    assert len(said) == 1 and "is unknown" in said[0]
+    (tmp_path / "run" / "_data.json").write_text(json.dumps(now))
+    check_same_data(str(checkpoint), now, named=False)
+    with pytest.raises(ValueError, match="labels aren't those .*another order"):
+        check_same_data(str(checkpoint), now | {"labels": ["red", "blue"]}, named=False)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"labels": []}', '{"labels": 1, "training": 2}'])
 def test_what_was_written_down_is_damaged(place, content):
     (place / "run" / "_data.json").write_text(content)
@@ -124,8 +141,9 @@ def test_what_was_written_down_is_damaged(place, content):
         main(command(place))
 
 
-def test_a_limit_on_the_evaluation_may_change(place):
-    main(command(place, "--max_eval_samples", "4"))
+def test_options_that_may_change(place):
+    main(command(place, "--max_eval_samples", "4", "--refine_implementation", "eager"))
+    assert (place / "run" / "README.md").exists()
 
 
 def test_held_out_images(tmp_path, monkeypatch):
@@ -166,7 +184,10 @@ class TestOtherSources:
         (tables / "train-0.parquet").rename(tables / "train-2.parquet")
         shutil.copy(tables / "train-1.parquet", tables / "train-3.parquet")
         (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "_data.json").write_text(same_data.json.dumps(facts))
+        (tmp_path / "run" / "_data.json").write_text(json.dumps(facts))
+        downloaded = self.facts(dataset_name=str(tables))
+        with pytest.raises(ValueError, match=r"training images come in another way \(--streaming\)"):
+            check_same_data(str(tmp_path / "run" / "checkpoint-1"), downloaded, named=False)
         now = self.facts(dataset_name=str(tables), streaming=True)
         with pytest.raises(ValueError, match="the training images come in 3 files and no longer in 2"):
             check_same_data(str(tmp_path / "run" / "checkpoint-1"), now, named=False)

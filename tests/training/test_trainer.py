@@ -1,6 +1,7 @@
 """The Trainer's traps, each closed."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,13 +11,15 @@ from transformers import Trainer, TrainerCallback
 from refiner_hf import RefinerForImageClassification, RefinerForMaskedImageModeling
 from refiner_hf.data.masking import MaskPatches
 from refiner_hf.normalization_refiner import RefinerBatchNorm2d
+from refiner_hf.training import trainer as trainer_module
 from refiner_hf.training.arguments import RefinerTrainingArguments
 from refiner_hf.training.statistics import NormStatisticsCallback
 from refiner_hf.training.targets import smooth_labels
 from refiner_hf.training.trainer import RefinerTrainer
 from refiner_hf.utils.norm_statistics import reestimate_norm_statistics
 
-from ..conftest import assert_close
+from ..conftest import assert_close, load_json
+from ..parsed_card import Card
 
 
 class Images(Dataset):
@@ -146,6 +149,50 @@ def test_checkpointing_trains_the_same(tiny_model, tmp_path):
     assert model.refiner.layers[1].attention.refinement.output_norm.num_batches_tracked == 3
 
 
+def test_weights_that_are_spoiled_are_not_saved(tiny_model, tmp_path):
+    """Though every loss was finite: the last step's gradients may do it."""
+    trainer = RefinerTrainer(tiny_model(), arguments(tmp_path), train_dataset=Images())
+    trainer.train()
+    next(trainer.model.parameters()).data[0] = float("nan")
+    with pytest.raises(FloatingPointError, match="loss or a weight became infinite or NaN"):
+        trainer.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()
+
+
+def test_an_evaluation_takes_every_image(tiny_model, tmp_path):
+    """Also where a training leaves out its last batch, which isn't whole."""
+    data = Images(10)
+    args = arguments(tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=8)
+    trainer = RefinerTrainer(tiny_model(), args, train_dataset=data, eval_dataset=data)
+    assert trainer.train().global_step == 1
+    with torch.no_grad():
+        expected = trainer.model.eval()(data.pixels, labels=data.labels).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_images_per_second_are_those_of_training(tiny_model, tmp_path, monkeypatch):
+    """By a clock that goes on by 2 s for a batch, and by far more in an evaluation and a save."""
+    now = [0]
+
+    class Clock(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            now[0] += 2
+
+        on_step_end = on_substep_end
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            now[0] += 1000
+
+    save = RefinerTrainer._save_rng_state
+    monkeypatch.setattr(RefinerTrainer, "_save_rng_state", lambda *args: now.append(now.pop() + 1000) or save(*args))
+    monkeypatch.setattr(trainer_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    often = dict(eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, num_train_epochs=2)
+    args = arguments(tmp_path, **often, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    RefinerTrainer(tiny_model(), args, train_dataset=Images(), eval_dataset=Images(8), callbacks=[Clock()]).train()
+    history = load_json(tmp_path / "checkpoint-6" / "trainer_state.json")["log_history"]
+    assert [entry["images_per_second"] for entry in history if "loss" in entry] == [2.0] * 6
+
+
 def test_images_are_not_dropped_and_the_option_is_refused(tmp_path):
     assert arguments(tmp_path).remove_unused_columns is False
     with pytest.raises(ValueError, match="drop the images"):
@@ -180,27 +227,44 @@ class TestMaskedImageModeling:
     """Pretraining without labels, with the same Trainer."""
 
     @pytest.fixture
-    def trainer(self, tiny_config, tmp_path):
-        torch.manual_seed(0)
-        model = RefinerForMaskedImageModeling(tiny_config())
-        collate = MaskPatches(model.config)
-        return RefinerTrainer(
-            model,
-            arguments(tmp_path, num_train_epochs=6, learning_rate=3e-3, save_strategy="epoch"),
-            train_dataset=Images(),
-            eval_dataset=Images(),
-            data_collator=collate,
-            callbacks=[NormStatisticsCallback(Images(), 8, collate)],
-        )
+    def make(self, tiny_config, tmp_path):
+        def make(epochs: int = 6, statistics: bool = True) -> RefinerTrainer:
+            torch.manual_seed(0)
+            model = RefinerForMaskedImageModeling(tiny_config())
+            collate = MaskPatches(model.config)
+            return RefinerTrainer(
+                model,
+                arguments(tmp_path, num_train_epochs=epochs, learning_rate=3e-3, save_strategy="epoch"),
+                train_dataset=Images(),
+                eval_dataset=Images(),
+                data_collator=collate,
+                callbacks=[NormStatisticsCallback(Images(), 8, collate)] if statistics else [],
+            )
+
+        return make
+
+    @pytest.fixture
+    def trainer(self, make):
+        return make()
+
+    def test_masks_of_the_statistics_are_none_of_the_trainings(self, make):
+        curves = []
+        for statistics in (True, False):
+            trainer = make(2, statistics)
+            trainer.train()
+            curves.append(losses(trainer))
+        assert curves[0] == curves[1]
 
     def test_it_learns_and_is_measured(self, trainer, tmp_path):
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
-        assert trainer.evaluate()["eval_loss"] < 0.9 * before
+        after = trainer.evaluate()
+        assert after["eval_loss"] < 0.9 * before
         trainer.create_model_card()
-        card = (tmp_path / "README.md").read_text()
-        assert "masked image model" in card and "| Mean absolute difference of the hidden pixels" in card
-        assert 'pipeline("image-feature-extraction"' in card
+        card = Card((tmp_path / "README.md").read_bytes())
+        assert "masked image model" in card.sections["Summary"] and "hidden pixels" in list(card.table("Results"))[0]
+        assert list(card.table("Results").values())[0] == f"{after['eval_loss']:.4f}"
+        assert card.data["pipeline_tag"] == "image-feature-extraction" and card.data["pipeline_tag"] in card.code
 
     def test_statistics_are_those_under_masks(self, trainer):
         """Without masks the maps are others, and an evaluation under masks gets worse by it."""
@@ -295,7 +359,7 @@ class TestNormStatistics:
     def test_survive_a_batch_that_fails(self, tiny_model):
         model = tiny_model()
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="1 channels"):
             reestimate_norm_statistics(model, [torch.randn(2, 3, 16, 16), torch.randn(2, 1, 16, 16)])
         assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, hyperparameter_search
 from transformers.trainer_utils import BestRun, HPSearchBackend
 
 from refiner_hf import RefinerForImageClassification
-from refiner_hf.data.streams import StreamedImages
+from refiner_hf.data.streams import StreamedImages, StreamPosition
 from refiner_hf.normalization_refiner import RefinerBatchNorm2d
 from refiner_hf.training.ema import EmaCallback
 from refiner_hf.training.statistics import NormStatisticsCallback
@@ -175,6 +175,25 @@ def test_a_stream_begins_anew(search, trainer):
     assert_same(*found)
     searched.train_dataset = rows  # an ordinary one after it
     assert searched.train().global_step == 5
+
+
+def test_a_streams_epoch_is_its_share_of_all_steps(trainer, tmp_path):
+    """Also where it goes on from a checkpoint."""
+    rows = Images()
+
+    def made(position=None):
+        table = Table.from_dict({"x": list(range(24))}).to_iterable_dataset()
+        stream = StreamedImages(table, lambda row: rows[row["x"]], seed=0, position=position)
+        return trainer(train=stream, max_steps=4, save_strategy="steps", save_steps=2, ignore_data_skip=True)
+
+    whole = made()
+    whole.train()
+    checkpoint = str(tmp_path / "checkpoint-2")
+    resumed = made(StreamPosition.load(checkpoint, rank=0))
+    resumed.train(resume_from_checkpoint=checkpoint)
+    for each in (whole, resumed):
+        epochs = [entry["epoch"] for entry in each.state.log_history if "loss" in entry]
+        assert epochs == [0.25, 0.5, 0.75, 1] and losses(each) == losses(whole)
 
 
 def test_checkpoints_lie_in_their_trials_folder(search, trainer, tmp_path, monkeypatch):

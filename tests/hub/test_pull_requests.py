@@ -114,8 +114,10 @@ class TestAdapter:
             publish_folder(self.adapter(folder, tmp_path), "alice/lora", token=token)
         assert "alice/lora" not in hub.repositories
 
-    def test_damaged(self, hub, token, theirs, tmp_path):
+    def test_with_code_or_damaged(self, hub, token, theirs, tmp_path):
         folder = self.adapter("bob/model", tmp_path)
+        with pytest.raises(ValueError, match="An adapter carries no code"):
+            publish_folder(folder, "alice/lora", token=token, with_code=True)
         (folder / "adapter_model.safetensors").unlink()
         with pytest.raises(ValueError, match="the adapter's weights aren't there"):
             publish_folder(folder, "alice/lora", token=token)

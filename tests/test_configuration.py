@@ -117,13 +117,14 @@ def test_labels_by_number_however_they_are_given(tmp_path):
     ],
 )
 def test_labels_that_are_none(id2label, says, tmp_path):
-    with pytest.raises(ValueError, match=says):
+    says += "|Field 'id2label' with value"  # older libraries look at the types first
+    with pytest.raises((ValueError, StrictDataclassError), match=says):
         RefinerConfig(**{**TINY, "num_labels": None}, id2label=id2label)
     RefinerConfig(**TINY).save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(content | {"id2label": id2label}))
     if {"0": "w", 0: "x"} != id2label:  # JSON can't hold these two
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises((ValueError, StrictDataclassError), match=says):
             RefinerConfig.from_pretrained(tmp_path)
 
 

@@ -146,7 +146,10 @@ def test_ratios_are_taken_round_by_round():
 
 
 def test_share_of_the_roofline():
-    row, roofline = {"seconds": [2.0], "flops": 10, "bytes": 40}, {"flops_per_second": 10, "bytes_per_second": 40}
+    row, roofline = (
+        {"seconds": [1.0, 2.0, 9.0], "flops": 10, "bytes": 40},
+        {"flops_per_second": 10, "bytes_per_second": 40},
+    )
     assert share_of_roofline(row, "model", roofline) == 0.5
     assert share_of_roofline({**row, "bytes": 60}, "op", roofline) == 0.75
     assert share_of_roofline(row, "op", None) is None

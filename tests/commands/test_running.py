@@ -1,5 +1,6 @@
 """How commands end."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ def test_errors_in_words(capsys):
     assert ends(OSError(28, "No space left on device")) == (
         "Error: [Errno 28] No space left on device. Make room on the disk, and give the same command again."
     )
+    assert "Make room" in ends(OSError(errno.EDQUOT, "Disk quota exceeded"))
     assert "Make room" in ends(SafetensorError("I/O error: No space left on device (os error 28)"))
     assert ends(OSError(13, "Permission denied", "x")) == "Error: [Errno 13] Permission denied: 'x'"
     assert ends(MemoryError()) == "Error: MemoryError"
@@ -56,6 +58,27 @@ def test_a_fault_of_ours_shows_where_it_is():
 
     with pytest.raises(KeyError):
         main([])
+
+
+@pytest.mark.parametrize("usual", [True, False])
+def test_signals_are_handled_while_it_runs_unless_somebody_else_does(usual):
+    def own(number, frame):
+        raise AssertionError
+
+    given = {signal.SIGTERM: signal.SIG_DFL if usual else own, signal.SIGINT: signal.default_int_handler}
+    before, within = {number: signal.signal(number, handler) for number, handler in given.items()}, {}
+
+    @command
+    def main(argv=None):
+        within.update({number: signal.getsignal(number) for number in given})
+
+    try:
+        main([])
+        assert {number: signal.getsignal(number) for number in given} == given
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert (within != given) == usual
 
 
 PROGRAM = """

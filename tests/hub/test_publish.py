@@ -391,10 +391,14 @@ class TestTrouble:
     def test_somebody_else_writes_at_the_same_time(self, hub, token, folder, status):
         """Their files stay."""
         HfApi(token=token).create_repo("alice/model")
-        HfApi(token=token).upload_file(path_or_fileobj=b"x", path_in_repo="theirs", repo_id="alice/model")
+        HfApi(token=token).upload_file(
+            path_or_fileobj=b"x", path_in_repo="models/theirs.safetensors", repo_id="alice/model"
+        )
         hub.fail("POST", "/api/models/.*/commit/", status=status)
         publish_folder(folder, "alice/model", token=token)
-        assert self.arrived(hub, folder) and hub.repositories["alice/model"].files()["theirs"] == b"x"
+        assert (
+            self.arrived(hub, folder) and hub.repositories["alice/model"].files()["models/theirs.safetensors"] == b"x"
+        )
 
 
 class TestPreparing:

@@ -14,7 +14,7 @@ from refiner_hf.hub.publish import publish_folder
 from refiner_hf.hub.repository import PublishError
 from refiner_hf.hub.verification import verify
 from refiner_hf.labelling.teachers import load_teacher
-from refiner_hf.utils.loading import has_image_processor
+from refiner_hf.utils.loading import has_image_processor, load_classifier
 
 from ..conftest import save_with_processor
 from ..images import write_folder
@@ -99,6 +99,14 @@ class TestAdapter:
         assert "base_model: bob/model" in card and "adapter of `bob/model`" in card
         assert "largest difference" in capsys.readouterr().out
 
+    def test_on_a_branch(self, hub, token, theirs, tmp_path):
+        """Which is the adapter's own: the base model is on main."""
+        publish_folder(self.adapter("bob/model", tmp_path), "alice/lora", token=token, branch="trial")
+        answers = [load_classifier(*where)(torch.ones(1, 3, 16, 16)).logits for where in (
+            (str(tmp_path / "lora"),), ("alice/lora", "trial"), ("bob/model",)
+        )]  # fmt: skip
+        assert torch.equal(answers[0], answers[1]) and not torch.equal(answers[0], answers[2])
+
     def test_of_a_folder_that_nobody_else_has(self, hub, token, folder, tmp_path):
         with pytest.raises(
             ValueError, match="a folder of this machine that others don't have. Publish that one first"
@@ -106,8 +114,10 @@ class TestAdapter:
             publish_folder(self.adapter(folder, tmp_path), "alice/lora", token=token)
         assert "alice/lora" not in hub.repositories
 
-    def test_damaged(self, hub, token, theirs, tmp_path):
+    def test_with_code_or_damaged(self, hub, token, theirs, tmp_path):
         folder = self.adapter("bob/model", tmp_path)
+        with pytest.raises(ValueError, match="An adapter carries no code"):
+            publish_folder(folder, "alice/lora", token=token, with_code=True)
         (folder / "adapter_model.safetensors").unlink()
         with pytest.raises(ValueError, match="the adapter's weights aren't there"):
             publish_folder(folder, "alice/lora", token=token)

@@ -364,7 +364,9 @@ class TestOwnTrainer:
 
     def test_an_adapter_is_pushed_as_peft_saves_it(self, hub, token, tiny_model, tmp_path):
         peft = pytest.importorskip("peft")
-        model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["v_proj"], r=2))
+        base = tiny_model()
+        base.name_or_path = str(tmp_path / "base")  # as if it came from there
+        model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["v_proj"], r=2))
         fields = dict(push_to_hub=True, hub_strategy="checkpoint", save_strategy="epoch", hub_always_push=True)
         trainer = self.trainer(model, tmp_path / "out", token, **fields)
         trainer.train()
@@ -376,7 +378,8 @@ class TestOwnTrainer:
             assert saved | {"README.md"} | {f"last-checkpoint/{name}" for name in saved | state} <= files.keys()
             assert not [name for name in files if "model.safetensors" in name and "adapter" not in name]
             assert not [name for name, content in files.items() if token.encode() in content]
-        assert json.loads(last.files["adapter_config.json"])["r"] == 2
+        config = json.loads(last.files["adapter_config.json"])
+        assert config["r"] == 2 and config["base_model_name_or_path"] == "base", "not where it lies on this machine"
 
 
 @pytest.mark.parametrize("trains", [None, "v_proj"])

@@ -126,10 +126,12 @@ def test_half_precision(tiny_model):
 def test_what_is_kept_beyond_a_limit_waits_in_the_machines_memory(tiny_model, monkeypatch):
     """On a CPU that is the same place, so here it is seen by who is asked to move."""
     moved = []
-    monkeypatch.setattr(norm_statistics, "_ON_DEVICE", 100_000)
     cpu = torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: moved.append(tensor.nbytes) or cpu(tensor))
     model = tiny_model()
+    reestimate_norm_statistics(model, images(32).float().split(8))
+    assert not moved
+    monkeypatch.setattr(norm_statistics, "_ON_DEVICE", 100_000)
     reestimate_norm_statistics(model, images(32).float().split(8))
     assert moved and sum(moved) < 3 * 32 * 4 * (17 * 24 + 4 * 17**2)
 

@@ -1,5 +1,7 @@
 """What a pip install gets."""
 
+import configparser
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +14,10 @@ from refiner_hf.commands import COMMANDS
 
 
 ROOT = Path(__file__).parents[1]
+SETUP = configparser.ConfigParser()
+SETUP.read(ROOT / "setup.cfg")
+HOME = SETUP["metadata"]["url"]
+RAW = HOME.replace("github.com", "raw.githubusercontent.com") + "/main/"
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +67,34 @@ def test_the_wheel_works_installed_and_imports_what_it_needs_only(wheel, tmp_pat
     assert run.returncode == 0, run.stderr
     programs = {path.name for path in (site / "bin").iterdir()}
     assert programs == {"refiner", *(f"refiner-{name}" for name in COMMANDS)}
+
+
+def test_everything_names_one_home():
+    """Moving it is one replacement, and nothing is forgotten."""
+    files = [ROOT / name for name in ("setup.cfg", "README.md", "CITATION.cff", "CONTRIBUTING.md", "mkdocs.yml")]
+    for file in [*files, *(ROOT / "docs").glob("*.md"), *(ROOT / ".github").rglob("*.*")]:
+        for named in re.findall(r"https://(?:raw\.githubusercontent|github)\.com/[\w-]+/refiner_hf", file.read_text()):
+            assert named.replace("raw.githubusercontent", "github") == HOME, file
+
+
+def test_the_readme_shows_on_pypi():
+    """There a link relative to the repository leads nowhere. What is in the repository is there."""
+    targets = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text())
+    assert len(targets) > 20
+    for target in targets:
+        assert target.startswith("https://"), target
+        for start in (RAW, f"{HOME}/blob/main/"):
+            if target.startswith(start):
+                assert (ROOT / target.removeprefix(start).partition("#")[0]).is_file(), target
+
+
+def test_one_version_of_the_style():
+    """Another ruff would format otherwise."""
+    (least,) = re.findall(r"ruff >=([\d.]+),", (ROOT / "setup.cfg").read_text())
+    assert f"rev: v{least}\n" in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
+def test_patch_releases_are_admitted():
+    """An upper bound that names a release refuses its own corrections."""
+    requirements = SETUP["options"]["install_requires"]
+    assert not re.search(r"<=|==", requirements) and re.search(r"^torch .*<2\.15$", requirements, re.MULTILINE)

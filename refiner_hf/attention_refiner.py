@@ -1,12 +1,11 @@
 # Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The refinement of attention maps (section 3 of the paper): module, functional form, choice of implementation.
+The refinement of attention maps (section 3 of the paper): what all kinds share, and the choice of implementation.
 
 Shapes: B batch, H heads, E = H * expansion ratio, N tokens. Maps are (B, H, N, N).
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -24,13 +23,22 @@ from .triton_refiner import triton_refine, why_not_triton
 logger = logging.get_logger(__name__)
 
 
+class WeightsPanel(NamedTuple):
+    """
+    Learned weights to plot: a matrix (rows, columns), or kernels (rows, columns, k, k) laid out in rows and columns.
+    `across` and `down` name the columns and rows.
+    """
+
+    title: str
+    values: torch.Tensor
+    across: str = ""
+    down: str = ""
+
+
 class RefinerMapRefinement(nn.Module):
     """
-    Refines attention maps: attention expansion (1x1, H -> E), distributed local attention (k x k, depthwise) and
-    attention reduction (1x1, E -> H), each followed by a batch norm, plus the map itself; then one more batch norm.
-
-    `refinement="expansion"` leaves the distributed local attention out; `"convolution"` is one full k x k convolution
-    instead of it all, without norm or identity.
+    Refines attention maps (section 3 of the paper). This is what all kinds share: a batch norm at the end, and the
+    choice of an implementation. A kind is a subclass with the methods below; `refinements_refiner.py` lists them.
 
     Args:
         config ([`RefinerConfig`]): gives the heads, the kind of refinement and its sizes.
@@ -39,27 +47,8 @@ class RefinerMapRefinement(nn.Module):
 
     def __init__(self, config: RefinerConfig, refine_implementation: str = "auto"):
         super().__init__()
-        heads, kernel = config.num_attention_heads, config.refinement_kernel_size
-        expanded = heads * config.expansion_ratio
-
-        def norm(channels: int) -> RefinerBatchNorm2d:
-            return RefinerBatchNorm2d(channels, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum)
-
-        self.expansion = self.local_attention = self.reduction = self.convolution = None
-        if config.refinement == "convolution":
-            self.convolution = nn.Conv2d(heads, heads, kernel, padding=kernel // 2, bias=False)
-        else:
-            if config.expansion_ratio > 1:
-                self.expansion = nn.Conv2d(heads, expanded, 1, bias=False)
-                self.expansion_norm = norm(expanded)
-            if config.refinement == "expansion_convolution":
-                self.local_attention = nn.Conv2d(
-                    expanded, expanded, kernel, padding=kernel // 2, groups=expanded, bias=False
-                )
-                self.local_attention_norm = norm(expanded)
-            self.reduction = nn.Conv2d(expanded, heads, 1, bias=False)
-            self.reduction_norm = norm(heads)
-        self.output_norm = norm(heads)
+        self.build(config)
+        self.output_norm = batch_norm(config, config.num_attention_heads)
         self.refine_implementation = check_refine_implementation(refine_implementation)
 
     def forward(self, attention_map: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
@@ -67,52 +56,55 @@ class RefinerMapRefinement(nn.Module):
         name = pick_implementation(self, attention_map)
         return REFINE_IMPLEMENTATIONS[name].refine(self, attention_map, scale)
 
+    # What a kind says of itself.
 
-def distributed_local_attention(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> torch.Tensor:
-    """
-    The refinement without its output norm: the naive reference that every implementation must equal.
+    @classmethod
+    def describe(cls, config: RefinerConfig) -> str:
+        """The kind and its sizes in a few words, for a card."""
+        raise NotImplementedError
 
-    Args:
-        refinement: the module that holds weights and norms.
-        attention_map (`torch.Tensor` of shape (B, H, N, N)).
+    def build(self, config: RefinerConfig) -> None:
+        """Makes the modules, all but the output norm."""
+        raise NotImplementedError
 
-    Returns:
-        `torch.Tensor` of shape (B, H, N, N).
-    """
-    if refinement.convolution is not None:
-        return refinement.convolution(attention_map)
-    expanded = expanded_maps(refinement, attention_map)
-    return refinement.reduction_norm(refinement.reduction(expanded)) + attention_map
+    def refine(self, attention_map: torch.Tensor) -> torch.Tensor:
+        """
+        The refinement module by module, without the output norm: the naive reference that every implementation must
+        equal. (B, H, N, N) -> (B, H, N, N).
+        """
+        raise NotImplementedError
+
+    def start_as_identity(self) -> None:
+        """Sets the weights such that [`refine`] gives the map itself."""
+        raise NotImplementedError
+
+    def middle_maps(self, attention_map: torch.Tensor) -> tuple[str, torch.Tensor] | None:
+        """The maps in the middle of a refinement, (B, E, N, N), and after which step they are; if there are any."""
+        return None
+
+    def weights_panels(self) -> list[WeightsPanel]:
+        """The learned weights, to be plotted."""
+        raise NotImplementedError
+
+    def why_not_fast(self) -> str | None:
+        """Why only `"eager"` can compute this kind, or `None` where others can."""
+        return "this kind of refinement has only its modules"
 
 
-def expanded_maps(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> torch.Tensor:
-    """
-    The maps in the middle of a refinement: expanded to more heads and convolved locally, as far as it does either.
-
-    Args:
-        refinement: a module that isn't `"convolution"`.
-        attention_map (`torch.Tensor` of shape (B, H, N, N)).
-
-    Returns:
-        `torch.Tensor` of shape (B, E, N, N).
-    """
-    hidden = attention_map
-    if refinement.expansion is not None:
-        hidden = nn.functional.relu6(refinement.expansion_norm(refinement.expansion(hidden)))
-    if refinement.local_attention is not None:
-        hidden = nn.functional.relu6(refinement.local_attention_norm(refinement.local_attention(hidden)))
-    return hidden
+def batch_norm(config: RefinerConfig, channels: int) -> RefinerBatchNorm2d:
+    """A batch norm of a refinement."""
+    return RefinerBatchNorm2d(channels, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum)
 
 
 def eager_refine(refinement: RefinerMapRefinement, attention_map: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """The refinement, module by module. Runs everywhere and keeps every intermediate for backward."""
-    refined = refinement.output_norm(distributed_local_attention(refinement, attention_map))
+    """The refinement, module by module. Runs everywhere and keeps every intermediate result for backward."""
+    refined = refinement.output_norm(refinement.refine(attention_map))
     return refined if scale == 1 else refined * scale
 
 
 def _why_not_blocked(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> str | None:
-    if refinement.convolution is not None:
-        return "one full convolution has nothing to fold or to expand"
+    if reason := refinement.why_not_fast():
+        return reason
     if not can_bypass(*refinement.children()):
         return "its modules have hooks or adapters, which only calling them runs"
     if is_transformed(attention_map):
@@ -128,24 +120,31 @@ def _why_not_kernels(refinement: RefinerMapRefinement, attention_map: torch.Tens
 
 class RefineImplementation(NamedTuple):
     """
-    A way to compute the refinement: `refine(refinement, map, scale)`, and what stands against it for a refinement and
-    its map, in words (`None`: nothing).
+    A way to compute the refinement.
+
+    `refine(refinement, map, scale)` computes it. `why_not(refinement, map)` says why it can't, or `None` where it can.
+    It runs on the device types `devices`, by default on all. `fastest_from` has those on which `"auto"` takes it: with
+    gradients only where a layer's expanded maps have at least so many bytes. For smaller ones many small operations
+    cost more than they save (see the curves in docs/benchmarks/).
     """
 
     refine: Callable[[RefinerMapRefinement, torch.Tensor, float], torch.Tensor]
     why_not: Callable[[RefinerMapRefinement, torch.Tensor], str | None]
+    devices: tuple[str, ...] | None = None
+    fastest_from: dict[str, int] = {}
+
+    def runs_on(self, device: str) -> bool:
+        """Whether there is any map on this type of device that it can refine."""
+        return self.devices is None or device in self.devices
 
 
 REFINE_IMPLEMENTATIONS: dict[str, RefineImplementation] = {
     "eager": RefineImplementation(eager_refine, lambda refinement, attention_map: None),
-    "blocked": RefineImplementation(blocked_refine, _why_not_blocked),
-    "triton": RefineImplementation(triton_refine, _why_not_kernels),
+    "blocked": RefineImplementation(blocked_refine, _why_not_blocked, fastest_from={"cpu": 16 * 2**20}),
+    "triton": RefineImplementation(
+        triton_refine, _why_not_kernels, devices=("cuda",), fastest_from={"cuda": 24 * 2**20}
+    ),
 }
-
-
-# By device, bytes of a layer's expanded maps from which training is faster without keeping them (the curves in
-# docs/benchmarks/ show it): below, many small operations cost more than they save.
-_CACHED = {"cpu": 16 * 2**20, "cuda": 24 * 2**20}
 
 
 def check_refine_implementation(name: str) -> str:
@@ -169,11 +168,11 @@ def pick_implementation(refinement: RefinerMapRefinement, attention_map: torch.T
     if refinement.refine_implementation != "auto":
         name = refinement.refine_implementation
         if obstacle := REFINE_IMPLEMENTATIONS[name].why_not(refinement, attention_map):
-            _say_once(logger.warning, f"Attention maps are refined by 'eager' and not by {name!r}: {obstacle}.")
+            _log_once(logger.warning_once, f"Attention maps are refined by 'eager' and not by {name!r}: {obstacle}.")
             name = "eager"
         return name
     name, reason = _fastest(refinement, attention_map)
-    _say_once(logger.info, f"Attention maps are refined by {name!r}: {reason}.")
+    _log_once(logger.info_once, f"Attention maps are refined by {name!r}: {reason}.")
     return name
 
 
@@ -181,26 +180,23 @@ def _fastest(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> t
     device = attention_map.device.type
     if torch.compiler.is_compiling() or is_transformed(attention_map):
         return "eager", "the model is being compiled, traced or transformed, which does best with plain operations"
-    if device not in ("cuda", "cpu"):
+    fastest = {name: each for name, each in REFINE_IMPLEMENTATIONS.items() if device in each.fastest_from}
+    if not fastest:
         return "eager", f"there is nothing faster for {device}"
-    name = "triton" if device == "cuda" else "blocked"
-    if obstacle := REFINE_IMPLEMENTATIONS[name].why_not(refinement, attention_map):
+    name, implementation = next(iter(fastest.items()))
+    if obstacle := implementation.why_not(refinement, attention_map):
         return "eager", f"{name!r} doesn't fit, {obstacle}"
     # Processes that synchronize must pick alike, whatever the sizes of their batches.
     if needs_exact(refinement, attention_map) and not refinement.output_norm.synchronizing:
         expanded = attention_map[:, 0].numel() * refinement.reduction.in_channels * attention_map.itemsize
-        least = _CACHED[device]
+        least = implementation.fastest_from[device]
         if expanded < least:
             return "eager", f"with gradients, expanded maps below {least >> 20} MB are quick to keep"
         return name, f"with gradients, expanded maps from {least >> 20} MB up would cost memory and time"
     return name, f"the fastest on {device}"
 
 
-def _say_once(log: Callable[[str], None], message: str) -> None:
+def _log_once(log: Callable[[str], None], message: str) -> None:
+    """With a logger's `warning_once` or `info_once`, which compilers can't trace."""
     if not torch.compiler.is_compiling():
-        _say(log, message)
-
-
-@cache
-def _say(log: Callable[[str], None], message: str) -> None:
-    log(message)
+        log(message)

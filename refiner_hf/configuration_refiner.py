@@ -26,7 +26,7 @@ from .code_refiner import named_code_beside
 
 
 ATTENTION_TYPES = ("plain", "refined", "shared_refined")
-REFINEMENTS = ("expansion_convolution", "convolution", "expansion")
+REFINEMENT_NAMES = ["expansion_convolution", "convolution", "expansion"]  # their classes: refinements_refiner.py
 _MOST_LAYERS = 10_000  # far above any network; below it a mistake is found before anything long begins
 
 
@@ -323,8 +323,8 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError("use_distillation_head needs use_distillation_token=True: the head looks at that token.")
 
     def validate_refinement(self):
-        if self.refinement not in REFINEMENTS:
-            raise ValueError(f"refinement is {self.refinement!r}; choose among {REFINEMENTS}.")
+        if self.refinement not in REFINEMENT_NAMES:
+            raise ValueError(f"refinement is {self.refinement!r}; choose among {', '.join(REFINEMENT_NAMES)}.")
         if self.expansion_ratio < 1:
             raise ValueError(f"expansion_ratio must be at least 1, got {self.expansion_ratio}.")
         if self.refinement_kernel_size < 1 or self.refinement_kernel_size % 2 == 0:

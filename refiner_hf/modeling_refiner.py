@@ -50,6 +50,7 @@ from .embeddings_refiner import RefinerEmbeddings, patches_to_pixels
 from .folding_refiner import is_transformed
 from .loss_refiner import image_classification_loss
 from .normalization_refiner import RefinerBatchNorm2d
+from .refinements_refiner import make_refinement
 from .token_mixing_refiner import mix_tokens, sample_mixing_mask
 
 
@@ -102,7 +103,7 @@ class RefinerAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
         if attention_type != "plain":
-            self.refinement = RefinerMapRefinement(config, refine_implementation)
+            self.refinement = make_refinement(config, refine_implementation)
 
     def forward(
         self, hidden_states: torch.Tensor, previous_map: torch.Tensor | None, map_needed: bool = True

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from refiner_hf import RefinerConfig
+from refiner_hf import RefinerConfig, refinements_refiner
 from refiner_hf.attention_refiner import RefinerMapRefinement, eager_refine
 
 
@@ -17,7 +17,7 @@ def make_refinement(heads: int = 4, ratio: int = 3, kernel: int = 3, **fields) -
         hidden_size=4 * heads, num_attention_heads=heads, expansion_ratio=ratio, refinement_kernel_size=kernel,
         **fields,
     )  # fmt: skip
-    refinement = RefinerMapRefinement(config, "eager")
+    refinement = refinements_refiner.make_refinement(config, "eager")
     for name, norm in refinement.named_modules():
         if isinstance(norm, nn.BatchNorm2d):
             # The maps that the first norm sees are small and alike.

@@ -1,13 +1,14 @@
 """What a model does differently to be fast: which implementation is picked, and that no result depends on it."""
 
 import copy
+import logging
 
 import pytest
 import torch
 from torch import nn
 
 from refiner_hf import RefinerForImageClassification
-from refiner_hf.attention_refiner import _say, pick_implementation
+from refiner_hf.attention_refiner import pick_implementation
 from refiner_hf.normalization_refiner import RefinerBatchNorm2d
 
 from .conftest import LAYOUTS, assert_close
@@ -38,14 +39,17 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], 
 @pytest.fixture
 def lines(monkeypatch):
     """The lines that the choice logs, as (level, text)."""
-    _say.cache_clear()
+    once = (logging.Logger.warning_once, logging.Logger.info_once)
+    for each in once:
+        each.cache_clear()
     said = []
     for level in ("info", "warning"):
         monkeypatch.setattr(
             f"refiner_hf.attention_refiner.logger.{level}", lambda text, level=level: said.append((level, text))
         )
     yield said
-    _say.cache_clear()
+    for each in once:
+        each.cache_clear()
 
 
 class TestChoice:

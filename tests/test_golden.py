@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from refiner_hf import REFINE_IMPLEMENTATIONS, RefinerConfig, modeling_refiner
-from refiner_hf.attention_refiner import RefinerMapRefinement, distributed_local_attention
 from refiner_hf.conversion.weights import rename_state_dict
 from refiner_hf.modeling_refiner import RefinerAttention
+from refiner_hf.refinements_refiner import make_refinement
 
 from .conftest import GOLDEN_MODELS, assert_close
 
@@ -133,7 +133,7 @@ class TestRefinementAlone:
     def module(self, golden, name):
         golden = golden("distributed_local_attention")
         config = RefinerConfig(num_hidden_layers=2, hidden_size=16, num_attention_heads=4, **OPS[name])
-        module = RefinerMapRefinement(config)
+        module = make_refinement(config)
         result = module.load_state_dict(op_names(golden.under(f"{name}.state_dict.")), strict=False)
         assert not result.unexpected_keys
         assert all(key.startswith("output_norm.") for key in result.missing_keys)
@@ -141,13 +141,13 @@ class TestRefinementAlone:
 
     def test_evaluation(self, golden, name):
         golden, module = self.module(golden, name)
-        output = distributed_local_attention(module.eval(), golden[f"{name}.maps"])
+        output = module.eval().refine(golden[f"{name}.maps"])
         assert_close(output, golden[f"{name}.eval.output"])
 
     def test_training(self, golden, name):
         golden, module = self.module(golden, name)
         maps = golden[f"{name}.maps"].clone().requires_grad_()
-        output = distributed_local_attention(module.train(), maps)
+        output = module.train().refine(maps)
         assert_close(output, golden[f"{name}.train.output"])
         output.backward(golden[f"{name}.train.output_grad"])
         assert_close(maps.grad, golden[f"{name}.train.maps_grad"], 5e-5)

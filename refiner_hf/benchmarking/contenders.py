@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageClassification, ViTConfig
 
-from ..attention_refiner import REFINE_IMPLEMENTATIONS, RefinerMapRefinement
+from ..attention_refiner import REFINE_IMPLEMENTATIONS
 from ..configuration_refiner import RefinerConfig
 from ..modeling_refiner import RefinerForImageClassification
+from ..refinements_refiner import make_refinement
 
 
 NETWORKS = {
@@ -64,7 +65,7 @@ def contender_names(part: str, device: str, among: Collection[str] | None = None
     Who takes part: what every ratio is to comes first, peers come last. With `among`, besides the base only those of
     them.
     """
-    implementations = [name for name in REFINE_IMPLEMENTATIONS if name != "triton" or device == "cuda"]
+    implementations = [name for name, each in REFINE_IMPLEMENTATIONS.items() if each.runs_on(device)]
     names = [*implementations, "auto", *([COMPILED, PLAIN, *VITS] if part == "model" else [])]
     return names if among is None else [name for name in names if name == BASE or name in among]
 
@@ -129,7 +130,7 @@ def _refinement_step(case: Case, contender: str) -> Step:
     shape = (case.batch_size, config.num_attention_heads, case.tokens, case.tokens)
     attention_map = torch.randn(shape, device=device).softmax(-1).to(dtype).requires_grad_(training)
     gradient = torch.randn(shape, device=device).to(dtype) if case.kind == "training" else None
-    refinement = RefinerMapRefinement(config, contender).to(device).train(training)
+    refinement = make_refinement(config, contender).to(device).train(training)
     if not training:
         refinement = refinement.to(dtype)
 

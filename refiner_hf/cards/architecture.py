@@ -1,6 +1,7 @@
 """A network's architecture as a table."""
 
 from ..modeling_refiner import RefinerForImageClassification, RefinerPreTrainedModel
+from ..refinements_refiner import REFINEMENTS
 from ..utils.flops import count_flops
 from ..utils.markdown import markdown_table
 
@@ -25,11 +26,7 @@ def describe_network(model: RefinerPreTrainedModel) -> str:
     if isinstance(model, RefinerForImageClassification):
         rows |= {"dense head": "yes" if config.use_dense_head else "no", "labels": str(config.num_labels)}
     if set(config.attention_types) != {"plain"}:
-        rows["refinement"] = config.refinement.replace("_", " ")
-        if config.refinement != "convolution":
-            rows["refinement"] += f", expansion ratio {config.expansion_ratio}"
-        if config.refinement != "expansion":
-            rows["refinement"] += f", kernel {config.refinement_kernel_size} x {config.refinement_kernel_size}"
+        rows["refinement"] = REFINEMENTS[config.refinement].describe(config)
     return markdown_table(["", ""], rows.items())
 
 

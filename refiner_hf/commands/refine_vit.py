@@ -8,8 +8,8 @@ refinements.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
 
+from ..configuration_refiner import REFINEMENT_NAMES
 from ..conversion.vit_folder import refine_to_folder
 from ..data.image_sample import decoded, load_images
 from .options import revision_option, with_code_option
@@ -32,9 +32,12 @@ class RefineViTArguments:
     refined_layers: list[int] | None = field(
         default=None, metadata={"help": "Layers that refine their map, from 1. Default: all."}
     )
-    refinement: Literal["expansion_convolution", "expansion", "convolution"] = field(
+    refinement: str = field(
         default="expansion_convolution",
-        metadata={"help": "The paper's, the same without spatial convolution, or one full convolution."},
+        metadata={
+            "help": "The paper's, the same without spatial convolution, or one full convolution.",
+            "choices": REFINEMENT_NAMES,
+        },
     )
     expansion_ratio: int = field(default=3, metadata={"help": "Expanded heads per head."})
     refinement_kernel_size: int = field(default=3, metadata={"help": "Side of the kernel over the maps, odd."})

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
@@ -176,11 +175,7 @@ def _batches(images: torch.Tensor | Iterable[torch.Tensor] | None, model: Refine
 def _start_as_identity(model: RefinerForImageClassification, batches: Iterable[torch.Tensor]) -> None:
     refinements = [module for module in model.modules() if isinstance(module, RefinerMapRefinement)]
     for refinement in refinements:
-        if refinement.convolution is not None:
-            nn.init.dirac_(refinement.convolution.weight)
-        else:
-            nn.init.zeros_(refinement.reduction_norm.weight)
-            nn.init.zeros_(refinement.reduction_norm.bias)
+        refinement.start_as_identity()
     # While they are measured, the maps pass the output norms unchanged: each layer sees those of the source.
     passes = [r.output_norm.register_forward_hook(lambda norm, inputs, output: inputs[0]) for r in refinements]
     try:

@@ -17,13 +17,8 @@ from .networks import Network
 CLASS_TOKEN = None
 Query = tuple[int, int] | None  # row and column of a patch, from 0; CLASS_TOKEN
 
-# What a map is at each stage of a refinement, in their order.
-STAGES = BEFORE, EXPANDED, LOCAL, APPLIED = (
-    "before refinement",
-    "after attention expansion",
-    "after distributed local attention",
-    "as applied",
-)
+# A map's first and last stage. Between them is what a kind of refinement has in its middle.
+BEFORE, APPLIED = "before refinement", "as applied"
 _ADDS, _SUBTRACTS = (0.84, 0.1, 0.1), (0.1, 0.3, 0.9)
 
 
@@ -66,6 +61,13 @@ class AttentionViews:
     def grey(self) -> np.ndarray:
         """The picture without colours, (height, width), neither black nor white: the maps are drawn on it."""
         return 0.2 + 0.6 * self.picture.mean(-1)
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that any layer has, in their order."""
+        middle = dict.fromkeys(name for layer in self.layers for name in layer.stages)
+        first = [BEFORE] if BEFORE in middle else []
+        return [*first, *(name for name in middle if name not in (BEFORE, APPLIED)), APPLIED]
 
     @property
     def refining_layers(self) -> list[int]:
@@ -113,9 +115,9 @@ def view_attention(network: Network, image: Image.Image, patches: Sequence[tuple
             """The queries' rows of maps, (..., N, N) -> (..., queries, rows, columns)."""
             return maps[..., places, -math.prod(grid) :].unflatten(-1, grid).float().cpu().numpy()
 
-        middle = EXPANDED if view.refinement is None or view.refinement.local_attention is None else LOCAL
-        stages = {BEFORE: view.before, middle: view.locally_attended(), APPLIED: view.applied}
-        stages = {name: rows(maps[0]).swapaxes(0, 1) for name, maps in stages.items() if maps is not None}
+        maps = {} if view.before is None else {BEFORE: view.before}
+        maps |= dict([middle]) if (middle := view.middle_maps()) else {}
+        stages = {name: rows(each[0]).swapaxes(0, 1) for name, each in (maps | {APPLIED: view.applied}).items()}
         views.layers.append(LayerAttention(stages, _without_own_peak(rows(rollout), views.queries), view.refinement))
 
     outputs = watch_layers(network.model, pixel_values, look)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..attention_refiner import RefinerMapRefinement, expanded_maps
+from ..attention_refiner import RefinerMapRefinement
 from ..modeling_refiner import RefinerAttention, RefinerPreTrainedModel
 from .networks import classes_of_layers, patch_grid
 
@@ -35,11 +35,11 @@ class LayerView:
     refinement: RefinerMapRefinement | None = None
 
     @torch.no_grad()
-    def locally_attended(self) -> torch.Tensor | None:
-        """The maps after attention expansion and distributed local attention, (B, E, N, N), where there are such."""
-        if self.refinement is None or self.refinement.convolution is not None:
+    def middle_maps(self) -> tuple[str, torch.Tensor] | None:
+        """The maps in the middle of the refinement, (B, E, N, N), and after which step they are; if there are any."""
+        if self.refinement is None or self.before is None:
             return None
-        return expanded_maps(self.refinement, self.before)
+        return self.refinement.middle_maps(self.before)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .attention_views import EXPANDED, LOCAL, STAGES, AttentionViews, name_of
+from .attention_views import APPLIED, BEFORE, AttentionViews, name_of
 
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -35,8 +35,8 @@ def write_page(views: AttentionViews, title: str, layer: int, path: Path) -> Non
         "picture": _as_url(views.grey),
         "grid": views.grid,
         "queries": [{"name": name_of(query), "patch": query} for query in views.queries],
-        "stages": [name for name in STAGES if any(name in seen.stages for seen in views.layers)],
-        "expanded": [EXPANDED, LOCAL],
+        "stages": views.stages,
+        "expanded": [name for name in views.stages if name not in (BEFORE, APPLIED)],
         "layer": layer + 1,
         "layers": layers,
     }

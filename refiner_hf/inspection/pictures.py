@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ..attention_refiner import RefinerMapRefinement
-from .attention_views import APPLIED, BEFORE, CLASS_TOKEN, EXPANDED, LOCAL, AttentionViews, coloured, name_of
+from .attention_views import APPLIED, BEFORE, CLASS_TOKEN, AttentionViews, coloured, name_of
 
 
 _COLUMNS = 16  # of layers, side by side
@@ -65,7 +65,7 @@ def plot_heads(views: AttentionViews, layer: int, query: int, path: Path, heads:
                 axis.set_axis_off()
                 continue
             _overlay(axis, views, maps[head])
-            axis.set_title(f"{'expanded' if name in (EXPANDED, LOCAL) else 'head'} {first + head + 1}", fontsize=8)
+            axis.set_title(f"{'head' if name in (BEFORE, APPLIED) else 'expanded'} {first + head + 1}", fontsize=8)
     figure.suptitle(f"Where {name_of(views.queries[query])} looks in layer {layer + 1}\n{_LEGEND}", fontsize=10)
     figure.savefig(path, dpi=110)
 
@@ -118,29 +118,18 @@ def plot_weights(refinement: RefinerMapRefinement, layer: int, path: Path) -> No
         layer (`int`): its layer, from 0, for the title.
         path: the PNG to write.
     """
-    panels = []
-    if refinement.convolution is not None:
-        kernels = refinement.convolution.weight  # (H out, H in, k, k)
-        panels.append(("kernels", _mosaic(_numbers(kernels)), "from head", "to head", kernels.shape[-1]))
-    if refinement.local_attention is not None:
-        kernels = _numbers(refinement.local_attention.weight)[:, 0]  # (E, k, k)
-        heads = refinement.reduction.out_channels
-        grid = _mosaic(kernels.reshape(-1, heads, *kernels.shape[1:]))
-        panels.append(("distributed local attention, by expanded head", grid, "", "", kernels.shape[-1]))
-    if refinement.expansion is not None:
-        matrix = _numbers(refinement.expansion.weight)[:, :, 0, 0]
-        panels.append(("attention expansion", matrix, "head", "expanded head", 0))
-    if refinement.convolution is None:
-        matrix = _numbers(refinement.reduction.weight)[:, :, 0, 0]
-        panels.append(("attention reduction", matrix.T, "head", "expanded head", 0))
-
+    panels = refinement.weights_panels()
     figure = Figure(figsize=(4.2 * len(panels) + 1, 4.6), layout="constrained")
-    for axis, (title, values, across, down, kernel) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    for axis, (title, weights, across, down) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        values, are_kernels = weights.detach().float().cpu().numpy(), weights.ndim == 4
+        if are_kernels:
+            values = _mosaic(values)
         largest = np.nanmax(np.abs(values)) or 1
-        shown = axis.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect="equal" if kernel else "auto")
+        aspect = "equal" if are_kernels else "auto"
+        shown = axis.imshow(values, cmap="RdBu_r", vmin=-largest, vmax=largest, aspect=aspect)
         axis.set_title(title, fontsize=9)
         axis.set(xlabel=across, ylabel=down)
-        if kernel:
+        if are_kernels:
             axis.set(xticks=[], yticks=[])
         else:
             for numbers, side in ((axis.xaxis, values.shape[1]), (axis.yaxis, values.shape[0])):
@@ -180,7 +169,3 @@ def _mosaic(kernels: np.ndarray) -> np.ndarray:
     plane = np.full((rows, side + 1, columns, side + 1), np.nan)
     plane[:, :side, :, :side] = kernels.transpose(0, 2, 1, 3)
     return plane.reshape(rows * (side + 1), columns * (side + 1))[:-1, :-1]
-
-
-def _numbers(weight) -> np.ndarray:
-    return weight.detach().float().cpu().numpy()

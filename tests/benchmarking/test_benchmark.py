@@ -9,7 +9,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from refiner_hf import RefinerConfig
-from refiner_hf.attention_refiner import RefinerMapRefinement
 from refiner_hf.benchmarking import memory, roofline, run
 from refiner_hf.benchmarking.contenders import BASE, COMPILED, PLAIN, Case, contender_names, make_network, make_step
 from refiner_hf.benchmarking.costs import costs, eager_channels, refinement_flops
@@ -18,6 +17,7 @@ from refiner_hf.benchmarking.record import open_record
 from refiner_hf.benchmarking.report import write_report
 from refiner_hf.benchmarking.summary import memory_ratio, ratio, share_of_roofline
 from refiner_hf.commands.benchmark import command_of, main
+from refiner_hf.refinements_refiner import make_refinement
 from refiner_hf.utils.files import write_json
 from refiner_hf.utils.flops import count_flops
 
@@ -65,7 +65,7 @@ def test_contenders_are_of_one_size():
 def test_operations_are_those_that_torch_counts():
     config = RefinerConfig(hidden_size=48, num_attention_heads=4)
     with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        RefinerMapRefinement(config, BASE).eval()(torch.empty(2, 4, 7, 7))
+        make_refinement(config, BASE).eval()(torch.empty(2, 4, 7, 7))
     assert refinement_flops(config, positions=2 * 7 * 7) == counter.get_total_flops()
     row, training = costs(case(batch_size=3), BASE), costs(case(batch_size=3, kind="training"), BASE)
     assert row["flops"] == 3 * count_flops(make_network(case(), BASE))

@@ -7,13 +7,10 @@ from PIL import Image
 from transformers import SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTImageProcessorPil, ViTModel
 
 from refiner_hf import RefinerImageProcessor
-from refiner_hf.attention_refiner import expanded_maps
 from refiner_hf.inspection.attention_views import (
     APPLIED,
     BEFORE,
     CLASS_TOKEN,
-    EXPANDED,
-    LOCAL,
     name_of,
     view_attention,
 )
@@ -21,6 +18,9 @@ from refiner_hf.inspection.layer_views import refined_maps
 from refiner_hf.inspection.networks import Network
 
 from ..conftest import LAYOUTS, assert_close
+
+
+EXPANDED, LOCAL = "after attention expansion", "after distributed local attention"
 
 
 GRID = (4, 6)  # patches of the tiny network at 16 x 24
@@ -68,7 +68,7 @@ def test_stages_of_a_refinement(network, image):
         expected = before[0, :, PLACES, 1:].transpose(0, 1).reshape(3, 4, *GRID)
         assert_close(torch.from_numpy(seen.stages[BEFORE]), expected)
         with torch.no_grad():
-            expanded = expanded_maps(seen.refinement, before)
+            expanded = seen.refinement.expanded_maps(before)
         expected = expanded[0, :, PLACES, 1:].transpose(0, 1).reshape(3, 12, *GRID)
         assert_close(torch.from_numpy(seen.stages[LOCAL]), expected)
     assert list(views.layers[0].stages) == [APPLIED]

@@ -143,7 +143,7 @@ class TestRefiner:
 
     @pytest.mark.parametrize("ratio", [1, 3])
     @pytest.mark.parametrize("layout", ["released", "refine_every_layer", "mixed"])
-    def test_locally_attended_is_what_the_modules_see(self, make, layout, ratio):
+    def test_middle_maps_are_what_the_modules_see(self, make, layout, ratio):
         model = make(attention_types=LAYOUTS[layout], expansion_ratio=ratio)
         model.set_refine_implementation("eager")
         seen = []
@@ -159,7 +159,7 @@ class TestRefiner:
         assert len(refining) == len(seen) > 0
         for view, expected in zip(refining, seen):
             assert expected.shape == (2, 4 * ratio, 17, 17)
-            assert_close(view.locally_attended(), expected)
+            assert_close(view.middle_maps()[1], expected)
 
     def test_without_convolution_it_is_what_expansion_gives(self, make):
         model = make(refinement="expansion")
@@ -167,11 +167,11 @@ class TestRefiner:
         refinement = model.layers[1].attention.refinement
         with torch.no_grad():
             expected = nn.functional.relu6(refinement.expansion_norm(refinement.expansion(view.before)))
-        assert_close(view.locally_attended(), expected)
+        assert_close(view.middle_maps()[1], expected)
 
-    def test_where_nothing_is_locally_attended(self, make):
-        assert [view.locally_attended() for view in watch(make(attention_types=LAYOUTS["plain"]))] == [None] * 4
-        assert [view.locally_attended() for view in watch(make(refinement="convolution"))] == [None] * 4
+    def test_where_there_are_no_middle_maps(self, make):
+        assert [view.middle_maps() for view in watch(make(attention_types=LAYOUTS["plain"]))] == [None] * 4
+        assert [view.middle_maps() for view in watch(make(refinement="convolution"))] == [None] * 4
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_the_network_is_as_it_was(self, make, layout):
@@ -209,7 +209,7 @@ class TestOtherTransformers:
 
     def test_nothing_is_refined(self, name):
         for view in watch(other(name)):
-            assert view.before is None and view.refinement is None and view.locally_attended() is None
+            assert view.before is None and view.refinement is None and view.middle_maps() is None
 
     def test_hooks_are_gone(self, name):
         model = other(name)

@@ -9,18 +9,20 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from refiner_hf.attention_refiner import RefinerMapRefinement
 from refiner_hf.inspection.attention_views import (
     APPLIED,
     BEFORE,
     CLASS_TOKEN,
-    LOCAL,
     AttentionViews,
     LayerAttention,
     coloured,
 )
 from refiner_hf.inspection.page import query_bytes, write_page
 from refiner_hf.inspection.pictures import _mosaic, plot_heads, plot_overview, plot_weights
+from refiner_hf.refinements_refiner import make_refinement
+
+
+EXPANDED, LOCAL = "after attention expansion", "after distributed local attention"
 
 
 def made_up(layers: int = 2, heads: int = 3, expanded: int = 6, grid: tuple[int, int] = (3, 4)) -> AttentionViews:
@@ -120,7 +122,7 @@ def test_many_layers_take_several_rows(tmp_path):
 @pytest.mark.parametrize("refinement", ["expansion_convolution", "expansion", "convolution"])
 @pytest.mark.parametrize("ratio", [1, 3])
 def test_weights(tiny_config, tmp_path, drawn, refinement, ratio):
-    module = RefinerMapRefinement(tiny_config(refinement=refinement, expansion_ratio=ratio))
+    module = make_refinement(tiny_config(refinement=refinement, expansion_ratio=ratio))
     plot_weights(module, 0, tmp_path / "weights.png")
     shown = {axis.get_title(): axis.images[0].get_array() for axis in drawn[-1].axes if axis.get_title()}
     if refinement == "convolution":

@@ -68,7 +68,7 @@ def test_signals_are_handled_while_it_runs_unless_somebody_else_does(usual):
     given = {signal.SIGTERM: signal.SIG_DFL if usual else own, signal.SIGINT: signal.default_int_handler}
     before, within = {number: signal.signal(number, handler) for number, handler in given.items()}, {}
 
-    @command
+    @command()
     def main(argv=None):
         within.update({number: signal.getsignal(number) for number in given})
 

@@ -263,7 +263,8 @@ class TestWhatDoesNotConvert:
 def test_crop_of_a_published_network(tmp_path, monkeypatch):
     """As of Refiner-L, whose own conversion takes minutes."""
     published = published_network(RefinerConfig.large())
-    monkeypatch.setattr("refiner_hf.conversion.checkpoint.published_network", lambda config: published)
+    for module in ("conversion.checkpoint", "cards.conversion"):
+        monkeypatch.setattr(f"refiner_hf.{module}.published_network", lambda config: published)
     convert_checkpoint(CHECKPOINT, tmp_path / "out")
     assert load_json(tmp_path / "out" / "preprocessor_config.json")["crop_pct"] == 1.13
     assert "**as published**" in Card((tmp_path / "out" / "README.md").read_bytes()).sections["Results"]

@@ -59,7 +59,7 @@ class TestCode:
 
 
 class TestCards:
-    FACTS = CardContent(title="a", summary="A model.", usage="print(1)", limits="Many.")
+    FACTS = CardContent(title="a", summary="A model.", usage="```python\nprint(1)\n```", limits="Many.")
 
     def test_empty_sections_are_left_out(self):
         texts = dict(results="Good.", architecture="Small.", data="Photos.", training="Long.")

@@ -69,6 +69,7 @@ style: install
 check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 cards: install
 	$(BIN)/python scripts/write_cards.py

@@ -24,7 +24,8 @@ class RefinerExpansion(RefinerMapRefinement):
 
     def build(self, config: RefinerConfig) -> None:
         heads, expanded = config.num_attention_heads, config.num_attention_heads * config.expansion_ratio
-        self.expansion = self.local_attention = None
+        self.expansion: nn.Conv2d | None = None
+        self.local_attention: nn.Conv2d | None = None
         if config.expansion_ratio > 1:
             self.expansion = nn.Conv2d(heads, expanded, 1, bias=False)
             self.expansion_norm = batch_norm(config, expanded)
@@ -89,5 +90,6 @@ class RefinerExpansionConvolution(RefinerExpansion):
 
     def weights_panels(self) -> list[WeightsPanel]:
         heads = self.reduction.out_channels
+        assert self.local_attention is not None
         kernels = self.local_attention.weight[:, 0].unflatten(0, (-1, heads))  # (E / H, H, k, k)
         return [WeightsPanel("distributed local attention, by expanded head", kernels), *super().weights_panels()]

@@ -21,7 +21,7 @@ def open_record(path: Path, facts: dict[str, Any], fresh: bool) -> dict[str, Any
         `ValueError`: what is there was measured under other facts, or is no benchmark's file.
         `OSError`: `path` can't be written.
     """
-    record = {"facts": facts, "commands": [], "roofline": None, "results": {}}
+    record: dict[str, Any] = {"facts": facts, "commands": [], "roofline": None, "results": {}}
     if path.exists() and not fresh:
         record = read_record(path)
         advice = "Start again with --fresh, or write to another file with --name."

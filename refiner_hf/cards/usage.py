@@ -1,6 +1,7 @@
 """The lines of Python in a card that load the model. They name its repository, which is known when it is published."""
 
 import re
+from typing import Any
 
 from huggingface_hub import ModelCard
 
@@ -44,7 +45,8 @@ def for_repository(card: ModelCard, repo_id: str, remote_code: bool, revision: s
     The same card with its [`usage_example`] for a repository. Everything else stays, and so does a card without one.
     """
     card = ModelCard(str(card))
+    data: Any = card.data  # its fields are those that the card has
     card.text = _MARKED.sub(lambda found: usage_example(repo_id, remote_code, found["task"], revision), card.text)
-    tags = [tag for tag in card.data.tags or [] if tag != CODE_TAG] + [CODE_TAG] * remote_code
-    card.data.tags = tags or None
+    tags = [tag for tag in data.tags or [] if tag != CODE_TAG] + [CODE_TAG] * remote_code
+    data.tags = tags or None
     return card

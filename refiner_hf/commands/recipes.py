@@ -69,13 +69,12 @@ def load_recipe(name: str) -> Recipe:
     path = _find(name)
     if path.name.startswith("_"):
         raise ValueError(f"{path} is only a base for recipes. The recipes are {', '.join(recipe_names())}.")
-    contents: dict[Path, dict] = {}
-    while path:
+    contents = {path: _read(path)}
+    while (base := contents[path].pop("base", None)) is not None:
+        path = _find(str(base), named_by=path)
         if any(path.samefile(other) for other in contents):
             raise ValueError(f"A recipe can't be its own base: {Recipe({}, (*contents, path)).origin}.")
         contents[path] = _read(path)
-        base = contents[path].pop("base", None)
-        path = None if base is None else _find(str(base), named_by=path)
     options = reduce(lambda below, above: _merge(above, below), reversed(contents.values()))
     return Recipe({name: value for name, value in options.items() if value is not None}, tuple(contents))
 

@@ -37,7 +37,7 @@ def _expand(given: str) -> list[str]:
     return files
 
 
-def images_in(folder: str | os.PathLike) -> Iterator[str]:
+def images_in(folder: str | os.PathLike[str]) -> Iterator[str]:
     """
     The images in a folder and below it.
 
@@ -45,7 +45,7 @@ def images_in(folder: str | os.PathLike) -> Iterator[str]:
         `OSError`: a folder that can't be read.
     """
     extensions = Image.registered_extensions()
-    for place, folders, names in os.walk(folder, onerror=_fail):
+    for place, folders, names in os.walk(os.fspath(folder), onerror=_fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions:

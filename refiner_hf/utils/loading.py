@@ -30,6 +30,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import IMAGE_PROCESSOR_NAME as PROCESSOR_NAME
 
+from .files import read_json
 from .text import name_some
 
 
@@ -279,10 +280,10 @@ def _weight_files(place: Place) -> list[Path]:
         return []
     with said_in_words(f"The list of weights {index} is damaged"):
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    files = {name: place.find(name) for name in names}
-    if missing := [name for name, file in files.items() if file is None]:
+    found = {name: place.find(name) for name in names}
+    if missing := [name for name, file in found.items() if file is None]:
         raise ValueError(f"{place.name} lacks {', '.join(missing)}: its weights aren't all there.")
-    return list(files.values())
+    return [file for file in found.values() if file is not None]
 
 
 def _check_tensors(
@@ -326,10 +327,8 @@ def _check_finite(name: str, model: PreTrainedModel) -> None:
 
 def _trained_by_adapter(source: Source) -> list[str]:
     """The modules that the adapter holds whole, such as a new classifier: the base model needn't have them."""
-    if source.adapter is None:
-        return []
-    content = json.loads(source.adapter.find(ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    return content.get("modules_to_save") or []
+    file = source.adapter and source.adapter.find(ADAPTER_CONFIG)
+    return read_json(file).get("modules_to_save") or [] if file else []
 
 
 def _with_adapter(name: str, model: PreTrainedModel, adapter: Place) -> PreTrainedModel:

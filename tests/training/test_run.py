@@ -1,5 +1,6 @@
 """The whole job on real and synthetic images: train, evaluate, save, load, answer."""
 
+import copy
 import csv
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 
 import datasets
 import pytest
@@ -18,8 +20,10 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from refiner_hf.commands.train import main
+from refiner_hf.commands.training_options import parse_arguments
 from refiner_hf.data.images import decode_image
 from refiner_hf.data.seeded_sampling import SeededSampler
+from refiner_hf.training.run import run
 from refiner_hf.training.trainer import RefinerTrainer
 from refiner_hf.utils.flops import count_flops
 from refiner_hf.utils.norm_statistics import reestimate_norm_statistics
@@ -534,7 +538,7 @@ class TestBadInput:
 
 def test_what_codecarbon_measured_is_in_the_card(tmp_path, photos, monkeypatch):
     """codecarbon itself asks the network where it is, so here is the file that it leaves."""
-    from refiner_hf.training import run
+    import refiner_hf.training.run as module
 
     def leave_a_file(args):
         (tmp_path / "out" / "emissions.csv").write_text(
@@ -542,7 +546,7 @@ def test_what_codecarbon_measured_is_in_the_card(tmp_path, photos, monkeypatch):
             "2026-01-01,1,0.5,0.9,France,2.3,A CPU,0,\n2026-01-02,1,0.00012345,0.00098765,Canada,-71.2,A CPU,0,\n"
         )
 
-    monkeypatch.setattr(run, "set_seed", leave_a_file)
+    monkeypatch.setattr(module, "set_seed", leave_a_file)
     main(["--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "out"), "--do_train"])
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.to_dict()["co2_eq_emissions"] == {
@@ -702,3 +706,22 @@ def test_ways_to_train(tmp_path, photos, words):
         losses.append([entry["loss"] for entry in history if "loss" in entry])
     assert losses[1][:3] == pytest.approx(losses[0][:3], rel=0.02)
     assert losses[1][-1] == pytest.approx(losses[0][-1], rel=0.15) and losses[1][-1] < losses[1][0]
+
+
+@pytest.mark.parametrize("kind", ["folder", "stream", "pushed"])
+def test_the_arguments_stay_as_they_were_given(kind, tmp_path, photos, hub, monkeypatch):
+    """Whoever calls `run` again with them starts the same run."""
+    words = ["--train_dir", str(photos), "--max_steps", "1", "--learning_rate_batch_size", "3"]
+    if kind == "stream":
+        data = datasets.load_dataset("imagefolder", data_dir=str(photos), split="train")
+        data.to_parquet(str(tmp_path / "tables" / "train.parquet"))
+        data.select(range(3)).to_parquet(str(tmp_path / "tables" / "test.parquet"))
+        words[:2] = ["--dataset_name", str(tmp_path / "tables"), "--streaming"]
+    if kind == "pushed":
+        hub.add_user("alice")
+        monkeypatch.setenv("HF_TOKEN", hub.add_token("alice"))
+        words += ["--push_to_hub", "--hub_model_id", "mine"]
+    groups = parse_arguments([*words, *QUICK, "--output_dir", str(tmp_path / "out")])
+    given = [{field.name: copy.copy(getattr(group, field.name)) for field in fields(group)} for group in groups]
+    run(*groups)
+    assert [{field.name: getattr(group, field.name) for field in fields(group)} for group in groups] == given

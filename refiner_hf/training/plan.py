@@ -1,0 +1,183 @@
+"""
+The plan of a run: its data, network, image processor, checkpoint and repository. Nothing of it is written yet, and
+whatever can be refused is refused here.
+"""
+
+import copy
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import set_seed
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import logging
+
+from ..cards.card import license_card
+from ..data.arguments import AugmentationArguments, DataArguments
+from ..data.augmentation import Augment
+from ..data.checking import find_unreadable, raise_if_unreadable
+from ..data.label_maps import LabelMaps, open_label_maps
+from ..data.sources import ImageData, load_image_data
+from ..hub.repository import prepare_repository, with_retries
+from ..modeling_refiner import RefinerForImageClassification
+from .arguments import ModelArguments, RefinerTrainingArguments
+from .loading import load_model, load_processor
+from .output_folder import prepare_output_folder, repository
+from .same_data import check_same_data, facts_of_data
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class Plan:
+    """
+    What a run does.
+
+    `data_args` and `augmentation_args` are the options as they were given. `args` are those for the Trainer: a copy,
+    with the repository's whole name, and with `ignore_data_skip` for a stream. `arguments` are all options by group,
+    for the record. `label_ids` are the network's numbers of the data's labels; `augment` and `label_maps` are for
+    training images; `checkpoint` is where training continues; `data_facts` is what a later run compares its data with;
+    `unreadable` says which images are left out, and why.
+    """
+
+    data_args: DataArguments
+    augmentation_args: AugmentationArguments
+    args: RefinerTrainingArguments
+    arguments: dict[str, dict[str, Any]]
+    data: ImageData
+    model: RefinerForImageClassification
+    processor: BaseImageProcessor
+    label_ids: list[int]
+    augment: Augment | None
+    label_maps: LabelMaps | None
+    checkpoint: str | None
+    data_facts: dict[str, Any] | None
+    unreadable: list[str]
+
+
+def make_plan(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    augmentation_args: AugmentationArguments,
+    training_args: RefinerTrainingArguments,
+    held: ExitStack,
+) -> Plan:
+    """
+    Checks everything that can be checked before a training, in the order of how soon it is known: the options, the
+    folder, the token and the repository, the data, the network. The options that are given aren't changed.
+
+    Args:
+        model_args, data_args, augmentation_args, training_args: the options of the run.
+        held (`ExitStack`): keeps other processes from the output folder until it is left.
+
+    Raises:
+        `ValueError`, `OSError`: as [`~refiner_hf.training.run.run`].
+    """
+    _check_options(model_args, training_args)
+    arguments = all_options(model_args, data_args, augmentation_args, training_args)
+    args = copy.copy(training_args)
+    checkpoint = prepare_output_folder(args, arguments, held)
+    if args.push_to_hub and args.should_save:
+        args.hub_model_id = prepare_repository(
+            repository(args), private=args.hub_private_repo, branch=args.hub_revision, token=args.hub_token
+        )
+        if args.weights_license:
+            # The Hub's validator looks at the one part of the card that a user writes.
+            card = license_card(args.weights_license)
+            with_retries(lambda: card.validate(repo_type="model"), "Validating --weights_license")
+    set_seed(args.seed)
+    with args.main_process_first(desc="loading the data"):  # other processes find it in the cache of `datasets`
+        data = load_image_data(data_args, need_train=args.do_train, need_evaluation=args.do_eval, seed=args.seed)
+        unreadable = [] if data_args.embedded else _leave_out_unreadable(data, data_args, args)
+        data_facts = facts_of_data(data, data_args, evaluated=args.do_eval) if args.do_train else None
+        if checkpoint and data_facts:
+            check_same_data(checkpoint, data_facts, named=checkpoint == args.resume_from_checkpoint)
+    model, label_ids = load_model(model_args, data.labels, keep_labels=not args.do_train)
+    processor = load_processor(model_args, model)
+    augment = label_maps = None
+    if args.do_train:
+        _check_training(data, model, data_args, augmentation_args, args)
+        augment = Augment(processor, augmentation_args)
+        label_maps = open_label_maps(data_args.label_map_dir, data.labels) if data_args.label_map_dir else None
+        # A stream continues where it was, without reading again what came before.
+        args.ignore_data_skip |= not isinstance(data.train, Dataset)
+    return Plan(
+        data_args=data_args,
+        augmentation_args=augmentation_args,
+        args=args,
+        arguments=arguments,
+        data=data,
+        model=model,
+        processor=processor,
+        label_ids=label_ids or list(range(len(data.labels))),  # a stream's labels are checked when they come
+        augment=augment,
+        label_maps=label_maps,
+        checkpoint=checkpoint,
+        data_facts=data_facts,
+        unreadable=unreadable,
+    )
+
+
+def all_options(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    augmentation_args: AugmentationArguments,
+    training_args: RefinerTrainingArguments,
+) -> dict[str, dict[str, Any]]:
+    """All options by group, without the tokens."""
+    not_kept = ("config_overrides", "token")  # the first is in `overrides`, too
+    return {
+        "model": {name: value for name, value in vars(model_args).items() if name not in not_kept},
+        "data": dict(vars(data_args)),
+        "augmentation": dict(vars(augmentation_args)),
+        "training": training_args.to_sanitized_dict(),
+    }
+
+
+def _check_options(model_args: ModelArguments, args: RefinerTrainingArguments) -> None:
+    if not (args.do_train or args.do_eval):
+        raise ValueError("Nothing to do: neither --do_train nor --do_eval.")
+    if not args.do_train and model_args.model_name_or_path is None:
+        raise ValueError("Which model to evaluate? Give --model_name_or_path.")
+    if args.push_to_hub and not args.do_train:
+        raise ValueError("An evaluation leaves nothing to push. Use refiner push to publish the model's folder.")
+
+
+def _leave_out_unreadable(data: ImageData, data_args: DataArguments, args: RefinerTrainingArguments) -> list[str]:
+    """Opens every image but a stream's. Takes unreadable ones out of `data`, and says what is wrong with them."""
+    reasons = []
+    if args.do_train and isinstance(data.train, Dataset):
+        data.train, wrong = find_unreadable(data.train, "training")
+        reasons += wrong
+    if args.do_eval and isinstance(data.evaluation, Dataset):
+        data.evaluation, wrong = find_unreadable(data.evaluation, "evaluation")
+        reasons += wrong
+    if data_args.unreadable_images == "stop":
+        raise_if_unreadable(reasons)
+    return reasons
+
+
+def _check_training(
+    data: ImageData,
+    model: RefinerForImageClassification,
+    data_args: DataArguments,
+    augmentation_args: AugmentationArguments,
+    args: RefinerTrainingArguments,
+) -> None:
+    """Refuses what options, data and model can't do together."""
+    if not hasattr(data.train, "__len__"):
+        if args.max_steps <= 0:
+            raise ValueError("A stream has no known length: give --max_steps, the number of training steps.")
+        if augmentation_args.repeated_augmentation > 1:
+            raise ValueError("--repeated_augmentation needs a data set of known length, not a stream.")
+    elif len(data.train) == 0:
+        raise ValueError("There are no training images.")
+    mixed = augmentation_args.mixup or augmentation_args.cutmix
+    if mixed and args.per_device_train_batch_size % 2:
+        raise ValueError("--mixup and --cutmix need an even --per_device_train_batch_size.")
+    if data_args.label_map_dir and not model.config.use_dense_head:
+        logger.warning(
+            "There are label maps, but no dense head for their patches: only the class token learns of them."
+        )

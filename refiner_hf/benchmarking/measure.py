@@ -77,7 +77,7 @@ def cuda_peak(step: Step) -> int:
 
 @contextmanager
 def failure_noted_in(row: dict[str, Any]) -> Iterator[None]:
-    """Whatever fails within: its reason, and nothing else, is in `row`, and the rest goes on."""
+    """If anything fails within, `row` holds only the reason, and the benchmark continues."""
     try:
         yield
     except Exception as error:  # a contender may fail in any way: a compiler's, a kernel's, the allocator's

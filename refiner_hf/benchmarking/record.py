@@ -1,4 +1,4 @@
-"""The JSON file in which a benchmark keeps what it has measured, so that a run that was cut off goes on."""
+"""The JSON file with a benchmark's measurements. An interrupted run continues from it."""
 
 from datetime import date
 from pathlib import Path
@@ -15,7 +15,7 @@ def open_record(path: Path, facts: dict[str, Any], fresh: bool) -> dict[str, Any
     Args:
         path: the JSON file; it needn't exist.
         facts: what must be the same for numbers to be comparable, by name.
-        fresh: begin anew, whatever is there.
+        fresh: start again, and replace the file.
 
     Raises:
         `ValueError`: what is there was measured under other facts, or is no benchmark's file.

@@ -66,7 +66,7 @@ class BenchmarkOptions:
     name: str | None = field(default=None, metadata={"help": "Stem of the files in it. Default: the device."})
     fresh: bool = field(default=False, metadata={"help": "Start over instead of going on where the record stops."})
     report: bool = field(
-        default=False, metadata={"help": "Measure nothing; make tables and plots of the record anew."}
+        default=False, metadata={"help": "Measure nothing; make tables and plots of the record again."}
     )
 
     def __post_init__(self):
@@ -185,10 +185,10 @@ def measure(case: Case, options: BenchmarkOptions, results: dict[str, Any]) -> I
             if not {"memory", "error"} & rows[name].keys():
                 rows[name] |= peak_memory_in_child(case, name)
                 yield f"{name}, memory: {_in_words(rows[name], 'memory')}"
-    # Whoever fails alone, or is killed there, isn't let into this process.
+    # A contender that failed or was killed in a process of its own isn't run in this one.
     able = [name for name in names if "error" not in rows[name]]
     if any("seconds" not in rows[name] for name in able):
-        # Those too that were timed before: what is compared is measured together.
+        # Contenders that were timed before are timed again, because only times of one run are compared.
         before = [name for name in rows if name not in able and "seconds" in rows[name]]
         steps = {name: partial(make_step, case, name) for name in able + before}
         timed = time_in_turns(steps, options.rounds, case.device)

@@ -33,7 +33,10 @@ class LabelMapArguments:
     )
     top_k: int = field(default=5, metadata={"help": "How many classes of each place are kept."})
     batch_size: int = field(default=64, metadata={"help": "Images at a time."})
-    shard_size: int = field(default=10_000, metadata={"help": "Images in a file; at most so many are made anew."})
+    shard_size: int = field(
+        default=10_000,
+        metadata={"help": "Images in a file. After an interruption at most so many are computed again."},
+    )
     num_workers: int = field(default=2, metadata={"help": "Processes that read images."})
     device: str | None = device_option()
 

@@ -106,7 +106,7 @@ def _mapping(value: Any) -> Any:
     try:
         return json.loads(value) if isinstance(value, str) and value.startswith("{") else value
     except json.JSONDecodeError:
-        return value  # whoever parses the option says what is wrong with it
+        return value  # an error comes when the option is parsed
 
 
 def _merge(above: dict, below: dict) -> dict:

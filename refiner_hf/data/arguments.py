@@ -96,7 +96,8 @@ class AugmentationArguments:
     cutmix: float = field(
         default=0.0,
         metadata={
-            "help": "Swap a box in place of blending, its share from Beta(cutmix, cutmix). With both: by turns."
+            "help": "Swap a box in place of blending, its share from Beta(cutmix, cutmix). With both, one is chosen "
+            "for each batch."
         },
     )
     repeated_augmentation: int = field(

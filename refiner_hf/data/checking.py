@@ -24,7 +24,7 @@ def find_unreadable(data: Dataset, what: str) -> tuple[Dataset, list[str]]:
         what (`str`): what the images are, for the progress bar.
 
     Returns:
-        the rows whose image can be read, and what is wrong with each of the others.
+        the rows whose image can be read, and for each of the others what is wrong with it.
     """
     reasons = data.map(
         _what_is_wrong,

@@ -1,4 +1,4 @@
-"""What is in the images: a number for each, which goes with a picture wherever it lies and whatever it is called."""
+"""A number for each image that depends only on the content of its file, not on its place or name."""
 
 import os
 from hashlib import blake2b
@@ -63,5 +63,5 @@ def _digest(numbers: np.ndarray) -> str:
 def _content_of(image: dict[str, Any]) -> dict[str, int]:
     try:
         return {CONTENT_COLUMN: key_of(image)}
-    except OSError:  # whoever opens all the images names this one
+    except OSError:  # an error will name it when all images are opened
         return {CONTENT_COLUMN: key_of({"bytes": str(image.get("path")).encode("utf-8")})}

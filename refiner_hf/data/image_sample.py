@@ -1,4 +1,4 @@
-"""Images without their labels, for whoever only looks at them."""
+"""A sample of images without their labels, for analyses."""
 
 import os
 from collections.abc import Iterable, Iterator

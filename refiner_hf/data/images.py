@@ -87,7 +87,7 @@ def decode_image(encoded: dict[str, Any]) -> PILImage.Image:
 
 
 def read_bytes(encoded: dict[str, Any]) -> bytes:
-    """What is in an image's file, wherever it lies."""
+    """The bytes of an image's file, which may be anywhere."""
     if encoded.get("bytes") is not None:
         return encoded["bytes"]
     path = encoded["path"]

@@ -1,8 +1,9 @@
 """
-Label maps: what a teacher sees where in each training image (token labelling, Jiang et al. 2021, arXiv 2104.10858).
+Label maps: a teacher's scores for each place of each training image (token labelling, Jiang et al. 2021, arXiv
+2104.10858).
 
 A label map holds a teacher's k best classes, with their raw scores, at each place of a grid over the whole image. It
-is found by what is in the image's file, wherever the file lies and in whatever order it comes.
+is found by the content of the image's file, which may be anywhere and have any name.
 """
 
 from abc import ABC, abstractmethod
@@ -58,7 +59,9 @@ class ShardedLabelMaps(LabelMaps):
     def __init__(self, folder: Path, labels: list[str]):
         facts = read_json(folder / FACTS_FILE)
         if not facts.get("finished"):
-            raise ValueError(f"The label maps in {folder} aren't finished. Start refiner label-maps again to go on.")
+            raise ValueError(
+                f"The label maps in {folder} aren't finished. Start refiner label-maps again to continue."
+            )
         if facts["labels"] != labels:
             raise ValueError(
                 f"The label maps in {folder} are of {len(facts['labels'])} labels ({name_some(facts['labels'])}), the "

@@ -1,8 +1,8 @@
 """
-Which training image comes when, and with which random numbers.
+The order of training images, and the random numbers of each.
 
-Both follow from the run's seed, the epoch and the place in it, and from nothing else: a run that is taken up again in
-the middle of an epoch, with however many worker processes, sees the images that it would have seen, augmented alike.
+Both follow only from the run's seed, the epoch and the position in it. So a run that continues in the middle of an
+epoch, with any number of worker processes, gets the same images with the same augmentation.
 """
 
 import random
@@ -78,7 +78,7 @@ def seed_of(*numbers: int) -> int:
 
 @contextmanager
 def random_numbers_of(seed: int) -> Iterator[None]:
-    """Within, random numbers of `random`, `numpy` and torch are those of `seed`; outside they go on as they were."""
+    """Within, `random`, `numpy` and torch use `seed`; afterwards they continue as if nothing had happened."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)

@@ -124,8 +124,7 @@ def _load_folder(folder: str) -> Dataset:
 
 def _check_nothing_left_out(folder: Path, data: Dataset) -> None:
     """
-    `datasets` passes over some folders and files without a word, and takes the folder that an image lies in for its
-    label, however deep that is.
+    `datasets` silently leaves out some folders and files, and takes an image's own folder for its label, at any depth.
 
     Raises:
         `ValueError`: the labels aren't the folders.
@@ -152,7 +151,7 @@ def _check_nothing_left_out(folder: Path, data: Dataset) -> None:
         taken = {os.path.relpath(image["path"], folder.resolve()) for image in images}
         kinds = Counter(file.suffix.lower() or file.name for file in files if str(file) not in taken)
         logger.warning(
-            f"{len(files) - len(data):,} files in {folder} are no images by their names and are left out: "
+            f"{len(files) - len(data):,} files in {folder} don't have names of images and are left out: "
             + ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common(5))
         )
 
@@ -201,8 +200,8 @@ def _standard_columns(
     names = data.features[label].names
     if check_labels:
         _check_labels(data, label, len(names))
-    # First of all, since renaming a stream's columns decodes its images and encodes them anew. They are decoded by our
-    # own transform, which can name a file that is damaged.
+    # Done first, because renaming a stream's columns would decode its images and encode them again. Our own transform
+    # decodes them: it can name a file that is damaged.
     data = data.cast_column(image, Image(decode=False)).select_columns([image, label])
     renames = {old: new for old, new in ((image, IMAGE_COLUMN), (label, LABEL_COLUMN)) if old != new}
     return data.rename_columns(renames) if renames else data, names

@@ -1,4 +1,4 @@
-"""Training images as they come, from the Hub or from files, without end, and taken up again where they stopped."""
+"""An endless stream of training images, from the Hub or from files, which continues where it stopped."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
     are enough (else it passes over what the others take, without decoding it), in another order each epoch, and
     shuffles `BLOCK` rows at a time.
 
-    Each row carries a `cursor`: what it takes to go on behind it. Beside these, everything follows from the seed.
+    Each row has a `cursor`: what is needed to continue after it. Everything else follows from the seed.
 
     Args:
         stream (`datasets.IterableDataset`): encoded rows.
@@ -38,7 +38,7 @@ class StreamedImages(torch.utils.data.IterableDataset):
         rank (`int`), world_size (`int`): this process, of how many.
         skip_unreadable (`bool`): pass over images that can't be read, with a warning that names them, instead of
             stopping.
-        position (`dict`, *optional*): where to go on, from [`StreamPosition.load`].
+        position (`dict`, *optional*): where to continue, from [`StreamPosition.load`].
     """
 
     def __init__(
@@ -57,7 +57,8 @@ class StreamedImages(torch.utils.data.IterableDataset):
         self.position = position or {"workers": None, "next": 0, "cursors": {}}
         if self.position.get("processes", world_size) != world_size:
             raise ValueError(
-                f"The stream was read by {self.position['processes']} processes and can't go on with {world_size}."
+                f"The stream was read with another number of processes ({self.position['processes']}, now "
+                f"{world_size}) and can't be continued."
             )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -65,11 +66,11 @@ class StreamedImages(torch.utils.data.IterableDataset):
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         if self.position["workers"] not in (None, workers):
             raise ValueError(
-                f"The stream was read by {self.position['workers']} workers and can't go on with {workers}: give "
-                "--dataloader_num_workers as before."
+                f"The stream was read with another number of workers ({self.position['workers']}, now {workers}): "
+                "give --dataloader_num_workers as before."
             )
-        # A loader takes batches from its workers in turn, beginning with the first: that one has to go on as the one
-        # whose turn it would have been.
+        # A loader takes batches from its workers in turn, beginning with the first. So the first worker must continue
+        # as the worker whose turn it would have been.
         worker = (worker + self.position["next"]) % workers
         cursor = self.position["cursors"].get(str(worker), {"epoch": 0, "block": 0, "place": 0, "rows": None})
         part = split_dataset_by_node(
@@ -163,7 +164,8 @@ class StreamPosition:
             position = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(
-                f"{folder} doesn't say where process {rank} was in the stream: go on with as many processes as before."
+                f"{folder} doesn't say where process {rank} was in the stream: continue with as many processes as "
+                "before."
             ) from error
         except ValueError as error:
             raise ValueError(f"{file.name} isn't JSON ({error})") from error

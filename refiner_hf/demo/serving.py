@@ -1,4 +1,4 @@
-"""Who may ask the page's server, and where the pictures that visitors hand it lie."""
+"""Which requests the page's server answers, and the folder for visitors' pictures."""
 
 import os
 import tempfile
@@ -20,7 +20,7 @@ _HOUR = 3600  # seconds
 
 
 class SameOriginMiddleware:
-    """Refuses what another site's page has a browser ask: its `Origin` isn't the `Host` that is asked."""
+    """Refuses requests that a browser makes for another site's page: their `Origin` isn't the `Host`."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
@@ -37,8 +37,8 @@ class SameOriginMiddleware:
 
 def guards(public: bool) -> list[Middleware]:
     """
-    What stands before the server: the page of another site can't use it, and unless it is `public` neither can a name
-    that somebody else's domain gives this machine (DNS rebinding).
+    Middleware that protects the server: pages of other sites can't use it. Unless it is `public`, names of other
+    domains for this machine can't be used either (DNS rebinding).
     """
     own_names = [] if public else [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])]
     return [*own_names, Middleware(SameOriginMiddleware)]
@@ -66,6 +66,6 @@ def own_folder() -> Iterator[Path]:
 def _clean(folder: Path, ended: threading.Event) -> None:
     while not ended.wait(_HOUR):
         for path in folder.rglob("*"):
-            with suppress(OSError):  # somebody else was faster, or it is a folder
+            with suppress(OSError):  # it has been removed meanwhile, or it is a folder
                 if path.is_file() and path.stat().st_mtime < time.time() - 24 * _HOUR:
                     path.unlink()

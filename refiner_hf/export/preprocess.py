@@ -108,7 +108,7 @@ def _read(file: Path) -> dict:
     try:
         return dict(json.loads(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{file} can't be read ({error}). It must lie there as refiner export wrote it.") from error
+        raise ValueError(f"{file} can't be read ({error}). It must be there as refiner export wrote it.") from error
 
 
 def _open(picture: str | os.PathLike | Image.Image) -> Image.Image:

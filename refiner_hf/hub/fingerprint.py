@@ -1,6 +1,6 @@
 """
-What a model answers to one fixed picture. `verification.py` runs this file as a program of its own, in a process that
-has nothing of this package in it, to ask a model on the Hub:
+The output of a model for one fixed picture. `verification.py` runs this file as a program, in a process without this
+package, for a model on the Hub:
 
     python -P fingerprint.py QUESTION_AS_JSON FILE
 """

@@ -128,7 +128,7 @@ def publish_folder(
                 lambda: api.create_tag(repo_id, tag=tag, revision=commit.oid, exist_ok=True), f"Making the tag {tag}"
             )
     except PublishError as error:
-        raise PublishError(f"{error} Nothing is lost: {folder} is as it was, and a second push goes on.") from error
+        raise PublishError(f"{error} Nothing is lost: {folder} is unchanged, and a second push continues.") from error
     return Published(
         repo_id=repo_id,
         commit=commit.oid,
@@ -165,7 +165,7 @@ def files_to_publish(folder: Path) -> Files:
 
 
 def public_files(folder: Path) -> Files:
-    """All that lies in a folder but what only the Trainer needs, and without the paths of this machine."""
+    """All files of a folder, except what only the Trainer needs, and without paths of this machine."""
     files: Files = {}
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
@@ -225,7 +225,7 @@ def check_adapter(folder: Path) -> str:
 
 def check_fingerprint(folder: Path, model: RefinerPreTrainedModel) -> np.ndarray:
     """
-    What the folder's model answers to one fixed picture, through its image processor if it has one.
+    The output of the folder's model for one fixed picture, through its image processor if it has one.
 
     Raises:
         `ValueError`: the processor can't be loaded or doesn't fit the model, or the answer isn't finite.

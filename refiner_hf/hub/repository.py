@@ -1,4 +1,4 @@
-"""The repository on the Hub: may this token write to it? Asked before anything long begins."""
+"""The repository on the Hub, and whether a token may write to it. Checked before any long work."""
 
 import logging
 import re
@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 
 TRIES = 4
 _REF = re.compile(r"[A-Za-z0-9][\w./-]*")
-# 409 and 412: somebody else wrote to the repository at the same moment.
+# 409 and 412: another process wrote to the repository at the same moment.
 _PASSING_STATUS = {408, 409, 412, 429, 500, 502, 503, 504}
 
 

@@ -1,4 +1,4 @@
-"""Does what is on the Hub answer as the local folder does?"""
+"""Checks that a model on the Hub gives the same output as the local folder."""
 
 import json
 import os

@@ -53,14 +53,14 @@ def make_label_maps(
     device: str = "cpu",
 ) -> dict[str, Any]:
     """
-    Writes `label_maps-00000.parquet` and so on, and `label_maps.json`. Where it broke off, it goes on with the first
+    Writes `label_maps-00000.parquet` and so on, and `label_maps.json`. An interrupted run continues with the first
     shard that isn't there.
 
     Args:
         data (`datasets.Dataset`): encoded rows.
         labels (`list[str]`): the data's labels. The maps' classes are numbered like these.
         teacher ([`Teacher`]), teacher_name (`str`): who says what is where, and its name for the record.
-        folder (`Path`): where to write; holds nothing, or what is to go on.
+        folder (`Path`): where to write; empty, or with the maps that are to be continued.
         top_k (`int`): how many classes of each place are kept.
         batch_size (`int`), num_workers (`int`), device (`str`): how the teacher is run.
         shard_size (`int`): images in a file.
@@ -141,8 +141,8 @@ def match_teacher(teacher_labels: list[str] | None, count: int, labels: list[str
         return [teacher_labels.index(label) for label in labels]
     if count == len(labels):
         logger.warning(
-            f"The teacher's labels are called otherwise than the data's: taking its first for {labels[0]!r}, its last "
-            f"for {labels[-1]!r}. Look at how often it agrees."
+            f"The teacher's labels have other names than the data's: its first is taken for {labels[0]!r}, its last "
+            f"for {labels[-1]!r}. Check how often it agrees."
         )
         return None
     raise ValueError(

@@ -62,7 +62,7 @@ class Classifier(ABC):
         """The model's bytes, to tell it from others."""
 
     def digest(self) -> str:
-        """Another one for another model, processor or configuration, the same wherever they lie."""
+        """A digest of the model, its processor and its configuration. It doesn't depend on where they are stored."""
         elsewhere = ("_name_or_path", "transformers_version")
         config = {name: value for name, value in self.config.to_dict().items() if name not in elsewhere}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())

@@ -44,8 +44,8 @@ def predict(
     Writes a table of a classifier's answers to images: `file,label,score`, and with `top_k` also `label_2,score_2` and
     so on, sorted by file. Scores are probabilities.
 
-    The rows are written batch by batch into `output_file` + `.partial`, which gets its name when all are there. If a
-    run breaks off, the same call goes on after those rows. Files that were added or mended in between come last.
+    The rows are written batch by batch into `output_file` + `.partial`, which gets its name when all are there. After
+    an interruption the same call continues after those rows. Files that were added or repaired meanwhile come last.
 
     Args:
         model (`str`): folder or Hub name of one of transformers' image classifiers, or an ONNX model, see

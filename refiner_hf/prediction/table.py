@@ -1,4 +1,4 @@
-"""The table of answers. It grows in a file beside its place, so that a run that broke off can go on."""
+"""The table of answers. It is written to a file beside its place, so that an interrupted run can continue."""
 
 import csv
 import os

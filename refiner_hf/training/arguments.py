@@ -12,7 +12,7 @@ from ..configuration_refiner import RefinerConfig
 
 @dataclass
 class ModelArguments:
-    """Which network: a checkpoint to go on from, or a new one."""
+    """The network: a checkpoint to start from, or a new one."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or Hub name of a Refiner to fine-tune or evaluate. Else a new one."}
@@ -101,7 +101,10 @@ class RefinerTrainingArguments(TrainingArguments):
         },
     )
     ema_warmup: bool = field(
-        default=True, metadata={"help": "Let the average forget the first weights fast: 1 - (1 + step)^(-2/3)."}
+        default=True,
+        metadata={
+            "help": "Let the average forget the first weights quickly: a decay of at most 1 - (1 + step)^(-2/3)."
+        },
     )
     with_code: bool = field(
         default=False,

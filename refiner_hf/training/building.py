@@ -20,7 +20,7 @@ def build_trainer(plan: Plan) -> tuple[RefinerTrainer, ClassificationMetrics]:
     """The Trainer, and the metrics that it computes, which keep the last confusion matrix."""
     args, mixes = plan.args, plan.augmentation_args
     for_evaluation = PrepareImages(evaluation_pixels(plan.processor), plan.label_ids)
-    metrics = ClassificationMetrics(plan.model.config.num_labels)
+    metrics = ClassificationMetrics(len(plan.model.config.label_names))
     mixup = Mixup(mixes.mixup, mixes.cutmix, label_smoothing=0.0) if mixes.mixup or mixes.cutmix else None
     trainer = RefinerTrainer(
         model=plan.model,
@@ -39,6 +39,7 @@ def build_trainer(plan: Plan) -> tuple[RefinerTrainer, ClassificationMetrics]:
 
 def _training_images(plan: Plan) -> SeededImages | StreamedImages:
     args, images = plan.args, plan.data.train
+    assert plan.augment is not None  # a plan with training has it
     prepare = PrepareTraining(plan.augment, plan.label_ids, plan.label_maps)
     if isinstance(images, Dataset):
         return SeededImages(images, prepare, plan.augmentation_args.repeated_augmentation)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole, looked at before anything is loaded from it."""
+"""Checks that a checkpoint is whole, before anything is loaded from it."""
 
 import random
 import zipfile
@@ -47,7 +47,7 @@ def check_checkpoint(folder: Path, args: RefinerTrainingArguments, *, streamed: 
 
     Args:
         folder: of the checkpoint of an image classifier.
-        args ([`RefinerTrainingArguments`]): of the run that goes on.
+        args ([`RefinerTrainingArguments`]): of the run that continues.
         streamed (`bool`): whether its training images are a stream.
 
     Raises:
@@ -86,8 +86,8 @@ def loading(checkpoint: str | Path) -> Iterator[None]:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ValueError(
-            f"The checkpoint {checkpoint} doesn't fit this training: {error}. Go on with the network and the options "
-            "that it was made with."
+            f"The checkpoint {checkpoint} doesn't fit this training: {error}. Continue with the network and the "
+            "options that it was made with."
         ) from error
 
 

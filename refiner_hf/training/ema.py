@@ -55,9 +55,11 @@ class EmaCallback(TrainerCallback):
             processor.save_pretrained(Path(folder) / EMA_FOLDER)
 
     def load(self, folder: str | Path) -> None:
-        """From `folder/ema`; where there is none, the average goes on from the weights that the model has now."""
+        """From `folder/ema`; where there is none, the average begins with the weights that the model has now."""
         file = Path(folder) / EMA_FOLDER / SAFE_WEIGHTS_NAME
         if not file.is_file():
-            logger.warning(f"{folder} holds no average of the weights: it begins with the checkpoint's.")
+            logger.warning(
+                f"{folder} holds no average of the weights. The average begins with the checkpoint's weights."
+            )
             return
         self.model.load_state_dict(load_file(file))

@@ -1,4 +1,4 @@
-"""The folder of a run: whether it can be written, and whether a run in it is to go on."""
+"""The folder of a run: whether it can be written, and whether it holds a run that is to be continued."""
 
 import shlex
 from contextlib import ExitStack
@@ -21,15 +21,15 @@ from .checkpoints import DamagedCheckpointError, check_checkpoint
 logger = logging.get_logger(__name__)
 
 FINISHED_FILE = "train_results.json"
-# Options that may differ when a run is taken up again.
+# Options that may differ when a run is continued.
 _MAY_CHANGE = {"cache_dir", "refine_implementation", "max_eval_samples"}
 
 
 def prepare_output_folder(args: RefinerTrainingArguments, arguments: dict[str, Any], held: ExitStack) -> str | None:
     """
-    Checks that the folder can be written and holds nothing to lose. Returns the checkpoint to go on from: the newest
-    whole one, or the one that was named. The first process looks, and all do what it found; it keeps others from the
-    folder until `held` is left.
+    Checks that the folder can be written and holds nothing that would be lost. Returns the checkpoint to continue
+    from: the newest whole one, or the one that was named. The first process checks for all of them, and keeps other
+    runs out of the folder until `held` is left.
 
     Raises:
         `OSError`: the folder can't be written, or another run is writing to it.
@@ -72,14 +72,14 @@ def _prepare(args: RefinerTrainingArguments, arguments: dict[str, Any]) -> str |
     checkpoint = _last_whole_checkpoint(folder, args, streamed)
     if checkpoint:
         _check_same_run(folder, arguments, checkpoint)
-        logger.warning(f"Going on from {checkpoint}.")
+        logger.warning(f"Continuing from {checkpoint}.")
     elif args.resume_from_checkpoint:
         raise ValueError(f"There is no checkpoint in {folder} to resume from.")
     return checkpoint
 
 
 def _check_same_run(folder: Path, arguments: dict[str, Any], checkpoint: str) -> None:
-    """A run may go on for longer or on other hardware, but with the network and the data that it began with."""
+    """A run may continue for longer or on other hardware, but only with the network and data that it began with."""
     groups = ("model", "data", "augmentation")
     try:
         begun = without_paths(read_json(folder / RUN_FILE))
@@ -87,7 +87,7 @@ def _check_same_run(folder: Path, arguments: dict[str, Any], checkpoint: str) ->
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder / RUN_FILE} is damaged: it doesn't say with which options the run began. Give another "
-            f"--output_dir; or, to go on with the options given now, --resume_from_checkpoint {checkpoint}."
+            f"--output_dir; or, to continue with the options given now, --resume_from_checkpoint {checkpoint}."
         ) from error
     arguments = without_paths(arguments)
     changed = [
@@ -110,14 +110,16 @@ def _last_whole_checkpoint(folder: Path, args: RefinerTrainingArguments, streame
     damaged = []
     for checkpoint in sorted(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         if not (checkpoint / TRAINER_STATE_NAME).exists():  # the Trainer writes it last
-            logger.warning(f"{checkpoint} is incomplete (the run broke off while saving it); leaving it aside.")
+            logger.warning(
+                f"{checkpoint} is incomplete, because the run was interrupted while it was saved. It is not used."
+            )
             continue
         try:
             check_checkpoint(checkpoint, args, streamed=streamed)
             return str(checkpoint)
         except DamagedCheckpointError as error:
             damaged.append(f"{checkpoint.name}: {error}")
-            logger.warning(f"{checkpoint} is damaged: {error}. Leaving it aside.")
+            logger.warning(f"{checkpoint} is damaged: {error}. It is not used.")
     if damaged:
         raise ValueError(
             f"No checkpoint in {folder} can be used ({'; '.join(damaged)}). To begin again from the start, delete "

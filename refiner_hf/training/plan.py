@@ -172,7 +172,7 @@ def _check_training(
             raise ValueError("A stream has no known length: give --max_steps, the number of training steps.")
         if augmentation_args.repeated_augmentation > 1:
             raise ValueError("--repeated_augmentation needs a data set of known length, not a stream.")
-    elif len(data.train) == 0:
+    elif data.train is not None and len(data.train) == 0:
         raise ValueError("There are no training images.")
     mixed = augmentation_args.mixup or augmentation_args.cutmix
     if mixed and args.per_device_train_batch_size % 2:

@@ -25,7 +25,7 @@ logger = logging.get_logger(__name__)
 
 # Beginnings of the names that a model, its processor or an adapter is saved under; the rest is the Trainer's.
 _MODEL_FILES = ("adapter", "config", "model", "preprocessor", "ema/", CARD)
-# And of what is needed to go on from a checkpoint, beside these and `trainer_state.json`.
+# And of what is needed to continue from a checkpoint, beside these and `trainer_state.json`.
 _STATE_FILES = ("optimizer", "scheduler", "scaler", "rng_state")
 # Folders of links to a checkpoint that is being pushed. Names with _ in front are never published.
 _LINKS = "_push-"
@@ -39,7 +39,7 @@ class PushingTrainer(Trainer):
       and the branch `hub_revision`;
     - makes one commit a push, with a card of what was measured and without files that hold paths of this machine; with
       `with_code` in its arguments also the model's code. See [`~refiner_hf.hub.publish.publish_folder`];
-    - never stops a training because a push on the way failed: a warning says so, and the next push brings everything.
+    - never stops a training because a push failed: a warning says so, and the next push uploads everything.
 
     An adapter around a Refiner (PEFT) is pushed the same way, with the card that PEFT makes.
     """
@@ -121,9 +121,9 @@ class PushingTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """
-        The Trainer calls this after each save. One commit, made in the background while training goes on: the model
+        The Trainer calls this after each save. One commit, made in the background during the training: the model
         at this step with its card so far, and with the strategies `checkpoint` and `all_checkpoints` everything that
-        is needed to go on from here, in `last-checkpoint` or `checkpoint-STEP`.
+        is needed to continue from here, in `last-checkpoint` or `checkpoint-STEP`.
         """
         args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
@@ -208,7 +208,7 @@ def _first(values: str | list[str] | None) -> str | None:
 
 def _push_failed(error: Exception, links: Path) -> None:
     shutil.rmtree(links, ignore_errors=True)
-    logger.warning(f"A push on the way failed, training goes on: {error}")
+    logger.warning(f"A push during the training failed. The training continues: {error}")
 
 
 def _link(source: str, target: str) -> None:

@@ -63,8 +63,8 @@ def run(
     changed.
 
     Raises:
-        `ValueError`: options, data or labels that don't fit, or a run that can't go on; before anything long begins
-            wherever it can be seen.
+        `ValueError`: options, data or labels that don't fit, or a run that can't be continued; before any
+            long work, wherever possible.
         `OSError`: an output folder that can't be written, or that another run is writing to, before training.
         [`~refiner_hf.hub.repository.PublishError`]: a token that can't push, before training; or the push failed
             after it (the folder is finished, and the message says how to push it again).

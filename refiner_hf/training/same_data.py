@@ -1,4 +1,4 @@
-"""Whether a run that goes on has the images and labels that it began with."""
+"""Whether an interrupted run continues with the images and labels that it began with."""
 
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,15 @@ DATA_FILE = "_data.json"  # names with _ in front are never published
 
 def facts_of_data(data: ImageData, args: DataArguments, *, evaluated: bool) -> dict[str, Any]:
     """
-    What can be known of a run's data, to compare with later. Images are read, with a progress bar (`datasets`
-    remembers what it found); of a stream only the number of files is known, and of images where it says so.
+    Facts about a run's data, to compare with later. Images are read, with a progress bar (`datasets` remembers the
+    result). Of a stream only the number of files is known, and the number of images if the stream gives it.
 
     Args:
         data: as the run uses them.
         args ([`DataArguments`]): the data options.
         evaluated (`bool`): whether the run evaluates.
     """
-    digest = not args.embedded  # nobody changes these, and Pillow encodes them anew each time
+    digest = not args.embedded  # the embedded digits don't change, and Pillow encodes them again each time
     return {
         "labels": data.labels,
         "training": _facts(data.train, "training", digest),
@@ -43,9 +43,9 @@ def check_same_data(checkpoint: str, now: dict[str, Any], *, named: bool) -> Non
     Compares with what the run that a checkpoint is of began with.
 
     Args:
-        checkpoint: the folder to go on from, in the run's folder.
+        checkpoint: the folder to continue from, in the run's folder.
         now: from [`facts_of_data`].
-        named (`bool`): whether the user has named this checkpoint, to go on from it with whatever there is now. Then
+        named (`bool`): whether the user has named this checkpoint, to continue from it with the images of now. Then
             a warning says what changed.
 
     Raises:
@@ -64,12 +64,12 @@ def check_same_data(checkpoint: str, now: dict[str, Any], *, named: bool) -> Non
         return
     said = f"The images aren't those that the run began with: {'; '.join(changes)}."
     if named:
-        logger.warning(f"{said} It goes on with them, and its curve isn't that of one training.")
+        logger.warning(f"{said} The training continues with them; its curve isn't that of one training.")
         return
     raise ValueError(
-        f"{said} Their order, the epochs and the steps hang on them. Put them back to go on; or give another "
-        f"--output_dir (with --model_name_or_path {checkpoint} to begin with what was learned); or, to go on with the "
-        f"images that there are now, --resume_from_checkpoint {checkpoint}."
+        f"{said} The order of the images, the epochs and the steps depend on them. Restore them to continue; or give "
+        f"another --output_dir (with --model_name_or_path {checkpoint} to begin with the learned weights); or, to "
+        f"continue with the images that there are now, --resume_from_checkpoint {checkpoint}."
     )
 
 
@@ -90,7 +90,8 @@ def _read(file: Path) -> dict[str, Any] | None:
         return {name: begun[name] for name in ("labels", "training", "evaluation", "evaluated_at_most")}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} is damaged: it doesn't say with which images the run began. Delete it to go on without comparing."
+            f"{file} is damaged: it doesn't say with which images the run began. Delete it to continue without a "
+            "comparison."
         ) from error
 
 
@@ -106,8 +107,8 @@ def _check_labels(checkpoint: str, begun: list[str], now: list[str], ordered: bo
     changed = [f"new: {name_some(new)}"] * bool(new) + [f"gone: {name_some(gone)}"] * bool(gone) or ["another order"]
     raise ValueError(
         f"The labels aren't those that {checkpoint} was made with ({'; '.join(changed)}). "
-        "Put them back to go on; or give another --output_dir, with "
-        f"--model_name_or_path {checkpoint} to begin with what was learned."
+        "Restore them to continue; or give another --output_dir, with "
+        f"--model_name_or_path {checkpoint} to begin with the learned weights."
     )
 
 

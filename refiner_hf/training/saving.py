@@ -1,4 +1,4 @@
-"""Writing what must not be lost."""
+"""Saving what must not be lost: half-written files are removed, and errors say what to do."""
 
 import shutil
 from collections.abc import Iterator
@@ -15,8 +15,8 @@ _OF_WRITING = ("PytorchStreamWriter", "inline_container", "unexpected pos")
 @contextmanager
 def writing(what: str, unfinished: Path | None = None) -> Iterator[None]:
     """
-    While something is written: where that fails (a full disk, a quota, a folder that has become read-only),
-    `unfinished` goes away again, since half of it would take the room and serve for nothing.
+    While something is written. If that fails (a full disk, a quota, a folder that has become read-only), `unfinished`
+    is removed, because half of it would only take room.
 
     Raises:
         `OSError`: it couldn't be written; the message says what to do.
@@ -29,6 +29,6 @@ def writing(what: str, unfinished: Path | None = None) -> Iterator[None]:
         if unfinished is not None:
             shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(
-            f"{what} can't be written: {error}. Make room, or see why; the same command then goes on from the last "
-            "checkpoint."
+            f"{what} can't be written: {error}. Make room on the disk, or repair what is wrong; the same command then "
+            "continues from the last checkpoint."
         ) from error

@@ -41,8 +41,8 @@ class NormStatisticsCallback(TrainerCallback):
         ema: EmaCallback | None = None,
     ):
         self.ema = ema
-        # A loader draws a number each time it is gone through; from a generator of its own, so that training goes on
-        # with the very random numbers it would have had.
+        # A loader draws a random number at each iteration. With a generator of its own it doesn't change the random
+        # numbers of the training.
         self.loader = DataLoader(dataset, batch_size=batch_size, collate_fn=data_collator, generator=torch.Generator())
 
     def on_step_end(self, args, state, control, model, **kwargs):

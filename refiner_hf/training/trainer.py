@@ -48,8 +48,8 @@ class RefinerTrainer(PushingTrainer):
       the class logits in its place, and do nothing where images have several labels. Evaluation losses are not
       smoothed;
     - training data that are [`~refiner_hf.data.seeded_sampling.SeededImages`] or
-      [`~refiner_hf.data.streams.StreamedImages`] go on exactly where a checkpoint was made. An
-      [`~refiner_hf.training.ema.EmaCallback`] among its callbacks is evaluated, saved and taken up again;
+      [`~refiner_hf.data.streams.StreamedImages`] continue exactly where a checkpoint was made. An
+      [`~refiner_hf.training.ema.EmaCallback`] among its callbacks is evaluated, saved and restored;
     - a loss that isn't finite stops the training before it is saved over anything, and a checkpoint that can't be
       written leaves no half of it. Logs have the images per second;
     - pushing to the Hub as [`~refiner_hf.training.pushing.PushingTrainer`] does it.
@@ -102,7 +102,7 @@ class RefinerTrainer(PushingTrainer):
         self._begin_average()
 
     def begin_clock(self) -> None:
-        """Training begins, or goes on."""
+        """Starts to measure the time, when training begins or continues."""
         self._logged_at, self._logged_step = time.monotonic(), self.state.global_step
 
     def _begin_average(self) -> None:
@@ -186,7 +186,7 @@ class RefinerTrainer(PushingTrainer):
 
     def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
         control = self.control
-        # A run that goes on from a checkpoint has no losses from before it, to log together with later ones.
+        # A continued run doesn't know the losses before its checkpoint, which would be logged with later ones.
         control.should_log |= control.should_save
         if control.should_log or control.should_evaluate:
             self._check_finite()
@@ -202,7 +202,7 @@ class RefinerTrainer(PushingTrainer):
             f"The loss or a weight became infinite or NaN between the steps {self._logged_step} and "
             f"{self.state.global_step}. Nothing was saved since then. Try a smaller --learning_rate, a longer "
             "--warmup_steps, a smaller --max_grad_norm, or --bf16 instead of --fp16; the same command with the same "
-            "network and data goes on from the last checkpoint."
+            "network and data continues from the last checkpoint."
         )
 
     # ---- Optimisation ----
@@ -316,7 +316,7 @@ class RefinerTrainer(PushingTrainer):
 
 
 class _FollowTraining(TrainerCallback):
-    """Tells a trainer what it has no method of its own for."""
+    """Calls the trainer at moments for which it has no method to override."""
 
     def __init__(self, trainer: RefinerTrainer):
         self.trainer = trainer
@@ -331,8 +331,8 @@ class _FollowTraining(TrainerCallback):
 
 def _with_own_numbers(loader: DataLoader) -> DataLoader:
     """
-    Has a loader draw the seeds of its workers from a generator of its own: a run that goes on makes its loaders at
-    other moments than one that never stopped, and the random numbers of training shall not notice.
+    Makes a loader draw the seeds of its workers from a generator of its own. A continued run makes its loaders at
+    other moments than an uninterrupted one, and this must not change the random numbers of the training.
     """
     getattr(loader, "base_dataloader", loader).generator = torch.Generator()
     return loader

@@ -1,9 +1,8 @@
 """
 A network and its image processor from a folder or the Hub: whole and sound, or an error in words.
 
-Whoever loads a network for its answers loads it here. transformers itself makes up weights that are missing, and goes
-on. A folder or repository may also hold a PEFT adapter alone: the network is then its base model with the adapter
-merged into it.
+Every command loads its network here. transformers itself initialises missing weights at random and continues. A folder
+or repository may also hold only a PEFT adapter: the network is then its base model with the adapter merged into it.
 """
 
 import json
@@ -293,7 +292,7 @@ def _check_tensors(
     absent: Callable[[str], bool],
     left_over: Callable[[str], bool],
 ) -> None:
-    # A base model is often loaded from a file with a head, whose tensors are left over: they lie outside of it.
+    # A base model is often loaded from a file with a head. The head's tensors are unexpected, but outside of the base.
     own = {key.split(".")[0] for key in model.state_dict()}
     is_base, prefix = model.base_model is model, f"{model.base_model_prefix}."
     unexpected = [
@@ -367,7 +366,7 @@ def _in_words(error: Exception) -> str:
     """An error's text; where it is no sentence (`KeyError: 'x'`), with its kind."""
     if isinstance(error, StrictDataclassError):  # "Class validation error for validator '...':\n    ValueError: ..."
         return " ".join(str(error.__cause__ or error).split())
-    if isinstance(error, pickle.UnpicklingError):  # torch goes on to say how to run it
+    if isinstance(error, pickle.UnpicklingError):  # torch's own text says how to run the code
         return "they are a pickle that may hold code, which isn't run. Ask for safetensors."
     text = " ".join(str(error).split())
     return text if isinstance(error, (ValueError, RuntimeError)) and text else f"{type(error).__name__}: {text}"

@@ -32,7 +32,7 @@ def versions() -> str:
 
 def commit() -> str | None:
     """The last commit that changed this package, and whether files of it were changed since; outside git `None`."""
-    # Asked about the package's own files: an installed one may lie within somebody else's repository.
+    # Only about the package's own files: an installed package may be within another repository.
     last = _git("log", "-1", "--format=%h", "--", ".")
     if not last:
         return None

@@ -1,4 +1,4 @@
-"""The folder of a converted model: there whole, and with the right answers, or not at all."""
+"""A folder that appears only when it is complete, and checks of the model in it."""
 
 import shutil
 import tempfile
@@ -24,7 +24,7 @@ def check_new(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside it to write into, which becomes `folder` at the end, or is removed where anything failed."""
+    """A temporary folder to write into. At the end it is renamed to `folder`; if anything fails, it is removed."""
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with locked_beside(folder, f"the folder {folder}"):
@@ -58,8 +58,8 @@ def check_processor(processor: BaseImageProcessor, config: PreTrainedConfig) -> 
 @torch.no_grad()
 def check_same_answers(model: PreTrainedModel, loaded: RefinerForImageClassification, tolerance: float = 1e-5) -> None:
     """
-    Raises a `RuntimeError` where a model loaded back from disk answers otherwise than the one it was made of: by more
-    than `tolerance`, or by that share of the largest logit, where that is above 1.
+    Raises a `RuntimeError` if a model that was loaded again from disk gives other logits than the saved model: they
+    differ by more than `tolerance`, or by more than this share of the largest logit if that is above 1.
     """
     config = loaded.config
     images = torch.randn(

@@ -370,7 +370,7 @@ class TestTrouble:
 
     def test_what_was_uploaded_before_it_broke_is_not_sent_again(self, hub, token, folder):
         hub.fail("POST", "/api/models/.*/commit/", status=500, times=1000)
-        with pytest.raises(PublishError, match="second push goes on"):
+        with pytest.raises(PublishError, match="second push continues"):
             publish_folder(folder, "alice/model", token=token)
         hub.faults.clear()
         publish_folder(folder, "alice/model", token=token)

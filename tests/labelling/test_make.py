@@ -118,7 +118,7 @@ def test_whose_labels_are_whose(monkeypatch):
     assert match_teacher(["a", "b", "c"], 3, ["c", "a"]) == [2, 0]
     assert not said
     assert match_teacher(["n01", "n02"], 2, ["cat", "dog"]) is None and match_teacher(None, 2, ["cat", "dog"]) is None
-    assert len(said) == 2 and "Look at how often it agrees" in said[0]
+    assert len(said) == 2 and "Check how often it agrees" in said[0]
     for names in (None, ["a", "b", "c"]):
         with pytest.raises(ValueError, match="The teacher knows 3 labels"):
             match_teacher(names, 3, ["cat", "dog"])

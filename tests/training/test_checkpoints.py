@@ -184,7 +184,7 @@ def test_a_damaged_one_is_left_aside(broken, monkeypatch, name, number):
     said = []
     monkeypatch.setattr(output_folder.logger, "warning", said.append)
     assert choose(broken) == str(broken / "checkpoint-6")
-    assert said[0].startswith(f"{broken / 'checkpoint-9'} is damaged: {name}") and "Leaving it aside" in said[0]
+    assert said[0].startswith(f"{broken / 'checkpoint-9'} is damaged: {name}") and "It is not used" in said[0]
     with pytest.raises(ValueError, match=f"(?s)checkpoint-9 can't be used: {name}.*{reason}.*Name another"):
         choose(broken, resume_from_checkpoint=str(broken / "checkpoint-9"))
     assert not (broken / "tampered").exists(), "code of a pickle was run"

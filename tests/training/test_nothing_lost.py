@@ -110,7 +110,7 @@ def test_killed_and_taken_up_again(photos, unbroken, tmp_path, before, kept):
     assert start(photos, out, before=before).returncode == -signal.SIGKILL
     again = start(photos, out)
     assert again.returncode == 0, again.stderr[-2000:]
-    assert f"Going on from {out / kept}" in again.stderr + again.stdout
+    assert f"Continuing from {out / kept}" in again.stderr + again.stdout
     assert_same_run(out, unbroken)
 
 

@@ -196,7 +196,7 @@ class TestTrouble:
         monkeypatch.setattr(pushing.logger, "warning", said.append)
         hub.fail("POST", "/commit/", status=403)
         main([*options, "--hub_strategy", "every_save", "--hub_always_push"])
-        assert [line for line in said if "training goes on" in line]
+        assert [line for line in said if "The training continues" in line]
         history = hub.repositories["alice/model"].history()
         assert [commit.title for commit in history[:2]] == ["End of training", "Training in progress, step 6"]
         assert set(history[0].files) == FINISHED
@@ -208,7 +208,7 @@ class TestTrouble:
         monkeypatch.setattr(pushing.logger, "warning", said.append)
         monkeypatch.setattr(pushing, broken, lambda *args: 1 / 0)
         result = main([*options, "--hub_strategy", "every_save", "--hub_always_push"])
-        assert len([line for line in said if "training goes on" in line]) == 2
+        assert len([line for line in said if "The training continues" in line]) == 2
         assert [commit.title for commit in hub.repositories["alice/model"].history()][0] == "End of training"
         assert not list(result.folder.glob("_push*"))
 

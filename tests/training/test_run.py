@@ -592,7 +592,7 @@ def test_a_killed_run_goes_on(tmp_path, photos):
     again = subprocess.run(
         [*command, "--output_dir", str(tmp_path / "broken")], check=True, capture_output=True, text=True
     )
-    assert "Going on from" in again.stderr + again.stdout
+    assert "Continuing from" in again.stderr + again.stdout
     assert history(tmp_path / "broken") == pytest.approx(history(tmp_path / "unbroken"), rel=1e-4)
     assert " steps in " in (tmp_path / "unbroken" / "README.md").read_text()
     assert " steps in " not in (tmp_path / "broken" / "README.md").read_text()
@@ -617,7 +617,7 @@ def test_a_checkpoint_that_was_cut_off_is_left_aside(tmp_path, photos, monkeypat
     measured = main(options).metrics
     assert not [name for name in measured if name.startswith("train_")], "they are of the last part alone"
     assert any("checkpoint-9 is damaged: trainer_state.json can't be read" in line for line in said)
-    assert any("Going on from" in line and "checkpoint-6" in line for line in said)
+    assert any("Continuing from" in line and "checkpoint-6" in line for line in said)
     assert (tmp_path / "out" / "README.md").exists()
 
 

@@ -14,9 +14,9 @@ from transformers.utils import logging
 
 from .blocked_refiner import blocked_refine
 from .configuration_refiner import RefinerConfig
-from .exact_refiner import why_not_exact
-from .folding_refiner import can_bypass, is_transformed, needs_exact
+from .folding_refiner import can_bypass, is_transformed, needs_training_form
 from .normalization_refiner import RefinerBatchNorm2d
+from .recomputing_refiner import why_not_recomputed
 from .triton_refiner import triton_refine, why_not_triton
 
 
@@ -111,7 +111,7 @@ def _why_not_blocked(refinement: RefinerMapRefinement, attention_map: torch.Tens
         return "what happens to the maps is recorded or transformed, which takes plain operations"
     if attention_map[:, 0].numel() < 2:
         return "there is nothing, or a single value, to refine"
-    return why_not_exact(refinement) if needs_exact(refinement, attention_map) else None
+    return why_not_recomputed(refinement) if needs_training_form(refinement, attention_map) else None
 
 
 def _why_not_kernels(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> str | None:
@@ -187,7 +187,7 @@ def _fastest(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> t
     if obstacle := implementation.why_not(refinement, attention_map):
         return "eager", f"{name!r} doesn't fit, {obstacle}"
     # Processes that synchronize must pick alike, whatever the sizes of their batches.
-    if needs_exact(refinement, attention_map) and not refinement.output_norm.synchronizing:
+    if needs_training_form(refinement, attention_map) and not refinement.output_norm.synchronizing:
         expanded = attention_map[:, 0].numel() * refinement.reduction.in_channels * attention_map.itemsize
         least = implementation.fastest_from[device]
         if expanded < least:

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .exact_refiner import BackwardInputs, Moments, exact_refine, sums_type
-from .folding_refiner import Expansion, Folded, Local, arithmetic_type, fold, needs_exact
-from .normalization_refiner import join_moments
+from .folding_refiner import Expansion, Folded, Local, arithmetic_type, fold, needs_training_form
+from .normalization_refiner import combine_moments
+from .recomputing_refiner import BackwardInputs, Moments, recomputed_refine, sums_type
 
 
 # Bytes of an expanded piece: few enough for a CPU's shared cache, enough to be worth the calls.
@@ -28,8 +28,8 @@ _PIECE = 8 * 2**20
 
 def blocked_refine(refinement: nn.Module, attention_map: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """
-    The refinement in pieces: with batch statistics or gradients as in [`exact_refine`], else with every norm folded
-    into the weights before it.
+    The refinement in pieces: with batch statistics or gradients as in [`recomputed_refine`], else with every norm
+    folded into the weights before it.
 
     Args:
         refinement: the module that holds weights and norms.
@@ -39,8 +39,8 @@ def blocked_refine(refinement: nn.Module, attention_map: torch.Tensor, scale: fl
     Returns:
         `torch.Tensor` of shape (B, H, N, N).
     """
-    if needs_exact(refinement, attention_map):
-        return exact_refine(refinement, attention_map, scale, BlockedPasses)
+    if needs_training_form(refinement, attention_map):
+        return recomputed_refine(refinement, attention_map, scale, BlockedPasses)
     with torch.autocast(attention_map.device.type, enabled=False):
         return _folded_refine(fold(refinement, arithmetic_type(attention_map), scale), attention_map)
 
@@ -65,7 +65,7 @@ def _folded_refine(folded: Folded, attention_map: torch.Tensor) -> torch.Tensor:
 
 
 class BlockedPasses:
-    """The passes of [`exact_refiner.Passes`] in plain torch."""
+    """The passes of [`recomputing_refiner.Passes`] in plain torch."""
 
     def __init__(self, attention_map: torch.Tensor, kernel_size: int):
         self.attention_map = attention_map
@@ -302,4 +302,4 @@ def _exact(sums: torch.Tensor) -> torch.Tensor:
 
 def _join(counts: list[int], x: torch.Tensor, y: torch.Tensor, scatters: list[torch.Tensor]) -> Moments:
     counts = torch.tensor(counts, device=x.device)
-    return Moments(*join_moments(*(_exact(moment) for moment in (counts, x, y, torch.stack(scatters)))))
+    return Moments(*combine_moments(*(_exact(moment) for moment in (counts, x, y, torch.stack(scatters)))))

@@ -100,7 +100,7 @@ def cast_together(tensors: Sequence[torch.Tensor | None], dtype: torch.dtype) ->
     return [None if tensor is None else next(pieces).view(tensor.shape) for tensor in tensors]
 
 
-def needs_exact(refinement: nn.Module, attention_map: torch.Tensor) -> bool:
+def needs_training_form(refinement: nn.Module, attention_map: torch.Tensor) -> bool:
     """Whether a call needs batch statistics or gradients, so that folding isn't enough."""
     return any(norm.training for norm in norms_of(refinement)) or (
         torch.is_grad_enabled()

@@ -98,7 +98,7 @@ def track_together(norms: list[RefinerBatchNorm2d], statistics: torch.Tensor, co
         vector.copy_(vector + momentum * (value - vector))
 
 
-def total(sums: torch.Tensor, synchronizing: bool) -> torch.Tensor:
+def all_reduce_sum(sums: torch.Tensor, synchronizing: bool) -> torch.Tensor:
     """`sums` added up over all processes."""
     if synchronizing:
         sums = sums.clone()
@@ -106,12 +106,12 @@ def total(sums: torch.Tensor, synchronizing: bool) -> torch.Tensor:
     return sums
 
 
-def merge_moments(moments: tuple[torch.Tensor, ...], synchronizing: bool) -> tuple[torch.Tensor, ...]:
+def all_gather_moments(moments: tuple[torch.Tensor, ...], synchronizing: bool) -> tuple[torch.Tensor, ...]:
     """
     The moments of all processes' values together: count, means of x and of y, sum of (x - mean)(y - mean).
 
     Args:
-        moments: the same four of this process's own values, as in [`join_moments`].
+        moments: the same four of this process's own values, as in [`combine_moments`].
     """
     if not synchronizing:
         return moments
@@ -121,10 +121,10 @@ def merge_moments(moments: tuple[torch.Tensor, ...], synchronizing: bool) -> tup
     gathered[dist.get_rank()] = packed
     dist.all_reduce(gathered)
     parts = gathered.split([moment.numel() for moment in moments], dim=1)
-    return join_moments(*(part.unflatten(1, moment.shape or (1,)) for part, moment in zip(parts, moments)))
+    return combine_moments(*(part.unflatten(1, moment.shape or (1,)) for part, moment in zip(parts, moments)))
 
 
-def join_moments(
+def combine_moments(
     counts: torch.Tensor, x: torch.Tensor, y: torch.Tensor, scatter: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """
@@ -187,7 +187,7 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
         variance, mean = torch.var_mean(hidden_states.to(working), dims, correction=0)
         mean, variance = mean.double(), variance.double()
         count = mean.new_tensor(hidden_states.numel() / hidden_states.shape[1])
-        count, mean, _, scatter = merge_moments((count, mean, mean, variance * count), True)
+        count, mean, _, scatter = all_gather_moments((count, mean, mean, variance * count), True)
         variance = scatter / count
         output = nn.functional.batch_norm(
             hidden_states.to(working), mean.to(working), variance.to(working), weight.to(working), bias.to(working),
@@ -210,7 +210,7 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
         gradient = gradient.to(working)
         # This process's share; what corrects the input's gradient is the mean over all.
         d_bias, d_weight = gradient.sum((0, 2, 3)).double(), (gradient * normalised).sum((0, 2, 3)).double()
-        mean_d, mean_dx = total(torch.stack((d_bias, d_weight)), True) / count
+        mean_d, mean_dx = all_reduce_sum(torch.stack((d_bias, d_weight)), True) / count
         d_input = (gradient - channels(mean_d) - normalised * channels(mean_dx)) * channels(weight * inverse)
         return d_input.to(hidden_states.dtype), d_weight.to(weight.dtype), d_bias.to(weight.dtype), None
 

@@ -1,16 +1,16 @@
 # Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The passes of the refinement as Triton kernels: `exact_refiner.py` says what each is for, `triton_refiner.py` calls
-them.
+The passes of the refinement as Triton kernels. `recomputing_refiner.py` says what each pass is for, and
+`triton_refiner.py` calls the kernels.
 
 Maps are first packed: a position, that is a pair (query, key), with all its heads side by side, HP of them. Behind the
 H heads stands a one, which the expansion multiplies with its bias; around an image lies a border of zeros, as wide as
 the convolution reaches. So what is outside needs no case of its own, and expands to 0 as it must.
 
-A program has PIXELS lanes. A lane walks down one column of an image's map, ROWS rows of it (a strip), and all lanes
-take a step together. Expanded tiles are (PIXELS, CHANNELS) and live in registers. A step reads one row, expands it at
-K columns, and adds its share to the K rows that the convolution takes it for; the first of these is then complete.
-So a position is expanded K times, not K K times. Sums are in float32, whatever the maps are.
+A program has BLOCK lanes. A lane walks down one column of an image's map, ROWS rows of it (a strip), and all lanes take
+a step together. Expanded tiles are (BLOCK, CHANNELS) and stay in registers. A step reads one row, expands it at K
+columns, and adds its share to the K rows whose convolution it belongs to; the first of these is then complete. So a
+position is expanded K times, not K K times. Sums are in float32, whatever the type of the maps.
 
 Names: H heads, E expanded heads, N tokens, K side of the kernel. Indices: h over the heads of a packed position, e
 over expanded heads, p over positions.
@@ -35,9 +35,9 @@ def _jit(function):
 
 
 @_jit
-def _lanes(N, ROWS: tl.constexpr, PIXELS: tl.constexpr):
+def _lanes(N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The first row and the column of each lane. Lanes too many begin below the map."""
-    lane = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     return lane // N * ROWS, lane % N
 
 
@@ -49,21 +49,21 @@ def _counts(first, N, ROWS: tl.constexpr):
 
 @_jit
 def _mean(means, counts):
-    """How many values all lanes have, and their mean, from the lanes' own (PIXELS, channels)."""
+    """How many values all lanes have, and their mean, from the lanes' own (BLOCK, channels)."""
     total = tl.sum(counts, 0)
     return total, tl.sum(counts[:, None] * means, 0) / total
 
 
 @_jit
 def _load_heads(maps, h, p, inside, area, H: tl.constexpr):
-    """Some positions of an image's unpacked maps, (heads, PIXELS), zero where there is nothing."""
+    """Some positions of an image's unpacked maps, (heads, BLOCK), zero where there is nothing."""
     mask = (h < H)[:, None] & inside[None, :]
     return tl.load(maps + h[:, None] * area + p[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
 @_jit
 def _load_packed(maps, h, p, inside, width: tl.constexpr):
-    """Some positions, (PIXELS, heads), in the maps' own type."""
+    """Some positions, (BLOCK, heads), in the maps' own type."""
     return tl.load(maps + p[:, None] * width + h[None, :], mask=inside[:, None], other=0.0)
 
 
@@ -149,7 +149,7 @@ def _channel_block(
 
 @_jit
 def _expand(values, halves, EXPANDS: tl.constexpr, PRECISION: tl.constexpr):
-    """h1 of packed positions, (PIXELS, CHANNELS)."""
+    """h1 of packed positions, (BLOCK, CHANNELS)."""
     if EXPANDS:
         return _relu6(_product(values, halves, PRECISION))
     else:
@@ -157,11 +157,11 @@ def _expand(values, halves, EXPANDS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @_jit
-def _no_rows(K: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
+def _no_rows(K: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr):
     """The K rows under way before the first step."""
     rows = ()
     for _ in tl.static_range(K):
-        rows = rows + (tl.zeros((PIXELS, CHANNELS), tl.float32),)
+        rows = rows + (tl.zeros((BLOCK, CHANNELS), tl.float32),)
     return rows
 
 
@@ -242,7 +242,7 @@ def fold_kernel(
 @_jit
 def pack_kernel(
     maps, packed, counts, means, scatters, N,
-    STEPS: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, HALF: tl.constexpr, PIXELS: tl.constexpr,
+    STEPS: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
     MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """
@@ -253,10 +253,10 @@ def pack_kernel(
     area, h, side = N * N, tl.arange(0, HP), N + 2 * HALF
     maps += image * H * area
     packed += image * side * side * HP
-    p = group * STEPS * PIXELS + tl.arange(0, PIXELS)
+    p = group * STEPS * BLOCK + tl.arange(0, BLOCK)
     if MOMENTS:
         # Sums about some value near the mean don't cancel.
-        about = tl.sum(_load_heads(maps, h, p % area, p >= 0, area, H), 1)[:, None] / PIXELS
+        about = tl.sum(_load_heads(maps, h, p % area, p >= 0, area, H), 1)[:, None] / BLOCK
         sums, scatter, count = tl.zeros((HP,), tl.float32), tl.zeros((HP, HP), tl.float32), 0.0
     for _ in range(STEPS):
         row, column = p // side - HALF, p % side - HALF
@@ -269,7 +269,7 @@ def pack_kernel(
             sums += tl.sum(values, 1)
             scatter += tl.dot(values, tl.trans(values), input_precision="tf32x3")
             count += tl.sum(inside.to(tl.float32), 0)
-        p += PIXELS
+        p += BLOCK
     if MOMENTS:
         program, divisor = image * groups + group, tl.maximum(count, 1.0)
         tl.store(counts + program, count)
@@ -283,38 +283,38 @@ def pack_kernel(
 def local_moments_kernel(
     packed, weight, bias, local, counts, means, scatters, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
-    ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of z2: count (programs,), mean and sum of squares about it (programs, E)."""
     image, blocks = tl.program_id(1).to(tl.int64), tl.num_programs(0)
     side, h = N + (K - 1), tl.arange(0, HP)
-    first, column = _lanes(N, ROWS, PIXELS)
+    first, column = _lanes(N, ROWS, BLOCK)
     packed += image * side * side * HP
     e, halves, taps = _channel_block(tl.program_id(2), weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
-    rows = _no_rows(K, PIXELS, CHANNELS)
+    rows = _no_rows(K, BLOCK, CHANNELS)
     mean, scatter = tl.zeros_like(rows[0]), tl.zeros_like(rows[0])  # of each lane alone
     for step in range(ROWS + K - 1):
         row = first + step
         rows = _convolved(rows, packed, halves, taps, h, row * side + column, row < side, HP, K, EXPANDS, PRECISION)
         complete = _completes(step, row, side, K)
-        beside = tl.where(complete[:, None], rows[0] - mean, 0.0)
-        mean += beside / tl.maximum(step - (K - 2), 1)
-        scatter += beside * (rows[0] - mean)
+        delta = tl.where(complete[:, None], rows[0] - mean, 0.0)
+        mean += delta / tl.maximum(step - (K - 2), 1)
+        scatter += delta * (rows[0] - mean)
         rows = _next(rows)
     count = _counts(first, N, ROWS)
-    total, together = _mean(mean, count)
-    beside = mean - together[None, :]
+    total, overall_mean = _mean(mean, count)
+    delta = mean - overall_mean[None, :]
     program = image * blocks + tl.program_id(0)
     tl.store(counts + program, total)
-    tl.store(means + program * E + e, together, mask=e < E)
-    tl.store(scatters + program * E + e, tl.sum(scatter + count[:, None] * beside * beside, 0), mask=e < E)
+    tl.store(means + program * E + e, overall_mean, mask=e < E)
+    tl.store(scatters + program * E + e, tl.sum(scatter + count[:, None] * delta * delta, 0), mask=e < E)
 
 
 @_jit
 def project_kernel(
     packed, weight, bias, local, local_bias, reduction, identity, constant, output, counts, means, scatters, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
-    ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr, MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """
@@ -324,18 +324,18 @@ def project_kernel(
     """
     image, blocks = tl.program_id(1).to(tl.int64), tl.num_programs(0)
     area, side, h = N * N, N + (K - 1), tl.arange(0, HP)
-    first, column = _lanes(N, ROWS, PIXELS)
+    first, column = _lanes(N, ROWS, BLOCK)
     packed += image * side * side * HP
     output += image * H * area
-    under_way, weights = (), ()
+    accumulators, weights = (), ()
     for block in tl.static_range(BLOCKS):
         e, halves, taps = _channel_block(block, weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
         back = tl.trans(_matrix(reduction, h, e, H, E)).to(packed.dtype.element_ty)
-        under_way = under_way + (_no_rows(K, PIXELS, CHANNELS),)
+        accumulators = accumulators + (_no_rows(K, BLOCK, CHANNELS),)
         weights = weights + ((halves, taps, _vector(local_bias, e, E)[None, :], back),)
     if MOMENTS:
-        mean_z, mean_a = tl.zeros((PIXELS, HP), tl.float32), tl.zeros((PIXELS, HP), tl.float32)
-        scatter_z, scatter_a = tl.zeros((PIXELS, HP), tl.float32), tl.zeros((PIXELS, HP), tl.float32)
+        mean_z, mean_a = tl.zeros((BLOCK, HP), tl.float32), tl.zeros((BLOCK, HP), tl.float32)
+        scatter_z, scatter_a = tl.zeros((BLOCK, HP), tl.float32), tl.zeros((BLOCK, HP), tl.float32)
     for step in range(ROWS + K - 1):
         row = first + step
         p = row * side + column
@@ -344,15 +344,15 @@ def project_kernel(
             after = ()
             for block in tl.static_range(BLOCKS):
                 h1 = _expand(values, weights[block][0], EXPANDS, PRECISION)
-                after = after + (_add_shares(under_way[block], h1, weights[block][1], shift, K),)
-            under_way = after
-        z3 = tl.zeros((PIXELS, HP), tl.float32)
+                after = after + (_add_shares(accumulators[block], h1, weights[block][1], shift, K),)
+            accumulators = after
+        z3 = tl.zeros((BLOCK, HP), tl.float32)
         after = ()
         for block in tl.static_range(BLOCKS):
-            h2 = _relu6(under_way[block][0] + weights[block][2])
+            h2 = _relu6(accumulators[block][0] + weights[block][2])
             z3 = tl.dot(h2.to(packed.dtype.element_ty), weights[block][3], acc=z3, input_precision=PRECISION)
-            after = after + (_next(under_way[block]),)
-        under_way = after
+            after = after + (_next(accumulators[block]),)
+        accumulators = after
         complete = _completes(step, row, side, K)
         own = _load_packed(packed, h, p - (K // 2) * side + K // 2, complete, HP).to(tl.float32)
         if MOMENTS:
@@ -365,9 +365,9 @@ def project_kernel(
             scatter_a += beside_z * (own - mean_a)
         else:
             z3 += _vector(identity, h, H)[None, :] * own + _vector(constant, h, H)[None, :]
-        there = (row - (K - 1)) * N + column
+        offsets = (row - (K - 1)) * N + column
         mask = complete[:, None] & (h < H)[None, :]
-        tl.store(output + h[None, :] * area + there[:, None], z3.to(output.dtype.element_ty), mask=mask)
+        tl.store(output + h[None, :] * area + offsets[:, None], z3.to(output.dtype.element_ty), mask=mask)
     if MOMENTS:
         count = _counts(first, N, ROWS)
         total, together_z = _mean(mean_z, count)
@@ -424,10 +424,10 @@ def join_kernel(
 
 
 @_jit
-def combine_kernel(coefficients, maps, reduced, output, area, H: tl.constexpr, PIXELS: tl.constexpr):
+def combine_kernel(coefficients, maps, reduced, output, area, H: tl.constexpr, BLOCK: tl.constexpr):
     """c0 z3 + c1 A + c2 for coefficients (3, H), a channel at a time."""
     channel = tl.program_id(0)  # of all images
-    h, p = channel % H, tl.program_id(1) * PIXELS + tl.arange(0, PIXELS)
+    h, p = channel % H, tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     offset = channel.to(tl.int64) * area
     a = tl.load(maps + offset + p, mask=p < area, other=0.0).to(tl.float32)
     z3 = tl.load(reduced + offset + p, mask=p < area, other=0.0).to(tl.float32)
@@ -439,11 +439,11 @@ def combine_kernel(coefficients, maps, reduced, output, area, H: tl.constexpr, P
 
 
 @_jit
-def outer_sums_kernel(gradient, maps, reduced, mean, sums, area, H: tl.constexpr, PIXELS: tl.constexpr):
+def outer_sums_kernel(gradient, maps, reduced, mean, sums, area, H: tl.constexpr, BLOCK: tl.constexpr):
     """Sums of d, d (A - mean) and d (z3 - mean) over a block of a channel, (programs, 3, H); `mean` is (2, H)."""
     channel, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     image, h = channel // H, channel % H
-    p = block * PIXELS + tl.arange(0, PIXELS)
+    p = block * BLOCK + tl.arange(0, BLOCK)
     offset = channel.to(tl.int64) * area
     d = tl.load(gradient + offset + p, mask=p < area, other=0.0).to(tl.float32)  # 0 outside, and all sums have it
     a = tl.load(maps + offset + p, mask=p < area, other=0.0).to(tl.float32) - _number(mean, h)
@@ -456,7 +456,7 @@ def outer_sums_kernel(gradient, maps, reduced, mean, sums, area, H: tl.constexpr
 
 @_jit
 def _combination(gradient, maps, reduced, coefficients, h, p, inside, area, H: tl.constexpr):
-    """c0 d + c1 A + c2 z3 + c3 for coefficients (4, H), (heads, PIXELS), zero outside."""
+    """c0 d + c1 A + c2 z3 + c3 for coefficients (4, H), (heads, BLOCK), zero outside."""
     values = _vector(coefficients, h, H)[:, None] * _load_heads(gradient, h, p, inside, area, H)
     values += _vector(coefficients + H, h, H)[:, None] * _load_heads(maps, h, p, inside, area, H)
     values += _vector(coefficients + 2 * H, h, H)[:, None] * _load_heads(reduced, h, p, inside, area, H)
@@ -466,21 +466,21 @@ def _combination(gradient, maps, reduced, coefficients, h, p, inside, area, H: t
 @_jit
 def reduced_gradient_kernel(
     gradient, maps, reduced, coefficients, output, N,
-    H: tl.constexpr, HP: tl.constexpr, PIXELS: tl.constexpr,
+    H: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dz3 = c0 d + c1 A + c2 z3 + c3 as (images, N N, HP)."""
     area, h = N * N, tl.arange(0, HP)
-    p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     image = tl.program_id(1).to(tl.int64)
     start = image * H * area
     values = _combination(gradient + start, maps + start, reduced + start, coefficients, h, p, p < area, area, H)
-    there = output + image * area * HP + p[None, :] * HP + h[:, None]
-    tl.store(there, values.to(output.dtype.element_ty), mask=(p < area)[None, :])
+    offsets = output + image * area * HP + p[None, :] * HP + h[:, None]
+    tl.store(offsets, values.to(output.dtype.element_ty), mask=(p < area)[None, :])
 
 
 @_jit
 def _second_norm_gradient(convolved, dz3, back, local_bias, gain, offset, e, E: tl.constexpr, PRECISION: tl.constexpr):
-    """dn2, z2^ and h2, (PIXELS, CHANNELS)."""
+    """dn2, z2^ and h2, (BLOCK, CHANNELS)."""
     normalised = convolved + _vector(local_bias, e, E)[None, :]
     h2 = _relu6(_vector(gain, e, E)[None, :] * normalised + _vector(offset, e, E)[None, :])
     dn2 = tl.dot(dz3, back, input_precision=PRECISION)
@@ -492,17 +492,17 @@ def reduction_backward_kernel(
     packed, reduced_gradient, weight, bias, local, local_bias, gain, offset, reduction,
     sums, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
-    ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Of each program, one behind the other: sums of dn2 and of dn2 z2^, both (E,), and of dz3 h2^T, (H, E)."""
     image, blocks = tl.program_id(1).to(tl.int64), tl.num_programs(0)
     side, h = N + (K - 1), tl.arange(0, HP)
-    first, column = _lanes(N, ROWS, PIXELS)
+    first, column = _lanes(N, ROWS, BLOCK)
     packed += image * side * side * HP
     reduced_gradient += image * N * N * HP
     e, halves, taps = _channel_block(tl.program_id(2), weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
     back = _matrix(reduction, h, e, H, E).to(packed.dtype.element_ty)
-    rows = _no_rows(K, PIXELS, CHANNELS)
+    rows = _no_rows(K, BLOCK, CHANNELS)
     sum_n, sum_nz = tl.zeros_like(rows[0]), tl.zeros_like(rows[0])
     outer = tl.zeros((HP, CHANNELS), tl.float32)
     for step in range(ROWS + K - 1):
@@ -526,21 +526,21 @@ def reduction_backward_kernel(
 def local_gradient_kernel(
     packed, reduced_gradient, weight, bias, local, local_bias, gain, offset, reduction, second_norm, exchange, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
-    ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """
     dz2 = s0 dn2 + s1 z2^ + s2 for `second_norm` (3, E), into the inner of `exchange`, maps packed without a one:
     (images, N + K - 1, N + K - 1, CHANNELS of each block).
     """
     image, side, h = tl.program_id(1).to(tl.int64), N + (K - 1), tl.arange(0, HP)
-    first, column = _lanes(N, ROWS, PIXELS)
+    first, column = _lanes(N, ROWS, BLOCK)
     packed += image * side * side * HP
     reduced_gradient += image * N * N * HP
     width: tl.constexpr = (E + CHANNELS - 1) // CHANNELS * CHANNELS
     exchange += image * side * side * width
     e, halves, taps = _channel_block(tl.program_id(2), weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
     back = _matrix(reduction, h, e, H, E).to(packed.dtype.element_ty)
-    rows = _no_rows(K, PIXELS, CHANNELS)
+    rows = _no_rows(K, BLOCK, CHANNELS)
     for step in range(ROWS + K - 1):
         row = first + step
         p = row * side + column
@@ -550,8 +550,8 @@ def local_gradient_kernel(
         dn2, normalised, _ = _second_norm_gradient(rows[0], dz3, back, local_bias, gain, offset, e, E, PRECISION)
         dz2 = _vector(second_norm, e, E)[None, :] * dn2 + _vector(second_norm + E, e, E)[None, :] * normalised
         dz2 += _vector(second_norm + 2 * E, e, E)[None, :]
-        there = (p - (K // 2) * side + K // 2)[:, None] * width + e[None, :]
-        tl.store(exchange + there, dz2.to(exchange.dtype.element_ty), mask=complete[:, None])
+        offsets = (p - (K // 2) * side + K // 2)[:, None] * width + e[None, :]
+        tl.store(exchange + offsets, dz2.to(exchange.dtype.element_ty), mask=complete[:, None])
         rows = _next(rows)
 
 
@@ -559,18 +559,18 @@ def local_gradient_kernel(
 def local_weight_gradient_kernel(
     packed, exchange, weight, bias, sums, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
-    ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dW2 from dz2 in `exchange`, each program's share of it (programs, E, K K)."""
     image, blocks = tl.program_id(1).to(tl.int64), tl.num_programs(0)
     side, h = N + (K - 1), tl.arange(0, HP)
-    first, column = _lanes(N, ROWS, PIXELS)
+    first, column = _lanes(N, ROWS, BLOCK)
     packed += image * side * side * HP
     width: tl.constexpr = (E + CHANNELS - 1) // CHANNELS * CHANNELS
     exchange += image * side * side * width
     e = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     halves = _halves(_expansion(weight, bias, h, e, H, E, EXPANDS), packed)
-    hidden, tap_sums = _no_rows(K, PIXELS, CHANNELS), _no_rows(K * K, PIXELS, CHANNELS)
+    hidden, tap_sums = _no_rows(K, BLOCK, CHANNELS), _no_rows(K * K, BLOCK, CHANNELS)
     for step in tl.range(ROWS + K - 1, num_stages=3):  # else only operands of products are loaded ahead
         row = first + step
         p = row * side + column
@@ -600,7 +600,7 @@ def local_weight_gradient_kernel(
 def expansion_backward_kernel(
     packed, exchange, weight, bias, local, centre, part, sums, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
-    ROWS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """
     From dz2 in `exchange`: dh1 and g, and W1^T g into `part` (images, N N, H), without expansion dh1 itself; and sums
@@ -608,15 +608,15 @@ def expansion_backward_kernel(
     """
     image, blocks = tl.program_id(1).to(tl.int64), tl.num_programs(0)
     side, h = N + (K - 1), tl.arange(0, HP)
-    first, column = _lanes(N, ROWS, PIXELS)
+    first, column = _lanes(N, ROWS, BLOCK)
     packed += image * side * side * HP
     exchange += image * side * side * BLOCKS * CHANNELS
     part += image * N * N * H
     middle = _vector(centre, h, H)[None, :]
-    under_way, weights, sums_ga = (), (), ()
+    accumulators, weights, sums_ga = (), (), ()
     for block in tl.static_range(BLOCKS):
         e, halves, taps = _channel_block(block, weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
-        under_way = under_way + (_no_rows(K, PIXELS, CHANNELS),)
+        accumulators = accumulators + (_no_rows(K, BLOCK, CHANNELS),)
         weights = weights + ((e, taps, halves, (tl.trans(halves[0]), tl.trans(halves[1]))),)
         sums_ga = sums_ga + (tl.zeros((HP, CHANNELS), tl.float32),)
     for step in range(ROWS + K - 1):
@@ -629,28 +629,28 @@ def expansion_backward_kernel(
                 dz2 = _load_packed(exchange, e, p + shift, row < side, BLOCKS * CHANNELS).to(tl.float32)
                 shares = ()
                 for down in tl.static_range(K):  # turned around, see above
-                    shares = shares + (under_way[block][down] + taps[down * K + K - 1 - shift] * dz2,)
+                    shares = shares + (accumulators[block][down] + taps[down * K + K - 1 - shift] * dz2,)
                 after = after + (shares,)
-            under_way = after
+            accumulators = after
         complete = _completes(step, row, side, K)
-        there = part + ((row - (K - 1)) * N + column)[:, None] * H
+        offsets = part + ((row - (K - 1)) * N + column)[:, None] * H
         if EXPANDS:
             own = _load_packed(packed, h, p - (K // 2) * side + K // 2, complete, HP)
-            beside = tl.where(complete[:, None], own.to(tl.float32) - middle, 0.0).to(own.dtype)
-            share = tl.zeros((PIXELS, HP), tl.float32)
+            delta = tl.where(complete[:, None], own.to(tl.float32) - middle, 0.0).to(own.dtype)
+            share = tl.zeros((BLOCK, HP), tl.float32)
             after, added = (), ()
             for block in tl.static_range(BLOCKS):
                 h1 = _expand(own, weights[block][2], EXPANDS, PRECISION)
-                g = _relu6_backward(under_way[block][0], h1).to(packed.dtype.element_ty)
-                added = added + (tl.dot(tl.trans(beside), g, acc=sums_ga[block], input_precision=PRECISION),)
+                g = _relu6_backward(accumulators[block][0], h1).to(packed.dtype.element_ty)
+                added = added + (tl.dot(tl.trans(delta), g, acc=sums_ga[block], input_precision=PRECISION),)
                 share += _product(g, weights[block][3], PRECISION)
-                after = after + (_next(under_way[block]),)
-            under_way, sums_ga = after, added
-            tl.store(there + h[None, :], share, mask=complete[:, None] & (h < H)[None, :])
+                after = after + (_next(accumulators[block]),)
+            accumulators, sums_ga = after, added
+            tl.store(offsets + h[None, :], share, mask=complete[:, None] & (h < H)[None, :])
         else:
             e = tl.arange(0, CHANNELS)
-            tl.store(there + e[None, :], under_way[0][0], mask=complete[:, None] & (e < H)[None, :])
-            under_way = (_next(under_way[0]),)
+            tl.store(offsets + e[None, :], accumulators[0][0], mask=complete[:, None] & (e < H)[None, :])
+            accumulators = (_next(accumulators[0]),)
     if EXPANDS:
         sums += (image * blocks + tl.program_id(0)) * (H + 1) * E
         for block in tl.static_range(BLOCKS):
@@ -662,11 +662,11 @@ def expansion_backward_kernel(
 @_jit
 def finish_kernel(
     part, gradient, maps, reduced, coefficients, mixing, output, N,
-    H: tl.constexpr, HP: tl.constexpr, MIXES: tl.constexpr, PIXELS: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, HP: tl.constexpr, MIXES: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """part + c0 d + c1 A + c2 z3 + c3 + mixing A, for `part` (images, N N, H)."""
     area, h = N * N, tl.arange(0, HP)
-    p = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)
+    p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     image, inside = tl.program_id(1).to(tl.int64), p < area
     start = image * H * area
     maps += start

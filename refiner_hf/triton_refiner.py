@@ -20,8 +20,8 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from .exact_refiner import BackwardInputs, Moments, exact_refine
-from .folding_refiner import Expansion, Folded, Local, needs_exact, norms_of
+from .folding_refiner import Expansion, Folded, Local, needs_training_form, norms_of
+from .recomputing_refiner import BackwardInputs, Moments, recomputed_refine
 from .triton_kernels_refiner import (
     combine_kernel,
     expansion_backward_kernel,
@@ -75,8 +75,8 @@ def why_not_triton(refinement: nn.Module, attention_map: torch.Tensor) -> str | 
 
 def triton_refine(refinement: nn.Module, attention_map: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """
-    The refinement by kernels: with batch statistics or gradients as in [`exact_refine`], else with every norm folded
-    into the weights before it.
+    The refinement by kernels: with batch statistics or gradients as in [`recomputed_refine`], else with every norm
+    folded into the weights before it.
 
     Products of float32 maps are as exact as float32 (three TF32 products each), unless the user lets torch's own
     products be in TF32 (`torch.backends.cuda.matmul.fp32_precision`).
@@ -89,8 +89,8 @@ def triton_refine(refinement: nn.Module, attention_map: torch.Tensor, scale: flo
     Returns:
         `torch.Tensor` of shape (B, H, N, N).
     """
-    if needs_exact(refinement, attention_map):
-        return exact_refine(refinement, attention_map, scale, TritonPasses)
+    if needs_training_form(refinement, attention_map):
+        return recomputed_refine(refinement, attention_map, scale, TritonPasses)
     attention_map = attention_map.contiguous()
     output = torch.empty_like(attention_map)
     passes = TritonPasses(attention_map, refinement.local_attention.kernel_size[0])
@@ -124,7 +124,7 @@ def _fold(refinement: nn.Module, scale: float) -> Folded:
 
 
 class TritonPasses:
-    """The passes of [`exact_refiner.Passes`] as kernels."""
+    """The passes of [`recomputing_refiner.Passes`] as kernels."""
 
     def __init__(self, attention_map: torch.Tensor, kernel_size: int):
         self.maps, self.kernel_size = attention_map, kernel_size
@@ -168,7 +168,7 @@ class TritonPasses:
         output = torch.empty_like(self.maps)
         with _on(self.maps):
             combine_kernel[self.images * self.heads, _ceil_div(self.area, _PLAIN)](
-                coefficients, self.maps, reduced, output, self.area, H=self.heads, PIXELS=_PLAIN
+                coefficients, self.maps, reduced, output, self.area, H=self.heads, BLOCK=_PLAIN
             )
         return output
 
@@ -177,7 +177,7 @@ class TritonPasses:
         sums = self._sums(blocks, 3, self.heads)
         with _on(self.maps):
             outer_sums_kernel[self.images * self.heads, blocks](
-                gradient, self.maps, reduced, means, sums, self.area, H=self.heads, PIXELS=_PLAIN
+                gradient, self.maps, reduced, means, sums, self.area, H=self.heads, BLOCK=_PLAIN
             )
         return _added(sums)
 
@@ -189,7 +189,7 @@ class TritonPasses:
         with _on(self.maps):
             reduced_gradient_kernel[_ceil_div(self.area, _PACKED), self.images](
                 inputs.gradient, self.maps, inputs.reduced, inputs.coefficients, self.reduced_gradient, self.size,
-                H=self.heads, HP=self.padded_heads, PIXELS=_PACKED,
+                H=self.heads, HP=self.padded_heads, BLOCK=_PACKED,
             )  # fmt: skip
             reduction_backward_kernel[self.blocks, self.images, _ceil_div(expanded, _CHANNELS)](
                 *self._backward_arguments(inputs, slice(None)), sums, self.size,
@@ -207,13 +207,13 @@ class TritonPasses:
         sums = None if expansion is None else self._sums(self.blocks, self.heads + 1, expanded)
         channel_blocks = _ceil_div(expanded, _CHANNELS)
         shape = (*self.packed.shape[1:3], channel_blocks * _CHANNELS)
-        together = min(self.images, max(1, _EXCHANGE // (math.prod(shape) * self.maps.itemsize)))
-        exchange = self.maps.new_zeros(together, *shape)  # around the maps it stays so
+        images_at_once = min(self.images, max(1, _EXCHANGE // (math.prod(shape) * self.maps.itemsize)))
+        exchange = self.maps.new_zeros(images_at_once, *shape)  # around the maps it stays so
         constants = self._constants(expansion, weight)
         stages = _stages(shape[-1], self.kernel_size, self.padded_heads, self.maps.itemsize)
         with _on(self.maps):
-            for start in range(0, self.images, together):
-                images = slice(start, min(start + together, self.images))
+            for start in range(0, self.images, images_at_once):
+                images = slice(start, min(start + images_at_once, self.images))
                 count = images.stop - images.start
                 local_gradient_kernel[self.blocks, count, channel_blocks](
                     *self._backward_arguments(inputs, images), second_norm, exchange, self.size, **constants
@@ -240,7 +240,7 @@ class TritonPasses:
         with _on(self.maps):
             finish_kernel[_ceil_div(self.area, _PACKED), self.images](
                 part, inputs.gradient, self.maps, inputs.reduced, coefficients, mixing, output, self.size,
-                H=self.heads, HP=self.padded_heads, MIXES=mixing is not None, PIXELS=_PACKED,
+                H=self.heads, HP=self.padded_heads, MIXES=mixing is not None, BLOCK=_PACKED,
                 PRECISION=_precision(),
             )  # fmt: skip
         return output
@@ -259,7 +259,7 @@ class TritonPasses:
         with _on(self.maps):
             pack_kernel[self._pack_groups, self.images](
                 self.maps, packed, counts, means, scatters, self.size,
-                STEPS=_STEPS, H=self.heads, HP=self.padded_heads, HALF=self.kernel_size // 2, PIXELS=_PACKED,
+                STEPS=_STEPS, H=self.heads, HP=self.padded_heads, HALF=self.kernel_size // 2, BLOCK=_PACKED,
                 MOMENTS=means is not None, num_warps=1 if means is not None else 4,
             )  # fmt: skip
         return packed
@@ -304,7 +304,7 @@ class TritonPasses:
             K=self.kernel_size,
             EXPANDS=expansion is not None,
             ROWS=self.rows,
-            PIXELS=_LANES,
+            BLOCK=_LANES,
             num_warps=_WARPS,
             CHANNELS=_CHANNELS,
             PRECISION=_precision(),

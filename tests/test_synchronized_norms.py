@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from refiner_hf import RefinerConfig, RefinerForImageClassification
-from refiner_hf.normalization_refiner import RefinerBatchNorm2d, join_moments
+from refiner_hf.normalization_refiner import RefinerBatchNorm2d, combine_moments
 
 from .conftest import LAYOUTS, TINY, assert_close
 
@@ -178,7 +178,7 @@ def test_joined_moments_are_those_of_all_values():
     counts = torch.tensor([float(len(piece)) for piece in pieces], dtype=torch.float64)
     means = torch.stack([piece.mean(0) for piece in pieces])
     scatters = torch.stack([(piece - piece.mean(0)).T @ (piece - piece.mean(0)) for piece in pieces])
-    count, mean, _, scatter = join_moments(counts, means[:, :, None], means[:, None, :], scatters)
+    count, mean, _, scatter = combine_moments(counts, means[:, :, None], means[:, None, :], scatters)
     whole = torch.cat(pieces)
     assert count == len(whole)
     assert_close(mean[:, 0], whole.mean(0), 1e-12)

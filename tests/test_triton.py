@@ -289,7 +289,7 @@ def test_compiles_for_gpus(capability, maps, heads, ratio, kernel):
                 each, capability, maps,
                 H=heads, HP=16 if heads < 16 else 32, HALF=kernel // 2, E=expanded, EP=128, K=kernel, TAPS=32,
                 EXPANDS=ratio > 1, MIXES=ratio > 1, STEPS=of._STEPS, ROWS=of._ROWS,
-                PIXELS=of._PACKED if name in ("pack_kernel", "reduced_gradient_kernel", "finish_kernel") else pixels,
+                BLOCK=of._PACKED if name in ("pack_kernel", "reduced_gradient_kernel", "finish_kernel") else pixels,
                 CHANNELS=of._CHANNELS, BLOCKS=-(-expanded // of._CHANNELS), PRECISION="tf32x3", MOMENTS=moments,
                 MEANS=heads, PAIRS=heads * heads, X_REPEATS=heads, X=heads, PROGRAMS=of._JOINED,
             )  # fmt: skip

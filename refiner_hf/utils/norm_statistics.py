@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..normalization_refiner import join_moments
+from ..normalization_refiner import combine_moments
 
 
 Inputs = dict[str, torch.Tensor]
@@ -97,7 +97,7 @@ def _pieces(model: nn.Module, batch: torch.Tensor | Inputs) -> Iterator[Inputs]:
 def _settle(norm: _BatchNorm, moments: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
     """Mean and biased variance of all pieces; returns of how many values they are."""
     counts, means, scatters = (torch.stack(each) for each in zip(*moments))
-    count, mean, _, scatter = join_moments(counts, means, means, scatters)
+    count, mean, _, scatter = combine_moments(counts, means, means, scatters)
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(scatter / count)
     return count

@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from .folding_refiner import NORMS, Expansion, Local, cast_together, norms_of
-from .normalization_refiner import differentiable_once, merge_moments, total, track_together
+from .normalization_refiner import all_gather_moments, all_reduce_sum, differentiable_once, track_together
 
 
 class Moments(NamedTuple):
@@ -97,8 +97,8 @@ class BackwardInputs(NamedTuple):
     reduction: torch.Tensor  # (H, E)
 
 
-def why_not_exact(refinement: nn.Module) -> str | None:
-    """Why [`exact_refine`] can't do a refinement in training, or `None` where it can."""
+def why_not_recomputed(refinement: nn.Module) -> str | None:
+    """Why [`recomputed_refine`] can't do a refinement in training, or `None` where it can."""
     if refinement.local_attention is None:
         return "without distributed local attention there is no training form but the modules"
     norms = norms_of(refinement)
@@ -107,14 +107,14 @@ def why_not_exact(refinement: nn.Module) -> str | None:
     return None
 
 
-def exact_refine(
+def recomputed_refine(
     refinement: nn.Module, attention_map: torch.Tensor, scale: float, passes: type[Passes]
 ) -> torch.Tensor:
     """
     Refines maps with batch statistics or with gradients, and moves the running statistics.
 
     Args:
-        refinement: the module that holds weights and norms; [`why_not_exact`] must have nothing against it.
+        refinement: the module that holds weights and norms; [`why_not_recomputed`] must have nothing against it.
         attention_map (`torch.Tensor` of shape (B, H, N, N)).
         scale: a factor on the result.
         passes: who does the passes.
@@ -172,7 +172,7 @@ class _Refine(torch.autograd.Function):
 
         count = covariance = None
         if batch:
-            count, centre, _, scatter = merge_moments(passes.map_moments(), synchronizing)
+            count, centre, _, scatter = all_gather_moments(passes.map_moments(), synchronizing)
             centre, covariance = centre.flatten(), scatter / count
         else:
             centre = torch.zeros_like(gain4)
@@ -183,14 +183,14 @@ class _Refine(torch.autograd.Function):
             scale1 = scaled(gain1, var1)
             expansion = _folded_expansion(w1, scale1, bias1, mean1)
         if batch:
-            _, mean2, _, scatter = merge_moments(passes.local_moments(expansion, w2), synchronizing)
+            _, mean2, _, scatter = all_gather_moments(passes.local_moments(expansion, w2), synchronizing)
             var2 = scatter / count
         scale2 = scaled(gain2, var2)
         local = Local(scale2[:, None, None, None] * w2, torch.addcmul(bias2, scale2, mean2, value=-1))
         reduced, moments = passes.project(expansion, local, w3)
         shared = None  # covariance of z3 and A
         if batch:
-            _, (mean3, _), _, scatter = merge_moments(moments, synchronizing)
+            _, (mean3, _), _, scatter = all_gather_moments(moments, synchronizing)
             var3, shared = scatter / count
         scale3 = scaled(gain3, var3)
         if batch:
@@ -244,7 +244,7 @@ class _Refine(torch.autograd.Function):
         d_gain4 = inverse4 * d_gain4
         # dy = c0 d + c1 A + c2 z3 + c3; parameters' gradients are this process's share of the whole.
         if batch:
-            mean_d, mean_dz, mean_dy = total(torch.stack((sum_d, sum_dz, d_gain4)), synchronizing) / count
+            mean_d, mean_dz, mean_dy = all_reduce_sum(torch.stack((sum_d, sum_dz, d_gain4)), synchronizing) / count
             own = inverse4 * torch.addcmul(shared, scale3, var3)  # mean of y^ (z3 - mean3)
             by_map = -(scale4 * inverse4) * mean_dy
             by_reduced = by_map * scale3
@@ -268,7 +268,7 @@ class _Refine(torch.autograd.Function):
         inputs = BackwardInputs(gradient, reduced, dz3, expansion, normalised, gain2, bias2, w3)
         d_bias2, d_gain2, dw3 = passes.reduction_backward(inputs)
         if batch:
-            mean_n, mean_nz = total(torch.stack((d_bias2, d_gain2)), synchronizing) / count
+            mean_n, mean_nz = all_reduce_sum(torch.stack((d_bias2, d_gain2)), synchronizing) / count
             second_norm = torch.stack((scale2, -scale2 * mean_nz, -scale2 * mean_n))
         else:
             second_norm = torch.stack((scale2, torch.zeros_like(scale2), torch.zeros_like(scale2)))
@@ -281,7 +281,7 @@ class _Refine(torch.autograd.Function):
             d_gain1 = inverse1 * d_gain1
             dw1 = scale1[:, None] * sum_ga
             if batch:
-                mean_g, mean_gz = total(torch.stack((d_bias1, d_gain1)), synchronizing) / count
+                mean_g, mean_gz = all_reduce_sum(torch.stack((d_bias1, d_gain1)), synchronizing) / count
                 slope = scale1 * inverse1
                 dw1.addcmul_((slope * d_gain1)[:, None], w1 @ covariance, value=-1)
                 mixing = (w1 * (-slope * mean_gz)[:, None]).T @ w1

@@ -1,11 +1,11 @@
 # Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The refinement in plain torch, a piece of the maps at a time, so that the expanded piece stays in the processor's
-cache.
+The refinement in plain torch, one piece of the maps after the other, so that the expanded piece stays in the
+processor's cache.
 
-A piece is some images' maps, or where one image's are too many some of its rows, with the neighbours that the
-convolution looks at. Expanded pieces lie with the channels last: the matrix product then writes the very layout in
-which depthwise convolutions are fastest.
+A piece is the maps of some images; if one image's maps are too large, it is some of their rows, with the neighbours
+that the convolution needs. Expanded pieces have the channels last: the matrix product writes this layout, and
+depthwise convolutions are fastest in it.
 
 Shapes: I images and R rows of a piece, M = R N positions, E expanded heads. A piece of the maps is (I, H, R, N), an
 expanded one (I, E, R, N) with the channels last, or flat (I, M, E).
@@ -206,7 +206,7 @@ class BlockedPasses:
         return torch.addcmul(c3, c0, d.to(c0.dtype)).addcmul_(c1, a.to(c0.dtype)).addcmul_(c2, z3.to(c0.dtype))
 
     def _cast(self, *values) -> list:
-        """Vectors and weights, also those within tuples, in the type to compute in; maps are in none more exact."""
+        """Vectors and weights, also within tuples, in the type of the computation. (Maps never have a larger type.)"""
 
         def cast(value):
             if isinstance(value, tuple):

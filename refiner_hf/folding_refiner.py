@@ -43,9 +43,9 @@ class Folded(NamedTuple):
 
 def fold(refinement: nn.Module, dtype: torch.dtype, scale: float = 1.0) -> Folded:
     """
-    Folds a refinement's norms. This takes the weights and statistics as they are now, a few dozen operations on short
-    vectors; it is cheap enough to be done at each call, and then no change of a weight can be missed, whoever makes
-    it and however: no version counter sees an edit of `weight.data`.
+    Folds a refinement's norms, with the weights and statistics as they are now. It takes a few dozen operations on
+    short vectors and is done at each call, so that no change of a weight is missed. (A version counter doesn't see an
+    edit of `weight.data`.)
 
     Args:
         refinement: the module that holds weights and norms, any but a `"convolution"`.
@@ -126,7 +126,7 @@ def folded_convolution(convolution: nn.Conv2d, norm: nn.BatchNorm2d, hidden_stat
 
 def can_bypass(*modules: nn.Module | None) -> bool:
     """
-    Whether convolutions and the norms behind them may be replaced by arithmetic on their weights: they are as this
+    Whether convolutions and the norms after them may be replaced by arithmetic on their weights: they are as this
     package made them, the convolution without a bias, and [`is_untouched`].
     """
     return all(
@@ -139,8 +139,8 @@ def can_bypass(*modules: nn.Module | None) -> bool:
 
 def is_untouched(module: nn.Module) -> bool:
     """
-    Whether nobody waits for a convolution or norm to be called: it is no adapter around one, and has no hook of a
-    user's, nor of accelerate's, which brings an offloaded weight only then.
+    Whether a convolution or norm needn't be called: it is no adapter around one, and has no hook, neither a user's nor
+    accelerate's, which loads an offloaded weight when the module is called.
     """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) in (nn.Conv2d, RefinerBatchNorm2d) and not any(hooks) and "forward" not in vars(module)
@@ -148,8 +148,8 @@ def is_untouched(module: nn.Module) -> bool:
 
 def is_transformed(tensor: torch.Tensor) -> bool:
     """
-    Whether what happens to `tensor` is recorded or transformed, and not only computed: by `torch.jit.trace`,
-    `torch.export`, `torch.func`, forward-mode differentiation, or for its shape. There only plain operations do.
+    Whether the operations on `tensor` are recorded or transformed, and not only computed: by `torch.jit.trace`,
+    `torch.export`, `torch.func`, forward-mode differentiation, or on the meta device. These need plain operations.
     """
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()

@@ -59,7 +59,7 @@ class RefinerBatchNorm2d(nn.BatchNorm2d):
     @torch.no_grad()
     def track(self, mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor) -> None:
         """
-        Moves the running statistics as a forward in training does, for who has computed a batch's own already.
+        Updates the running statistics as a forward in training does, from statistics that are computed already.
 
         Args:
             mean, variance (`torch.Tensor` of shape (C,)): of the batch; the variance is the biased one.

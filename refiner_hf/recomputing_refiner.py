@@ -1,11 +1,12 @@
 # Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
 """
-The refinement with batch statistics and gradients, exact, without keeping a single expanded map.
+The refinement in training: exact batch statistics and gradients, without keeping any expanded map.
 
-A batch norm needs the mean and variance of its input, and its backward pass two sums more. All of them are short
+A batch norm needs the mean and variance of its input, and its backward pass needs two more sums. All of them are short
 vectors, and the expanded maps are cheap to compute again from the map itself: one 1x1 product and one depthwise
-convolution. So forward and backward go over the map a few times ("passes"), each time expand a piece of it, take from
-it what they came for, and drop it. Kept for backward are the map, its reduction z3 (H channels) and the vectors.
+convolution. So forward and backward go over the map a few times ("passes"). Each pass expands a piece of the map,
+computes what it needs from it, and drops it. Kept for backward are the map, its reduction z3 (H channels) and the
+vectors.
 
     z1 = W1 A       n1 = norm1(z1)   h1 = relu6(n1)    attention expansion              (B, E, N, N), never kept
     z2 = W2 * h1    n2 = norm2(z2)   h2 = relu6(n2)    distributed local attention      (B, E, N, N), never kept
@@ -19,9 +20,8 @@ it what they came for, and drop it. Kept for backward are the map, its reduction
   (and dW3), one the gradient at the first norm's output (and dW2). That norm's correction is affine in A, so it is
   applied at the end without expanding again.
 
-The short vectors are computed in float64. Over several processes they are all there is to exchange. Who does the
-passes is a class with the functions of [`Passes`]: `blocked_refiner.py` has them in torch, `triton_refiner.py` as
-kernels.
+The short vectors are computed in float64. Several processes exchange only these vectors. A class with the functions of
+[`Passes`] does the passes: in `blocked_refiner.py` with torch, in `triton_refiner.py` with kernels.
 """
 
 from typing import NamedTuple, Protocol
@@ -117,7 +117,7 @@ def recomputed_refine(
         refinement: the module that holds weights and norms; [`why_not_recomputed`] must have nothing against it.
         attention_map (`torch.Tensor` of shape (B, H, N, N)).
         scale: a factor on the result.
-        passes: who does the passes.
+        passes: the class that does the passes.
 
     Returns:
         `torch.Tensor` of shape (B, H, N, N). Differentiable once; a second derivative raises a `RuntimeError`.

@@ -4,11 +4,11 @@ The passes of the refinement as Triton kernels. `recomputing_refiner.py` says wh
 `triton_refiner.py` calls the kernels.
 
 Maps are first packed: a position, that is a pair (query, key), with all its heads side by side, HP of them. Behind the
-H heads stands a one, which the expansion multiplies with its bias; around an image lies a border of zeros, as wide as
-the convolution reaches. So what is outside needs no case of its own, and expands to 0 as it must.
+H heads is a one, which the expansion multiplies with its bias. Around an image is a border of zeros, as wide as the
+convolution reaches: positions outside of the map need no special case, and expand to 0 as they must.
 
-A program has BLOCK lanes. A lane walks down one column of an image's map, ROWS rows of it (a strip), and all lanes take
-a step together. Expanded tiles are (BLOCK, CHANNELS) and stay in registers. A step reads one row, expands it at K
+A program has BLOCK lanes. A lane walks down one column of an image's map, ROWS rows of it (a strip), and all lanes
+take a step together. Expanded tiles are (BLOCK, CHANNELS) and stay in registers. A step reads one row, expands it at K
 columns, and adds its share to the K rows whose convolution it belongs to; the first of these is then complete. So a
 position is expanded K times, not K K times. Sums are in float32, whatever the type of the maps.
 

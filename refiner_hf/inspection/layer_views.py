@@ -43,7 +43,7 @@ class LayerView:
 
 
 @torch.no_grad()
-def watch_layers(model: PreTrainedModel, pixel_values: torch.Tensor, look: Callable[[LayerView], None]) -> Any:
+def watch_layers(model: PreTrainedModel, pixel_values: torch.Tensor, look: Callable[[LayerView], None]) -> Any:  # noqa: C901 - its hooks count
     """
     Runs a network and calls `look` after each layer. Nothing is kept, unless `look` keeps it.
 

@@ -25,8 +25,10 @@ def layerwise_groups(groups: list[dict], model: nn.Module, decay: float) -> list
         by_depth: dict[int, list[torch.Tensor]] = {}
         for parameter in group["params"]:
             by_depth.setdefault(depths[parameter], []).append(parameter)
-        for depth in sorted(by_depth, reverse=True):  # the Trainer logs the first group's rate: the full one
-            divided.append({**group, "params": by_depth[depth], "lr": group["lr"] * decay ** (last - depth)})
+        divided += [
+            {**group, "params": by_depth[depth], "lr": group["lr"] * decay ** (last - depth)}
+            for depth in sorted(by_depth, reverse=True)  # the Trainer logs the first group's rate: the full one
+        ]
     return divided
 
 

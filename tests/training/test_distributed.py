@@ -44,11 +44,10 @@ def data(photos):
 
 def launch(processes, *words, launcher=("-m", "torch.distributed.run", "--standalone"), script="scripts/train.py"):
     """The training script as a user launches it on several GPUs, here on CPUs."""
-    run = subprocess.run(
+    return subprocess.run(
         [sys.executable, *launcher, f"--nproc_per_node={processes}", script, *words],
         capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
-    return run
 
 
 @pytest.fixture(scope="module")

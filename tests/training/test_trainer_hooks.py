@@ -3,10 +3,13 @@ What we override and call of transformers' Trainer is as it was when we wrote it
 this test, and not a training.
 """
 
+import ast
 import inspect
 
+import pytest
 from transformers import Trainer
 
+from refiner_hf import RefinerTrainingArguments
 from refiner_hf.training.pushing import PushingTrainer
 from refiner_hf.training.trainer import RefinerTrainer
 
@@ -41,11 +44,8 @@ OVERRIDDEN = {
 }
 # Private methods that they call.
 CALLED = {"_finish_current_push": "", "_get_output_dir": "trial"}
-# Attributes that they read or set, which the Trainer makes when it is made.
-ATTRIBUTES = (
-    "_train_batch_size", "accelerator", "args", "callback_handler", "control", "hub_model_id", "label_names",
-    "label_smoother", "lr_scheduler", "optimizer", "processing_class", "state", "train_dataset",
-)  # fmt: skip
+# Attributes of the Trainer that ours give another value on purpose.
+SET_ON_PURPOSE = {"hub_model_id", "label_names", "label_smoother", "model", "push_in_progress"}
 
 
 def parameters(name: str) -> list[str]:
@@ -64,8 +64,28 @@ def test_their_parameters():
         assert parameters(name) in (newest, oldest), name
 
 
-def test_attributes(tiny_model, tmp_path):
-    from refiner_hf import RefinerTrainingArguments
+def names_of_self(setting: bool) -> set[str]:
+    """The X of every `self.X` and `super().X` in our trainers: those that are set, or those that are read."""
+    found = set()
+    for kind in (RefinerTrainer, PushingTrainer):
+        for node in ast.walk(ast.parse(inspect.getsource(kind))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) == setting:
+                if ast.unparse(node.value) in ("self", "super()"):
+                    found.add(node.attr)
+    return found
 
-    trainer = Trainer(tiny_model(), RefinerTrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
-    assert [name for name in ATTRIBUTES if not hasattr(trainer, name)] == []
+
+@pytest.fixture
+def stock(tiny_model, tmp_path):
+    return Trainer(tiny_model(), RefinerTrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+
+
+def test_what_they_use_is_there(stock):
+    ours = {name for kind in (RefinerTrainer, PushingTrainer) for name in vars(kind)}
+    used = names_of_self(setting=False) - names_of_self(setting=True) - ours
+    assert len(used) > 15 and [name for name in used if not hasattr(stock, name)] == []
+
+
+def test_their_own_attributes_are_not_the_trainers(stock):
+    """A new release that uses one of these names would have it overwritten."""
+    assert {name for name in names_of_self(setting=True) if hasattr(stock, name)} <= SET_ON_PURPOSE

@@ -41,15 +41,15 @@ class RefinerMapRefinement(nn.Module):
     choice of an implementation. A kind is a subclass with the methods below; `refinements_refiner.py` lists them.
 
     Args:
-        config ([`RefinerConfig`]): gives the heads, the kind of refinement and its sizes.
-        refine_implementation (`str`): one of [`REFINE_IMPLEMENTATIONS`], or `"auto"`.
+        config ([`RefinerConfig`]): gives the heads, the kind of refinement and its sizes; at each call its
+            `refine_implementation` is read.
     """
 
-    def __init__(self, config: RefinerConfig, refine_implementation: str = "auto"):
+    def __init__(self, config: RefinerConfig):
         super().__init__()
+        self.config = config
         self.build(config)
         self.output_norm = batch_norm(config, config.num_attention_heads)
-        self.refine_implementation = check_refine_implementation(refine_implementation)
 
     def forward(self, attention_map: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
         """(B, H, N, N) -> (B, H, N, N), times `scale`."""
@@ -162,11 +162,11 @@ def pick_implementation(refinement: RefinerMapRefinement, attention_map: torch.T
     which, and why.
 
     Args:
-        refinement: the module; its `refine_implementation` is what was asked for.
+        refinement: the module; its configuration's `refine_implementation` is what was asked for.
         attention_map (`torch.Tensor` of shape (B, H, N, N)).
     """
-    if refinement.refine_implementation != "auto":
-        name = refinement.refine_implementation
+    name = check_refine_implementation(refinement.config.refine_implementation)
+    if name != "auto":
         if obstacle := REFINE_IMPLEMENTATIONS[name].why_not(refinement, attention_map):
             _log_once(logger.warning_once, f"Attention maps are refined by 'eager' and not by {name!r}: {obstacle}.")
             name = "eager"

@@ -118,6 +118,9 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         out_features (`list[str]`, *optional*), out_indices (`list[int]`, *optional*):
             Which of `stage_names` ("stem", "stage1", ...) [`RefinerBackbone`] gives, by name or number. By default
             the last. `ValueError` where there is no such stage.
+        refine_implementation (`str`, *optional*, defaults to `"auto"`):
+            How attention maps are refined: `"auto"` or a key of `refiner_hf.REFINE_IMPLEMENTATIONS`. Every choice
+            gives the same numbers. Like `attn_implementation`, it isn't saved.
 
     Raises:
         `StrictDataclassError` (of `huggingface_hub.errors`): sizes that don't fit each other, an unknown attention
@@ -226,6 +229,23 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         with named_code_beside(self, save_directory):
             super().save_pretrained(save_directory, *args, **kwargs)
+
+    # What isn't saved. Modules read it at each call, as transformers' own read `_attn_implementation`.
+
+    @property
+    def refine_implementation(self) -> str:
+        """How attention maps are refined."""
+        return getattr(self, "_refine_implementation", "auto")
+
+    @refine_implementation.setter
+    def refine_implementation(self, name: str) -> None:
+        self._refine_implementation = name
+
+    def to_dict(self) -> dict[str, Any]:
+        """As [`~transformers.PreTrainedConfig.to_dict`], without `refine_implementation`."""
+        content = super().to_dict()
+        content.pop("_refine_implementation", None)
+        return content
 
     # What follows from the fields.
 

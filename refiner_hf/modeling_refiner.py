@@ -44,7 +44,7 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_refiner import RefinerMapRefinement, check_refine_implementation
+from .attention_refiner import check_refine_implementation
 from .configuration_refiner import RefinerConfig
 from .embeddings_refiner import RefinerEmbeddings, patches_to_pixels
 from .folding_refiner import is_transformed
@@ -89,7 +89,7 @@ class RefinerAttention(nn.Module):
     [`RefinerConfig`].
     """
 
-    def __init__(self, config: RefinerConfig, attention_type: str, refine_implementation: str):
+    def __init__(self, config: RefinerConfig, attention_type: str):
         super().__init__()
         self.attention_type = attention_type
         self.accumulate_attention = config.accumulate_attention
@@ -103,7 +103,7 @@ class RefinerAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
         if attention_type != "plain":
-            self.refinement = make_refinement(config, refine_implementation)
+            self.refinement = make_refinement(config)
 
     def forward(
         self, hidden_states: torch.Tensor, previous_map: torch.Tensor | None, map_needed: bool = True
@@ -179,11 +179,11 @@ class RefinerLayerScale(nn.Module):
 class RefinerLayer(GradientCheckpointingLayer):
     """`x + branch(norm(s * x)) / s` for attention and MLP, with the residual scale s."""
 
-    def __init__(self, config: RefinerConfig, attention_type: str, drop_path_rate: float, refine_implementation: str):
+    def __init__(self, config: RefinerConfig, attention_type: str, drop_path_rate: float):
         super().__init__()
         self.residual_scale = config.residual_scale
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = RefinerAttention(config, attention_type, refine_implementation)
+        self.attention = RefinerAttention(config, attention_type)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = RefinerMLP(config)
         self.layer_scale = RefinerLayerScale(config)
@@ -253,6 +253,9 @@ class RefinerPreTrainedModel(PreTrainedModel):
             config = cls.config_class.from_pretrained(config)
         # Any config object: code from the Hub has a RefinerConfig of its own for each file that imports it.
         given = isinstance(config, PreTrainedConfig)
+        if given and "refine_implementation" in kwargs:
+            config = copy.deepcopy(config)
+            config.refine_implementation = kwargs.pop("refine_implementation")
         wanted = config.image_size if given else kwargs.get("image_size")
         saved = _saved_image_size(pretrained_model_name_or_path, kwargs) if wanted is not None else None
         if saved is None:
@@ -268,6 +271,39 @@ class RefinerPreTrainedModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.set_image_size(wanted)
         return loaded
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        # What `from_config` of the Auto classes calls.
+        if "refine_implementation" in kwargs:
+            config = copy.deepcopy(config)
+            config.refine_implementation = kwargs.pop("refine_implementation")
+        return super()._from_config(config, **kwargs)
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """
+        `"eager"` (the default) and `"sdpa"` do the same here: a plain layer whose map nobody needs weights its values
+        by [`torch.nn.functional.scaled_dot_product_attention`], and every other layer makes its map. With `"sdpa"`,
+        transformers' configurations refuse `output_attentions=True`.
+
+        Raises:
+            `ValueError`: anything else, which would make no map to refine.
+        """
+        if requested_attention not in (None, "eager", "sdpa"):
+            raise ValueError(
+                f"attn_implementation is {requested_attention!r}, but a Refiner needs its attention maps, to refine "
+                "them: take 'eager' or 'sdpa', which are the same here."
+            )
+        if requested_attention == "sdpa":
+            logger.warning_once(
+                "attn_implementation='sdpa' is the same as 'eager' in a Refiner: plain layers use SDPA where nobody "
+                "needs their map, and all other layers make their map."
+            )
+        return requested_attention or "eager"
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # both choices are the same, so there is nothing to exchange
 
     def set_image_size(self, image_size: int | tuple[int, int]) -> None:
         """
@@ -316,16 +352,7 @@ class RefinerPreTrainedModel(PreTrainedModel):
         Raises:
             `ValueError`: an unknown name.
         """
-        check_refine_implementation(refine_implementation)
-        for module in self.modules():
-            if isinstance(module, RefinerMapRefinement):
-                module.refine_implementation = refine_implementation
-
-    @property
-    def refine_implementation(self) -> str | None:
-        """`"auto"` or the chosen implementation; `None` where no layer refines its map."""
-        chosen = (m.refine_implementation for m in self.modules() if isinstance(m, RefinerMapRefinement))
-        return next(chosen, None)
+        self.config.refine_implementation = check_refine_implementation(refine_implementation)
 
     def freeze_norms(self, frozen: bool = True) -> None:
         """
@@ -359,19 +386,19 @@ class RefinerModel(RefinerPreTrainedModel):
 
     Args:
         config ([`RefinerConfig`]): the architecture.
-        refine_implementation (`str`, *optional*, defaults to `"auto"`): how attention maps are refined.
         use_mask_token (`bool`, *optional*, defaults to `False`): a learned embedding for masked patches.
     """
 
-    def __init__(self, config: RefinerConfig, refine_implementation: str = "auto", use_mask_token: bool = False):
+    def __init__(self, config: RefinerConfig, use_mask_token: bool = False):
         # Fields may have been changed since it was made, by from_pretrained's keywords for one.
         config.complete()
         config.validate()
+        check_refine_implementation(config.refine_implementation)
         super().__init__(config)
         drop_path = torch.linspace(0, config.drop_path_rate, config.num_hidden_layers, device="cpu").tolist()
         self.embeddings = RefinerEmbeddings(config, use_mask_token)
         self.layers = nn.ModuleList(
-            RefinerLayer(config, attention_type, rate, refine_implementation)
+            RefinerLayer(config, attention_type, rate)
             for attention_type, rate in zip(config.attention_types, drop_path)
         )
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -457,15 +484,14 @@ class RefinerForImageClassification(RefinerPreTrainedModel):
 
     Args:
         config ([`RefinerConfig`]): the architecture.
-        refine_implementation (`str`, *optional*, defaults to `"auto"`): how attention maps are refined.
     """
 
-    def __init__(self, config: RefinerConfig, refine_implementation: str = "auto"):
+    def __init__(self, config: RefinerConfig):
         super().__init__(config)
         if config.num_labels < 1:
             raise ValueError("A classifier needs at least one label. For features take RefinerModel.")
         self.num_labels = config.num_labels
-        self.refiner = RefinerModel(config, refine_implementation)
+        self.refiner = RefinerModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.distillation_classifier = self.dense_classifier = None
         if config.use_distillation_head:
@@ -566,12 +592,11 @@ class RefinerForMaskedImageModeling(RefinerPreTrainedModel):
 
     Args:
         config ([`RefinerConfig`]): the architecture.
-        refine_implementation (`str`, *optional*, defaults to `"auto"`): how attention maps are refined.
     """
 
-    def __init__(self, config: RefinerConfig, refine_implementation: str = "auto"):
+    def __init__(self, config: RefinerConfig):
         super().__init__(config)
-        self.refiner = RefinerModel(config, refine_implementation, use_mask_token=True)
+        self.refiner = RefinerModel(config, use_mask_token=True)
         self.decoder = nn.Linear(config.hidden_size, config.num_channels * math.prod(config.patch_height_width))
         self.post_init()
 
@@ -640,7 +665,6 @@ class RefinerBackbone(BackboneMixin, RefinerModel):
 
     Args:
         config ([`RefinerConfig`]): the architecture.
-        refine_implementation (`str`, *optional*, defaults to `"auto"`): how attention maps are refined.
 
     Example:
 
@@ -650,10 +674,10 @@ class RefinerBackbone(BackboneMixin, RefinerModel):
     >>> backbone = RefinerBackbone.from_pretrained("USER/my-refiner", out_features=["stage4", "stage8", "stage16"])
     ```"""
 
-    def __init__(self, config: RefinerConfig, refine_implementation: str = "auto"):
+    def __init__(self, config: RefinerConfig):
         config = copy.deepcopy(config)  # the default is this backbone's own: another may have fewer layers
         config.set_output_features_output_indices(config.out_features, config.out_indices)
-        super().__init__(config, refine_implementation)
+        super().__init__(config)
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
 
     @can_return_tuple

@@ -14,6 +14,6 @@ REFINEMENTS: dict[str, type[RefinerMapRefinement]] = {
 }
 
 
-def make_refinement(config: RefinerConfig, refine_implementation: str = "auto") -> RefinerMapRefinement:
+def make_refinement(config: RefinerConfig) -> RefinerMapRefinement:
     """The refinement of one layer, of the kind `config.refinement`. Arguments as [`RefinerMapRefinement`]'s."""
-    return REFINEMENTS[config.refinement](config, refine_implementation)
+    return REFINEMENTS[config.refinement](config)

@@ -15,9 +15,9 @@ def make_refinement(heads: int = 4, ratio: int = 3, kernel: int = 3, **fields) -
     torch.manual_seed(0)
     config = RefinerConfig(
         hidden_size=4 * heads, num_attention_heads=heads, expansion_ratio=ratio, refinement_kernel_size=kernel,
-        **fields,
+        refine_implementation="eager", **fields,
     )  # fmt: skip
-    refinement = refinements_refiner.make_refinement(config, "eager")
+    refinement = refinements_refiner.make_refinement(config)
     for name, norm in refinement.named_modules():
         if isinstance(norm, nn.BatchNorm2d):
             # The maps that the first norm sees are small and alike.

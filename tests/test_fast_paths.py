@@ -55,7 +55,7 @@ def lines(monkeypatch):
 class TestChoice:
     def picked(self, maps: torch.Tensor, refinement=None, asked: str = "auto") -> str:
         refinement = make_refinement() if refinement is None else refinement
-        refinement.refine_implementation = asked
+        refinement.config.refine_implementation = asked
         return pick_implementation(refinement, maps)
 
     def test_inference_on_a_cpu_is_blocked(self, lines):
@@ -232,7 +232,7 @@ class TestTransformed:
     def test_replicas(self, implementation):
         """Those of nn.DataParallel have tensors where modules have parameters."""
         refinement, maps = make_refinement().eval(), make_maps()
-        refinement.refine_implementation = implementation
+        refinement.config.refine_implementation = implementation
         expected = torch.autograd.grad(refinement(maps).sum(), refinement.reduction.weight)
         replica = refinement._replicate_for_data_parallel()
         for name, child in refinement.named_children():

@@ -7,7 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModel, AutoModelForImageClassification
 
 from refiner_hf import RefinerConfig, RefinerForImageClassification, RefinerModel
-from refiner_hf.attention_refiner import RefinerMapRefinement
+from refiner_hf.attention_refiner import REFINE_IMPLEMENTATIONS, RefinerMapRefinement
 from refiner_hf.normalization_refiner import RefinerBatchNorm2d
 
 from .conftest import LAYOUTS, assert_close
@@ -222,24 +222,40 @@ class TestPositions:
 
 
 class TestRefineImplementation:
-    def test_keyword_of_constructor_and_from_pretrained(self, tiny_model, tiny_config, tmp_path):
+    def test_by_configuration_and_keyword(self, tiny_model, tiny_config, tmp_path):
         tiny_model().save_pretrained(tmp_path)
+        given = tiny_config()
         for model in (
-            RefinerForImageClassification(tiny_config(), refine_implementation="eager"),
+            RefinerForImageClassification(tiny_config(refine_implementation="eager")),
             RefinerForImageClassification.from_pretrained(tmp_path, refine_implementation="eager"),
+            RefinerForImageClassification.from_pretrained(tmp_path, config=given, refine_implementation="eager"),
+            RefinerForImageClassification.from_pretrained(tmp_path, image_size=32, refine_implementation="eager"),
             AutoModelForImageClassification.from_pretrained(tmp_path, refine_implementation="eager"),
             AutoModel.from_pretrained(tmp_path, refine_implementation="eager"),
-            AutoModel.from_config(tiny_config(), refine_implementation="eager"),
+            AutoModel.from_config(given, refine_implementation="eager"),
+            copy.deepcopy(tiny_model(refine_implementation="eager")),
         ):
-            chosen = [m.refine_implementation for m in model.modules() if isinstance(m, RefinerMapRefinement)]
+            chosen = [m.config.refine_implementation for m in model.modules() if isinstance(m, RefinerMapRefinement)]
             assert chosen == ["eager"] * 2
+        assert given.refine_implementation == "auto"  # of the caller, and not changed
+
+    def test_it_is_what_runs(self, tiny_model, monkeypatch):
+        ran = []
+        for name, each in REFINE_IMPLEMENTATIONS.items():
+            refine = lambda *args, name=name, each=each: ran.append(name) or each.refine(*args)  # noqa: E731
+            monkeypatch.setitem(REFINE_IMPLEMENTATIONS, name, each._replace(refine=refine))
+        model = tiny_model(refine_implementation="eager").eval()
+        with torch.no_grad():
+            model(IMAGES)
+            model.set_refine_implementation("blocked")
+            model(IMAGES)
+        assert ran == ["eager", "eager", "blocked", "blocked"]
 
     def test_auto_is_the_default_and_nothing_is_saved(self, tiny_model, tmp_path):
         model = tiny_model()
-        assert model.refine_implementation == "auto"
+        assert model.config.refine_implementation == "auto"
         model.set_refine_implementation("eager")
-        assert model.refine_implementation == model.refiner.refine_implementation == "eager"
-        assert tiny_model(attention_types=LAYOUTS["plain"]).refine_implementation is None
+        assert model.config.refine_implementation == model.refiner.config.refine_implementation == "eager"
         model.save_pretrained(tmp_path)
         assert "refine_implementation" not in (tmp_path / "config.json").read_text()
 
@@ -247,7 +263,30 @@ class TestRefineImplementation:
         with pytest.raises(ValueError, match="'auto', 'eager'"):
             tiny_model().set_refine_implementation("fast")
         with pytest.raises(ValueError, match="'auto', 'eager'"):
-            RefinerModel(tiny_config(), refine_implementation="fast")
+            RefinerModel(tiny_config(refine_implementation="fast"))
+
+
+class TestAttnImplementation:
+    def test_sdpa_is_eager(self, tiny_model, tmp_path, monkeypatch):
+        said = []
+        monkeypatch.setattr("refiner_hf.modeling_refiner.logger.warning_once", said.append)
+        model = tiny_model().eval()
+        model.save_pretrained(tmp_path)
+        sdpa = AutoModelForImageClassification.from_pretrained(tmp_path, attn_implementation="sdpa")
+        assert "the same as 'eager'" in said[0]
+        assert (model.config._attn_implementation, sdpa.config._attn_implementation) == ("eager", "sdpa")
+        ours, theirs = (m(IMAGES, output_attentions=True) for m in (model, sdpa))
+        assert_close(ours.logits, theirs.logits)
+        assert_close(ours.attentions[-1], theirs.attentions[-1])
+        sdpa.set_attn_implementation("eager")
+        sdpa.config.output_attentions = True
+        assert len(sdpa(IMAGES).attentions) == len(model.config.attention_types)
+
+    @pytest.mark.parametrize("name", ["flex_attention", "flash_attention_2"])
+    def test_others_make_no_map(self, tiny_model, tmp_path, name):
+        tiny_model().save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="take 'eager' or 'sdpa'"):
+            AutoModelForImageClassification.from_pretrained(tmp_path, attn_implementation=name)
 
 
 class TestCheckpointing:

@@ -81,7 +81,7 @@ def test_a_new_kind_runs_eagerly(model):
     maps = torch.rand(2, 4, 5, 5)
     expected = refinement.output_norm(refinement.scale(maps))
     for name in ("auto", "blocked", "triton", "eager"):
-        refinement.refine_implementation = name
+        refinement.config.refine_implementation = name
         torch.testing.assert_close(refinement(maps), expected)
 
 

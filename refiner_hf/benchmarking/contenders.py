@@ -77,7 +77,8 @@ def make_network(case: Case, contender: str) -> nn.Module:
         return AutoModelForImageClassification.from_config(vit_config(config), attn_implementation=VITS[contender])
     if contender == PLAIN:
         return RefinerForImageClassification(case.config(attention_types=["plain"] * config.num_hidden_layers))
-    return RefinerForImageClassification(config, "auto" if contender == COMPILED else contender)
+    config.refine_implementation = "auto" if contender == COMPILED else contender
+    return RefinerForImageClassification(config)
 
 
 def vit_config(config: RefinerConfig) -> ViTConfig:
@@ -130,7 +131,8 @@ def _refinement_step(case: Case, contender: str) -> Step:
     shape = (case.batch_size, config.num_attention_heads, case.tokens, case.tokens)
     attention_map = torch.randn(shape, device=device).softmax(-1).to(dtype).requires_grad_(training)
     gradient = torch.randn(shape, device=device).to(dtype) if case.kind == "training" else None
-    refinement = make_refinement(config, contender).to(device).train(training)
+    config.refine_implementation = contender
+    refinement = make_refinement(config).to(device).train(training)
     if not training:
         refinement = refinement.to(dtype)
 

@@ -12,8 +12,11 @@ Bytes are a lower bound: of what no implementation that keeps its tensors in mem
 from functools import lru_cache
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from ..attention_refiner import eager_refine
 from ..configuration_refiner import RefinerConfig
+from ..refinements_refiner import make_refinement
 from ..utils.flops import count_flops
 from .contenders import BASE, PLAIN, VITS, Case, make_network
 
@@ -43,10 +46,10 @@ def costs(case: Case, contender: str) -> dict[str, float]:
 
 
 def refinement_flops(config: RefinerConfig, positions: int) -> int:
-    """A forward of the refinement: 2 M (H E + k² E + E H)."""
-    heads, kernel = config.num_attention_heads, config.refinement_kernel_size
-    expanded = heads * config.expansion_ratio
-    return 2 * positions * (2 * heads * expanded + kernel**2 * expanded)
+    """A forward of the refinement over so many places of a map, whatever its kind; 2 M (H E + k² E + E H) for ours."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        eager_refine(make_refinement(config).eval(), torch.empty(1, config.num_attention_heads, 1, 1))
+    return positions * counter.get_total_flops()
 
 
 def least_channels(config: RefinerConfig, kind: str) -> int:
@@ -59,7 +62,8 @@ def least_channels(config: RefinerConfig, kind: str) -> int:
 
 def eager_channels(config: RefinerConfig, kind: str) -> int:
     """
-    The same for the refinement module by module, where each module reads its input and writes its output.
+    The same for the paper's refinement (`"expansion_convolution"`) module by module, where each module reads its input
+    and writes its output.
 
     - In evaluation: expansion H + E; norm 2 E; relu6 2 E; local attention 2 E; norm 2 E; relu6 2 E; reduction E + H;
       norm 2 H; sum 3 H; output norm 2 H: 12 E + 9 H.

@@ -39,7 +39,8 @@ def load_model(
         new = getattr(RefinerConfig, args.model_size)
         names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
         config = new(**names, **args.overrides | sizes)
-        return RefinerForImageClassification(config, args.refine_implementation), None
+        config.refine_implementation = args.refine_implementation
+        return RefinerForImageClassification(config), None
 
     config = load_config(args.model_name_or_path, **_hub(args))
     if not isinstance(config, RefinerConfig):

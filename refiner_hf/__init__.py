@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from .inspection.networks import Network, open_network
     from .prediction.predict import predict
     from .training.arguments import RefinerTrainingArguments
-    from .training.statistics import NormStatisticsCallback
+    from .training.norm_statistics_callback import NormStatisticsCallback
     from .training.trainer import RefinerTrainer
 
 AutoConfig.register("refiner", RefinerConfig)
@@ -65,7 +65,7 @@ AutoImageProcessor.register(
 _MODULES = {
     "MaskPatches": "data.masking",
     "Network": "inspection.networks",
-    "NormStatisticsCallback": "training.statistics",
+    "NormStatisticsCallback": "training.norm_statistics_callback",
     "RefinerTrainer": "training.trainer",
     "RefinerTrainingArguments": "training.arguments",
     "analyze": "inspection.analysis",

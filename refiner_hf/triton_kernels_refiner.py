@@ -12,8 +12,40 @@ take a step together. Expanded tiles are (BLOCK, CHANNELS) and stay in registers
 columns, and adds its share to the K rows whose convolution it belongs to; the first of these is then complete. So a
 position is expanded K times, not K K times. Sums are in float32, whatever the type of the maps.
 
-Names: H heads, E expanded heads, N tokens, K side of the kernel. Indices: h over the heads of a packed position, e
-over expanded heads, p over positions.
+Indices: h over the heads of a packed position, e over expanded heads, p over positions. "d" is before a gradient, "^"
+behind what is normalised.
+
+What the arguments are called in every kernel; each docstring has the rest. Maps are of any float type, sums and
+vectors in float32.
+
+    maps               A, the maps to refine, (images, H, N, N)
+    packed             the same, packed, (images, N + K - 1, N + K - 1, HP)
+    reduced            z3, what the reduction gives, (images, H, N, N)
+    gradient           d, that of the refined maps, (images, H, N, N)
+    reduced_gradient   dz3 with its heads side by side and no border, (images, N N, HP)
+    exchange           dz2, packed as `packed` is, with expanded heads for heads
+    part               what reaches A through the expansion, (images, N N, H)
+    output             what the kernel is for
+    weight, bias       the expansion with its norm, (E, H) and (E,)
+    local, local_bias  the local attention with its norm, (E, K K) and (E,); in backward without its gain and bias
+    reduction          (H, E)
+    gain, offset       h2 = relu6(gain z2^ + offset), both (E,)
+    identity, constant refined = z3 + identity A + constant, both (H,)
+    coefficients       factors of a sum of maps, a row (H,) for each
+    counts, means, scatters   moments, one row for each program: how many values, their mean, sums about it
+    sums               other sums, one row for each program
+
+    N, area            tokens; N N
+
+and what the kernels are compiled for:
+
+    H, HP              heads; numbers of a packed position: a power of two above H, at least 16
+    E, K               expanded heads; side of the convolution's kernel
+    EXPANDS            whether there is an expansion (else E is H, and h1 is A)
+    ROWS, BLOCK        rows of a lane's strip; lanes of a program
+    CHANNELS, BLOCKS   expanded heads of a tile; how many tiles hold all of them
+    PRECISION          of products of float32 numbers: "tf32" or "tf32x3"
+    MOMENTS            whether moments are wanted, as in training
 """
 
 # Annotations as text, so that a machine without triton can import this file.
@@ -216,7 +248,14 @@ def fold_kernel(
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, EP: tl.constexpr, K: tl.constexpr, TAPS: tl.constexpr,
     EXPANDS: tl.constexpr,
 ):  # fmt: skip
-    """What `folding_refiner.fold` does, in one go: there are too many short vectors to take them one by one."""
+    """
+    What `folding_refiner.fold` does, in one go: there are too many short vectors to take them one by one.
+
+    w1 (E, H), w2 (E, K K) and w3 (H, E) are the weights of expansion, local attention and reduction; gain, bias, mean,
+    var and eps 1 to 4 are the norm's behind each of them, and the output norm's; `scale` is a factor on the result.
+    `expansion`, `expansion_bias` and the five vectors after them are written. EP and TAPS are powers of two, not below
+    E and K K.
+    """
     h, e, tap = tl.arange(0, HP), tl.arange(0, EP), tl.arange(0, TAPS)
     if EXPANDS:
         gain, bias = _affine(gain1, bias1, mean1, var1, eps1, e, E)
@@ -246,8 +285,8 @@ def pack_kernel(
     MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """
-    Packed maps (images, N + 2 HALF, N + 2 HALF, HP). With MOMENTS, of STEPS blocks of packed positions: how many lie
-    in the map (programs,), mean (programs, H) and scatter (programs, H, H).
+    Writes `packed`, with a border of HALF = K // 2. With MOMENTS, of STEPS blocks of packed positions: how many lie in
+    the map (programs,), mean (programs, H) and scatter (programs, H, H).
     """
     image, group, groups = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
     area, h, side = N * N, tl.arange(0, HP), N + 2 * HALF
@@ -356,13 +395,13 @@ def project_kernel(
         complete = _completes(step, row, side, K)
         own = _load_packed(packed, h, p - (K // 2) * side + K // 2, complete, HP).to(tl.float32)
         if MOMENTS:
-            beside_z = tl.where(complete[:, None], z3 - mean_z, 0.0)
-            beside_a = tl.where(complete[:, None], own - mean_a, 0.0)
+            delta_z = tl.where(complete[:, None], z3 - mean_z, 0.0)
+            delta_a = tl.where(complete[:, None], own - mean_a, 0.0)
             so_far = tl.maximum(step - (K - 2), 1)
-            mean_z += beside_z / so_far
-            mean_a += beside_a / so_far
-            scatter_z += beside_z * (z3 - mean_z)
-            scatter_a += beside_z * (own - mean_a)
+            mean_z += delta_z / so_far
+            mean_a += delta_a / so_far
+            scatter_z += delta_z * (z3 - mean_z)
+            scatter_a += delta_z * (own - mean_a)
         else:
             z3 += _vector(identity, h, H)[None, :] * own + _vector(constant, h, H)[None, :]
         offsets = (row - (K - 1)) * N + column
@@ -370,15 +409,15 @@ def project_kernel(
         tl.store(output + h[None, :] * area + offsets[:, None], z3.to(output.dtype.element_ty), mask=mask)
     if MOMENTS:
         count = _counts(first, N, ROWS)
-        total, together_z = _mean(mean_z, count)
-        _, together_a = _mean(mean_a, count)
-        mean_z -= together_z[None, :]
-        mean_a -= together_a[None, :]
+        total, overall_z = _mean(mean_z, count)
+        _, overall_a = _mean(mean_a, count)
+        mean_z -= overall_z[None, :]
+        mean_a -= overall_a[None, :]
         program = image * blocks + tl.program_id(0)
         target = program * 2 * H + h
         tl.store(counts + program, total)
-        tl.store(means + target, together_z, mask=h < H)
-        tl.store(means + target + H, together_a, mask=h < H)
+        tl.store(means + target, overall_z, mask=h < H)
+        tl.store(means + target + H, overall_a, mask=h < H)
         tl.store(scatters + target, tl.sum(scatter_z + count[:, None] * mean_z * mean_z, 0), mask=h < H)
         tl.store(scatters + target + H, tl.sum(scatter_a + count[:, None] * mean_z * mean_a, 0), mask=h < H)
 
@@ -391,7 +430,8 @@ def join_kernel(
 ):  # fmt: skip
     """
     All programs' moments together, in float64: count (), means (MEANS,) and scatters (PAIRS,), one behind the other in
-    `output`. Pair c is of means x = c // X_REPEATS % X and y = c % MEANS.
+    `output`. Pair c is of means x = c // X_REPEATS % X and y = c % MEANS. `programs` have left moments; PROGRAMS of
+    them are read at a time, and a program here joins CHANNELS pairs.
     """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     x, y = c // X_REPEATS % X, c % MEANS
@@ -413,9 +453,9 @@ def join_kernel(
         p = (start + tl.arange(0, PROGRAMS)).to(tl.int64)
         count = tl.load(counts + p, mask=p < programs, other=0.0).to(tl.float64)
         mask = (p < programs)[:, None] & (c < PAIRS)[None, :]
-        beside_x = tl.load(means + p[:, None] * MEANS + x[None, :], mask=mask, other=0.0) - x_mean[None, :]
-        beside_y = tl.load(means + p[:, None] * MEANS + y[None, :], mask=mask, other=0.0) - y_mean[None, :]
-        scatter += count[:, None] * beside_x * beside_y
+        delta_x = tl.load(means + p[:, None] * MEANS + x[None, :], mask=mask, other=0.0) - x_mean[None, :]
+        delta_y = tl.load(means + p[:, None] * MEANS + y[None, :], mask=mask, other=0.0) - y_mean[None, :]
+        scatter += count[:, None] * delta_x * delta_y
         scatter += tl.load(scatters + p[:, None] * PAIRS + c[None, :], mask=mask, other=0.0)
         start += PROGRAMS
     tl.store(output, all_of_them)
@@ -603,8 +643,9 @@ def expansion_backward_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """
-    From dz2 in `exchange`: dh1 and g, and W1^T g into `part` (images, N N, H), without expansion dh1 itself; and sums
-    of g with packed positions less `centre` (programs, H + 1, E), of which the last are those of g alone.
+    From dz2 in `exchange`: dh1 and g, and W1^T g into `part`, without expansion dh1 itself; and sums of g with packed
+    positions less `centre` (H,), which keeps the sums exact: (programs, H + 1, E), of which the last are those
+    of g alone.
     """
     image, blocks = tl.program_id(1).to(tl.int64), tl.num_programs(0)
     side, h = N + (K - 1), tl.arange(0, HP)
@@ -664,7 +705,7 @@ def finish_kernel(
     part, gradient, maps, reduced, coefficients, mixing, output, N,
     H: tl.constexpr, HP: tl.constexpr, MIXES: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """part + c0 d + c1 A + c2 z3 + c3 + mixing A, for `part` (images, N N, H)."""
+    """part + c0 d + c1 A + c2 z3 + c3, and with MIXES + mixing A for `mixing` (H, H)."""
     area, h = N * N, tl.arange(0, HP)
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     image, inside = tl.program_id(1).to(tl.int64), p < area

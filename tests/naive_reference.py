@@ -87,7 +87,7 @@ def _refine(state, name, maps):
     return _bn(state, name + "adapt_bn", refined)
 
 
-def random_reference(
+def random_reference(  # noqa: C901 - the functions inside count
     *, layers: int, width: int, heads: int, image_size: int = 224, patch_size: int = 16, labels: int = 1000,
     types: tuple[str, ...] = ("plain", "shared"), ratio: int = 3, dense: bool = True, stem: bool = True,
     convolution_only: bool = False,

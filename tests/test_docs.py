@@ -145,11 +145,29 @@ def test_no_block_is_overlooked(page):
     assert not re.search(r"^ {4}\S", re.sub(fenced_or_lists, "", text, flags=re.MULTILINE), re.MULTILINE)
 
 
-def test_what_the_readme_points_to_is_there():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name}: {target}"
+def anchors_in(page: Path) -> set[str]:
+    """What GitHub and MkDocs call the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = re.findall(r"^#+ +(.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_lead_somewhere():
+    """Within the project, also where they name its address on the web, as PyPI needs it."""
+    home = re.search(r"^url = (.+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)[1] + "/blob/main/"
+    followed = 0
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+            place, _, anchor = target.partition("#")
+            if place.startswith(home):
+                place = str(ROOT / place.removeprefix(home))
+            elif "://" in place:
+                continue
+            file = page.parent / place if place else page
+            assert file.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors_in(file), f"{page.name}: {target}"
+            followed += bool(anchor)
+    assert followed > 5
 
 
 @pytest.mark.slow

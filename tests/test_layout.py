@@ -1,6 +1,7 @@
 """Imports point one way: between files, and between the folders of the package."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -78,3 +79,25 @@ def test_nobody_imports_the_package_itself():
 def test_nobody_imports_the_commands():
     users = {folder for folder, needed in folders().items() if "refiner_hf.commands" in needed}
     assert users <= {"refiner_hf.__main__"}
+
+
+def sentences(module: str) -> set[str]:
+    """The text in a module that is long enough to be a sentence, without docstrings."""
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return {
+        each.strip()
+        for node in texts
+        if id(node) not in docstrings
+        for each in re.split(r"(?<=[.:])\s+", node.value)
+        if len(each.split()) > 4
+    }
+
+
+def test_a_sentence_of_a_card_is_in_one_file():
+    cards = {module: sentences(module) for module in FILES if module.startswith("refiner_hf.cards.")}
+    assert len(set.union(*cards.values())) > 60
+    for module, said in cards.items():
+        twice = {other: said & sentences(other) for other in FILES if other != module and said & sentences(other)}
+        assert not twice, module

@@ -4,16 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import ConfusionMatrixDisplay
+
+from ..utils.plotting import literal_text
 
 
 MOST_NAMED_LABELS = 40
 
 
-@rc_context({"text.parse_math": False})  # a "$" in a name is a "$"
+@literal_text
 def plot_learning_curve(log_history: list[dict[str, Any]], path: str | Path) -> None:
     """
     Losses and accuracy over the epochs.
@@ -44,7 +45,7 @@ def plot_learning_curve(log_history: list[dict[str, Any]], path: str | Path) -> 
     figure.savefig(path, dpi=110)
 
 
-@rc_context({"text.parse_math": False})  # a "$" in a name is a "$"
+@literal_text
 def plot_confusion_matrix(counts: list[list[int]], labels: list[str], path: str | Path) -> None:
     """
     The confusion matrix, true labels down and predictions across; with names where they can be read.
@@ -65,7 +66,7 @@ def plot_confusion_matrix(counts: list[list[int]], labels: list[str], path: str 
     figure.savefig(path, dpi=110)
 
 
-@rc_context({"text.parse_math": False})  # a "$" in a name is a "$"
+@literal_text
 def plot_predictions(images: list[Image.Image], titles: list[str], path: str | Path) -> None:
     """
     A strip of images with a line of text over each.

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..demo import app
 from ..inspection.networks import open_network
-from ..utils.images import images_in
+from ..utils.image_files import images_in
 from .options import device_option, pick_device, revision_option
 from .running import command
 

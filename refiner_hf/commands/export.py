@@ -9,7 +9,7 @@ Export a classifier as an ONNX graph, and check that its answers are the model's
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..export.folder import export_folder, load_for_export
+from ..export.exported_folder import export_folder, load_for_export
 from ..export.graph import INPUT, OUTPUT
 from ..utils.files import write_json
 from ..utils.new_folder import check_new

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.arguments import DataArguments
-from ..data.checking import find_unreadable, raise_if_unreadable
 from ..data.sources import load_image_data
+from ..data.unreadable import raise_if_unreadable
 from ..labelling.make import make_label_maps
 from ..labelling.teachers import load_teacher
 from .options import device_option, pick_device, revision_option
@@ -53,12 +53,13 @@ def main(args: LabelMapArguments, data_args: DataArguments) -> None:
         raise ValueError("Label maps can't be made of a stream: leave out --streaming.")
     device, teacher = pick_device(args.device), load_teacher(args.teacher, args.image_size, args.revision)
     data = load_image_data(data_args, need_train=True, need_evaluation=False, seed=0)
-    images, unreadable = find_unreadable(data.train, "training")
+    assert data.train is not None  # it was needed
+    images, unreadable = data.train.readable("training")
     if data_args.unreadable_images == "stop":
         raise_if_unreadable(unreadable)
     with if_interrupted("The same command continues with the images that have no maps yet."):
         facts = make_label_maps(
-            images,
+            images.data,
             data.labels,
             teacher,
             Path(args.output_dir),

@@ -57,6 +57,8 @@ def parse_arguments(argv: list[str] | None = None, program: str | None = None, d
         parents=[showing],
     )
     words = recipe.to_words() + argv
+    if not {"--do_train", "--do_eval"} & _options(words):
+        words += ["--do_train", "true", "--do_eval", "true"]
     if "show_recipe" in shown:
         every_option = vars(parser.parse_args(words))  # finds errors, too
         parser.set_defaults(**dict.fromkeys(every_option))
@@ -64,12 +66,9 @@ def parse_arguments(argv: list[str] | None = None, program: str | None = None, d
         print(recipe.to_yaml(given), end="")
         parser.exit()
     try:
-        model_args, data_args, augmentation_args, training_args = parser.parse_args_into_dataclasses(words)
+        return parser.parse_args_into_dataclasses(words)
     except ValueError as error:
         parser.error(str(error))
-    if not {"--do_train", "--do_eval"} & _options(words):
-        training_args.do_train = training_args.do_eval = True
-    return model_args, data_args, augmentation_args, training_args
 
 
 _NAMING_OPTIONS = {

@@ -15,11 +15,13 @@ from ..configuration_refiner import RefinerConfig
 from ..hub.code import add_code
 from ..image_processing_refiner import RefinerImageProcessor
 from ..modeling_refiner import RefinerForImageClassification
-from ..utils.new_folder import check_new, check_same_answers, new_folder
+from ..utils.new_folder import check_new, new_folder
+from ..utils.same_answers import check_same_logits
 from .weights import check_tensors, read_config, rename_state_dict
 
 
 _OTHER_CROP_PCT = 0.9
+_ROUNDING = 1e-5  # of a logit: a folder that was written and read
 # WordNet's lemmas of ImageNet-1k's 1000 synsets in the usual order, as timm's ImageNetInfo lists them; the second
 # "crane" is called "crane2", as in the Hub's imagenet-1k, so that no two labels have one name.
 IMAGENET_LABELS = Path(__file__).with_name("imagenet_1k_labels.txt")
@@ -91,7 +93,7 @@ def convert_checkpoint(
         )
         card.save(unfinished / "README.md")
         loaded = RefinerForImageClassification.from_pretrained(unfinished)
-        check_same_answers(model, loaded)
+        check_same_logits(model, loaded, _ROUNDING)
     loaded.config.name_or_path = str(output_dir)
     return loaded
 

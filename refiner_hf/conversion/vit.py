@@ -18,6 +18,7 @@ from ..attention_refiner import RefinerMapRefinement
 from ..configuration_refiner import RefinerConfig
 from ..modeling_refiner import RefinerForImageClassification
 from ..utils.loading import load_classifier, load_config
+from ..utils.model_source import Source, find_source
 from ..utils.norm_statistics import reestimate_norm_statistics
 from .weights import check_tensors
 
@@ -79,7 +80,7 @@ def refine_vit(
             "A 'shared_refined' layer has no map of its own, so it can't start as the layer of another model: choose "
             "'refined' or 'plain' for each."
         )
-    source = load_refinable(model_or_path) if isinstance(model_or_path, str) else model_or_path
+    source = load_refinable(find_source(model_or_path)) if isinstance(model_or_path, str) else model_or_path
     tensors = _renamed(source)
     config = _refiner_config(
         source.config,
@@ -109,10 +110,10 @@ def check_refinable(config: PreTrainedConfig) -> None:
         )
 
 
-def load_refinable(path: str, revision: str | None = None) -> PreTrainedModel:
+def load_refinable(source: Source) -> PreTrainedModel:
     """A ViT or DeiT image classifier from a folder or the Hub; errors as [`refine_vit`]'s."""
-    check_refinable(load_config(path, revision=revision))
-    return load_classifier(path, revision)
+    check_refinable(load_config(source))
+    return load_classifier(source)
 
 
 def _renamed(source: PreTrainedModel) -> dict[str, torch.Tensor]:

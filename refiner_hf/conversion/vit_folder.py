@@ -11,8 +11,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 from ..cards.conversion import refined_card
 from ..hub.code import add_code
 from ..modeling_refiner import RefinerForImageClassification
+from ..utils.fitting import check_processor
 from ..utils.loading import load_image_processor
-from ..utils.new_folder import check_new, check_processor, check_same_answers, new_folder
+from ..utils.model_source import find_source
+from ..utils.new_folder import check_new, new_folder
+from ..utils.same_answers import check_same_logits
 from .vit import load_refinable, refine_vit
 
 
@@ -55,11 +58,12 @@ def refine_to_folder(
     """
     output_dir = Path(output_dir)
     check_new(output_dir)
-    source = load_refinable(model, revision)
+    found = find_source(model, revision=revision)
+    source = load_refinable(found)
     layers = range(1, source.config.num_hidden_layers + 1)
     if unknown := sorted(set(refined_layers or ()) - set(layers)):
         raise ValueError(f"The model has the layers 1 to {layers[-1]}, there is no layer {unknown[0]}.")
-    processor = load_image_processor(model, {"revision": revision})
+    processor = load_image_processor(found)
     check_processor(processor, source.config)
     refined = refine_vit(
         source,
@@ -77,7 +81,7 @@ def refine_to_folder(
         card = refined_card(output_dir.name, model, refined, on_pictures=pictures is not None, remote_code=with_code)
         card.save(unfinished / "README.md")
         loaded = RefinerForImageClassification.from_pretrained(unfinished)
-        check_same_answers(source, loaded, _ROUNDING)
+        check_same_logits(source, loaded, _ROUNDING)
     loaded.config.name_or_path = str(output_dir)
     return loaded
 

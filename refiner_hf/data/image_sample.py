@@ -5,12 +5,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Image, IterableDataset, load_dataset
+from datasets import Dataset, Image, load_dataset
 from PIL import Image as PILImage
 
-from ..utils.images import images_in
+from ..utils.image_files import images_in
+from .columns import IMAGE_COLUMN
 from .images import decode_image
-from .sources import EVALUATION_SPLITS, IMAGE_COLUMN, at_most, check_cache, has_tables, read_files, shuffled
+from .rows import Rows, StoredRows, StreamedRows
+from .sources import EVALUATION_SPLITS, check_cache, has_tables, read_files
 
 
 def load_images(data: str | None, count: int, seed: int = 0) -> tuple[str, Dataset | list[dict[str, Any]]]:
@@ -29,19 +31,20 @@ def load_images(data: str | None, count: int, seed: int = 0) -> tuple[str, Datas
     Raises:
         `ValueError`, `OSError`: there is no such data, or no column of images in it.
     """
+    rows: Rows
     if data is None:
         from .digits import NAME, digits_splits
 
-        name, rows = NAME, digits_splits()[1]
+        name, rows = NAME, StoredRows(digits_splits()[1])
     elif Path(data).is_dir():
-        name, rows = Path(data).resolve().name, _load_folder(Path(data))
+        name, rows = Path(data).resolve().name, StoredRows(_load_folder(Path(data)))
     elif Path(data).exists() or data.startswith((".", "/", "~")):
         raise ValueError(f"There is no folder {data}.")
     else:
         check_cache()
         splits = load_dataset(data, streaming=True)
         split = next((split for split in EVALUATION_SPLITS if split in splits), next(iter(splits)))
-        name, rows = f"{os.path.basename(data)} ({split})", splits[split]
+        name, rows = f"{os.path.basename(data)} ({split})", StreamedRows(splits[split])
     if rows.features is None:
         raise ValueError(f"{name} doesn't say what its columns hold.")
     columns = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
@@ -50,15 +53,10 @@ def load_images(data: str | None, count: int, seed: int = 0) -> tuple[str, Datas
             f"{name} must have one column of images; it has {columns or 'none'} among {sorted(rows.features)}."
         )
     column = columns[0]
-    rows = rows.cast_column(column, Image(decode=False)).select_columns([column])
-    rows = rows if column == IMAGE_COLUMN else rows.rename_column(column, IMAGE_COLUMN)
-    return name, sample_rows(rows, count, seed)
-
-
-def sample_rows(data: Dataset | IterableDataset, count: int, seed: int) -> Dataset | list[dict[str, Any]]:
-    """At most `count` rows at random, the same ones for a seed; of a stream they are read here, once and for all."""
-    some = at_most(shuffled(data, seed), count, seed)
-    return list(some) if isinstance(some, IterableDataset) else some
+    rows = rows.changed(lambda data: data.cast_column(column, Image(decode=False)).select_columns([column]))
+    if column != IMAGE_COLUMN:
+        rows = rows.changed(lambda data: data.rename_column(column, IMAGE_COLUMN))
+    return name, rows.sample(count, seed).read()
 
 
 def decoded(rows: Iterable[dict[str, Any]]) -> Iterator[PILImage.Image]:

@@ -7,20 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-from datasets import ClassLabel, Dataset, Image, IterableDataset, Value, load_dataset
+from datasets import ClassLabel, Dataset, Image, load_dataset
 from transformers.utils import logging
 
 from ..utils.files import check_writable
 from .arguments import DataArguments
 from .columns import IMAGE_COLUMN, LABEL_COLUMN
-from .holding_out import hold_out
+from .rows import Rows, StoredRows, StreamedRows
 
 
 logger = logging.get_logger(__name__)
 
 _LABEL_NAMES = ("label", "labels", "fine_label")
 EVALUATION_SPLITS = ("validation", "valid", "val", "dev", "test")
-_SHUFFLE_BUFFER = 1000  # images of a stream among which the next one is drawn
 
 
 @dataclass
@@ -35,8 +34,8 @@ class ImageData:
 
     name: str
     labels: list[str]
-    train: Dataset | IterableDataset | None
-    evaluation: Dataset | IterableDataset | None
+    train: Rows | None
+    evaluation: Rows | None
     evaluation_split: str
     hub_id: str | None = None
 
@@ -70,34 +69,36 @@ def load_image_data(args: DataArguments, *, need_train: bool, need_evaluation: b
     if evaluation is not None:
         evaluation, evaluation_names = _standard_columns(evaluation, args, need_evaluation)
         names = names or evaluation_names
-        evaluation = _relabel(evaluation, evaluation_names, names)
+        evaluation = evaluation.changed(lambda data: _relabel(data, evaluation_names, names))
     elif need_evaluation:
-        whole = train
-        train, evaluation = hold_out(whole, args.train_val_split, seed, need_train=need_train)
-        evaluation_split = f"{len(evaluation):,} of {len(whole):,} images held out of train"
+        train, evaluation = train.divided(args.train_val_split, seed, need_train=need_train)
+        evaluation_split = f"{len(evaluation):,} of {len(train) + len(evaluation):,} images held out of train"
         logger.warning(f"There is no validation set: evaluating on {evaluation_split}.")
 
     return ImageData(
         name=name,
         labels=names,
-        train=at_most(train, args.max_train_samples, seed),
-        evaluation=at_most(evaluation, args.max_eval_samples, seed),
+        train=None if train is None else train.at_most(args.max_train_samples, seed),
+        evaluation=None if evaluation is None else evaluation.at_most(args.max_eval_samples, seed),
         evaluation_split=evaluation_split or "none",
         hub_id=args.dataset_name if args.dataset_name and not os.path.exists(args.dataset_name) else None,
     )
 
 
-def _load_splits(args: DataArguments) -> tuple[dict, str]:
+def _load_splits(args: DataArguments) -> tuple[dict[str, Rows], str]:
+    """The splits by name, and what to call the data."""
     if args.embedded:
         from .digits import NAME, digits_splits
 
-        return dict(zip(("train", "test"), digits_splits())), NAME
+        return dict(zip(("train", "test"), map(StoredRows, digits_splits()))), NAME
     if args.dataset_name:
         check_cache()
         splits = load_dataset(args.dataset_name, args.dataset_config_name, streaming=args.streaming)
-        return dict(splits), os.path.basename(os.path.normpath(args.dataset_name))
+        kind = StreamedRows if args.streaming else StoredRows
+        name = os.path.basename(os.path.normpath(args.dataset_name))
+        return {split: kind(data) for split, data in splits.items()}, name
     folders = {"train": args.train_dir, "validation": args.validation_dir}
-    splits = {split: _load_folder(folder) for split, folder in folders.items() if folder}
+    splits = {split: StoredRows(_load_folder(folder)) for split, folder in folders.items() if folder}
     path = Path(args.train_dir or args.validation_dir).resolve()
     return splits, path.parent.name if path.name in ("train", *EVALUATION_SPLITS) else path.name
 
@@ -181,11 +182,9 @@ def read_files(folder: Path, *, drop_labels: bool) -> Dataset:
     return load_dataset("imagefolder", data_files={"train": f"{inside}/**"}, split="train", drop_labels=drop_labels)
 
 
-def _standard_columns(
-    data: Dataset | IterableDataset, args: DataArguments, check_labels: bool
-) -> tuple[Dataset | IterableDataset, list[str]]:
-    """The data with the columns `image` and `labels` only, and the labels' names."""
-    features = data.features
+def _standard_columns(rows: Rows, args: DataArguments, check_labels: bool) -> tuple[Rows, list[str]]:
+    """The rows with the columns `image` and `labels` only, and the labels' names."""
+    features = rows.features
     if features is None:
         raise ValueError("The dataset doesn't say what its columns hold; it can't be streamed. Drop --streaming.")
     image = args.image_column_name or _only_column(features, lambda f: isinstance(f, Image), "image_column_name")
@@ -196,15 +195,15 @@ def _standard_columns(
             raise ValueError(f"The dataset has no column {column!r}, but {sorted(features)}.")
 
     if not isinstance(features[label], ClassLabel):
-        data = _as_class_label(data, label, features[label])
-    names = data.features[label].names
+        rows = rows.with_class_labels(label)
+    names = rows.features[label].names
     if check_labels:
-        _check_labels(data, label, len(names))
+        rows.check_labels(label, len(names))
     # Done first, because renaming a stream's columns would decode its images and encode them again. Our own transform
     # decodes them: it can name a file that is damaged.
-    data = data.cast_column(image, Image(decode=False)).select_columns([image, label])
+    rows = rows.changed(lambda data: data.cast_column(image, Image(decode=False)).select_columns([image, label]))
     renames = {old: new for old, new in ((image, IMAGE_COLUMN), (label, LABEL_COLUMN)) if old != new}
-    return data.rename_columns(renames) if renames else data, names
+    return rows.changed(lambda data: data.rename_columns(renames)) if renames else rows, names
 
 
 def _only_column(features, is_wanted, option: str) -> str:
@@ -212,39 +211,6 @@ def _only_column(features, is_wanted, option: str) -> str:
     if len(found) != 1:
         raise ValueError(f"Which column to use? Give --{option}, one of {sorted(features)}.")
     return found[0]
-
-
-def _as_class_label(data, column: str, feature):
-    if isinstance(data, IterableDataset):
-        raise ValueError(f"The labels in column {column!r} have no list of names, which a stream needs: {feature}.")
-    if not isinstance(feature, Value):
-        raise ValueError(f"The labels in column {column!r} must be integers or names, not {feature}.")
-    if feature.dtype.startswith(("int", "uint")):
-        values = data.unique(column)
-        if None in values or min(values) < 0:
-            some = sorted(map(str, values))[:5]
-            raise ValueError(f"The labels in column {column!r} must be numbers from 0, got {some}.")
-        if max(values) >= 10 * max(len(values), 10):
-            raise ValueError(
-                f"The labels in column {column!r} are {len(values)} different numbers up to {max(values)}: number "
-                "them from 0 on, or give them as names."
-            )
-        return data.cast_column(column, ClassLabel(names=[str(i) for i in range(max(values) + 1)]))
-    return data.class_encode_column(column)
-
-
-def _check_labels(data: Dataset | IterableDataset, column: str, count: int) -> None:
-    """A stream's are looked at when they come."""
-    if isinstance(data, IterableDataset) or len(data) == 0:
-        return
-    labels = data.with_format("pandas")[column]
-    wrong = labels[~labels.between(0, count - 1)]  # missing ones too
-    if len(wrong):
-        some = sorted({str(label) for label in wrong})[:5]
-        raise ValueError(
-            f"{len(wrong)} images have labels outside 0..{count - 1} (-1 is how unlabelled test sets say so): "
-            f"{', '.join(some)}. The first is row {wrong.index[0]}."
-        )
 
 
 def _relabel(data, names: list[str], wanted: list[str]):
@@ -265,17 +231,3 @@ def pick_label(choices: list[int], label: int | None) -> int:
     if label is None or not 0 <= label < len(choices):
         raise ValueError(f"An image has the label {label}; labels must lie in 0..{len(choices) - 1}.")
     return choices[label]
-
-
-def at_most(data: Dataset | IterableDataset | None, number: int | None, seed: int) -> Dataset | IterableDataset | None:
-    """`number` images at random, the same ones for a seed; the first ones of a stream; all where it is `None`."""
-    if data is None or number is None:
-        return data
-    if isinstance(data, IterableDataset):
-        return data.take(number)
-    return data.shuffle(seed=seed).select(range(min(number, len(data))))
-
-
-def shuffled(data: Dataset | IterableDataset, seed: int) -> Dataset | IterableDataset:
-    """A stream whose next image is drawn among a thousand; anything else as it is."""
-    return data.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER) if isinstance(data, IterableDataset) else data

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
 from PIL import Image as PILImage
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -86,13 +85,6 @@ def evaluation_pixels(processor: BaseImageProcessor) -> Callable[[list[PILImage.
 # At module level and not inline: dataloader workers that are spawned get these pickled.
 def _process(processor: BaseImageProcessor, images: list[PILImage.Image]) -> list[torch.Tensor]:
     return list(processor(images, return_tensors="pt")["pixel_values"])
-
-
-def with_transform(data: Dataset | IterableDataset, transform: PrepareImages) -> Dataset | IterableDataset:
-    """Applies `transform` as rows are read."""
-    if isinstance(data, IterableDataset):
-        return data.map(transform, batched=True, batch_size=32, remove_columns=[IMAGE_COLUMN])
-    return data.with_transform(transform)
 
 
 def match_labels(data_labels: list[str], model_labels: list[str]) -> list[int] | None:

@@ -50,7 +50,7 @@ def compare(
     contenders |= {file.name: partial(run_onnx, open_onnx(file)) for file in files}
 
     predicted, labels = {name: [] for name in contenders}, []
-    rows = images.evaluation
+    rows = images.evaluation.data
     progress = tqdm(total=len(rows), unit="image", desc="accuracy")
     for batch in rows.iter(BATCHES[-1]):
         prepared = prepare({IMAGE_COLUMN: batch[IMAGE_COLUMN], LABEL_COLUMN: batch[LABEL_COLUMN]})

@@ -15,10 +15,11 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 
 from ..modeling_refiner import RefinerForImageClassification
+from ..utils.same_answers import check_same_answers, noise_for
 
 
 INPUT, OUTPUT = "pixel_values", "logits"
-TOLERANCE = 1e-4  # of a logit, where the largest is below 1; else of the largest
+TOLERANCE = 1e-4  # of a logit; see `check_same_answers`
 _BATCHES = (1, 2, 5)
 
 
@@ -57,13 +58,14 @@ def export_onnx(model: RefinerForImageClassification, file: str | Path) -> float
         with _quiet():
             program = torch.onnx.export(
                 _Logits(model),
-                (_noise(model, 2),),
+                (noise_for(model.config, 2),),
                 dynamo=True,
                 verbose=False,
                 input_names=[INPUT],
                 output_names=[OUTPUT],
                 dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
             )
+        assert program is not None  # with dynamo there is one
         program.save(str(file))
         return check_onnx(file, model)
     finally:
@@ -83,12 +85,9 @@ def check_onnx(file: str | Path, model: RefinerForImageClassification) -> float:
     """
     session, largest = open_onnx(file), 0.0
     for batch in _BATCHES:
-        pixels = _noise(model, batch)
-        expected = model(pixels.to(model.device)).logits.cpu()
-        difference = (torch.from_numpy(run_onnx(session, pixels.numpy())) - expected).abs().max().item()
-        if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
-            raise RuntimeError(f"The logits of {Path(file).name} differ by {difference} from the model's.")
-        largest = max(largest, difference)
+        pixels = noise_for(model.config, batch)
+        expected, actual = model(pixels.to(model.device)).logits.cpu(), run_onnx(session, pixels.numpy())
+        largest = max(largest, check_same_answers(expected, actual, TOLERANCE, f"The graph {Path(file).name}"))
     return largest
 
 
@@ -120,12 +119,6 @@ def open_onnx(file: str | Path) -> onnxruntime.InferenceSession:
 def run_onnx(session: onnxruntime.InferenceSession, pixel_values: np.ndarray) -> np.ndarray:
     """(B, C, height, width) -> (B, K), both float32."""
     return session.run([OUTPUT], {INPUT: pixel_values})[0]
-
-
-def _noise(model: RefinerForImageClassification, batch: int) -> torch.Tensor:
-    config = model.config
-    generator = torch.Generator().manual_seed(batch)
-    return torch.randn(batch, config.num_channels, *config.image_height_width, generator=generator)
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import numpy as np
 from PIL import Image
 
 from ..configuration_refiner import RefinerConfig
-from ..utils.loading import load_image_processor, said_in_words
+from ..utils.errors import explain_errors
+from ..utils.loading import load_image_processor
 from . import preprocess
 
 
@@ -26,7 +27,9 @@ def copy_preprocessing(folder: Path, config: RefinerConfig) -> None:
     """
     processor = load_image_processor(str(folder), backend="pil")
     name = type(processor).__name__
-    with said_in_words(f"Pictures can't be prepared without transformers as by this model's image processor ({name})"):
+    with explain_errors(
+        f"Pictures can't be prepared without transformers as by this model's image processor ({name})"
+    ):
         prepare = preprocess.Preprocess(folder)
         for picture in _pictures(config):
             expected = processor(picture, return_tensors="np").pixel_values

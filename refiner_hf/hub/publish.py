@@ -16,19 +16,12 @@ from ..cards.options import public_options
 from ..cards.usage import for_repository
 from ..modeling_refiner import RefinerPreTrainedModel
 from ..utils.files import read_json, to_json
-from ..utils.loading import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    find_source,
-    has_image_processor,
-    load_config,
-    load_image_processor,
-    load_network,
-)
+from ..utils.loading import has_image_processor, load_config, load_image_processor, load_network
+from ..utils.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_source
 from ..utils.paths import without_paths
 from ..utils.run_files import RUN_FILE
+from ..utils.same_answers import fingerprint_of
 from .code import AUTO_MAP, code_for, has_code, without_code
-from .fingerprint import fingerprint_of
 from .repository import PublishError, hub, prepare_repository, with_retries
 
 

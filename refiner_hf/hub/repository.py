@@ -86,33 +86,14 @@ def prepare_repository(
         return repo_id
     _check_namespace(user, namespace, name)
 
-    def make() -> None:
-        try:
-            info = api.repo_info(repo_id)
-        except RepositoryNotFoundError:
-            _check_rights(user, repo_id, exists=False)
-            # exist_ok: an answer that got lost, and the repeated request finds the repository made.
-            api.create_repo(repo_id, private=private, exist_ok=True)
-        else:
-            _check_rights(user, repo_id, exists=True)
-            if private is not None and bool(info.private) != private:
-                raise ValueError(
-                    f"{repo_id} exists and is {'private' if info.private else 'public'}, but "
-                    f"{'private' if private else 'public'} was asked for. Change it in the repository's settings on "
-                    "the Hub, or choose another name."
-                )
+    def prepare() -> None:
+        _make(api, user, repo_id, private)
         if branch not in (None, "main"):
             api.create_branch(repo_id, branch=branch, exist_ok=True)
         if tag is not None:
-            refs = api.list_repo_refs(repo_id)
-            heads = {ref.name: ref.target_commit for ref in refs.branches}
-            taken = {ref.name: ref.target_commit for ref in refs.tags}
-            if taken.get(tag) not in (None, heads.get(branch or "main")):  # else it is this very push, repeated
-                raise ValueError(
-                    f"{repo_id} has a tag {tag!r} already. Choose another, or delete that one on the Hub."
-                )
+            _check_tag(api, repo_id, tag, branch or "main")
 
-    with_retries(make, f"Preparing the repository {repo_id}")
+    with_retries(prepare, f"Preparing the repository {repo_id}")
     return repo_id
 
 
@@ -179,6 +160,32 @@ def _check_pull_request(api: HfApi, user: dict[str, Any], repo_id: str) -> None:
         raise ValueError(f"There is no repository {repo_id} to open a pull request in.") from error
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise PublishError(f"The token of {user['name']} may only read. Make one with the right to write.")
+
+
+def _make(api: HfApi, user: dict[str, Any], repo_id: str, private: bool | None) -> None:
+    """Makes the repository, or checks the one that is there."""
+    try:
+        info = api.repo_info(repo_id)
+    except RepositoryNotFoundError:
+        _check_rights(user, repo_id, exists=False)
+        # exist_ok: an answer that got lost, and the repeated request finds the repository made.
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return
+    _check_rights(user, repo_id, exists=True)
+    if private is not None and bool(info.private) != private:
+        raise ValueError(
+            f"{repo_id} exists and is {'private' if info.private else 'public'}, but "
+            f"{'private' if private else 'public'} was asked for. Change it in the repository's settings on the Hub, "
+            "or choose another name."
+        )
+
+
+def _check_tag(api: HfApi, repo_id: str, tag: str, branch: str) -> None:
+    refs = api.list_repo_refs(repo_id)
+    heads = {ref.name: ref.target_commit for ref in refs.branches}
+    taken = {ref.name: ref.target_commit for ref in refs.tags}
+    if taken.get(tag) not in (None, heads.get(branch)):  # else it is this very push, repeated
+        raise ValueError(f"{repo_id} has a tag {tag!r} already. Choose another, or delete that one on the Hub.")
 
 
 def _check_rights(user: dict[str, Any], repo_id: str, exists: bool) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..utils import same_answers
+from ..utils.same_answers import check_same_answers
 from .code import PACKAGE
 from .publish import AUTO_CLASSES, Published
 from .repository import PublishError, hub
@@ -41,27 +43,24 @@ def verify(published: Published, *, token: str | None = None) -> float:
         "processed": published.processed,
         "base_model": published.base_model,
     }
-    expected, actual = published.fingerprint, _ask(question, token)
-    difference = float(np.abs(actual - expected).max()) if actual.shape == expected.shape else float("inf")
-    if not difference <= TOLERANCE * np.abs(expected).max():
-        raise PublishError(
-            f"{published.repo_id} at {published.commit} answers differently from the folder: by {difference:g}, where "
-            f"the largest number is {np.abs(expected).max():g}."
-        )
-    return difference
+    what = f"{published.repo_id} at {published.commit}, compared with the folder,"
+    try:
+        return check_same_answers(published.fingerprint, _ask(question, token), TOLERANCE, what)
+    except RuntimeError as error:
+        raise PublishError(str(error)) from error
 
 
 def _ask(question: dict, token: str | None) -> np.ndarray:
     """The answers of the model on the Hub, from a process of its own."""
-    # -P keeps this folder's own modules, such as `code`, out of the process.
-    program = [sys.executable, "-P", str(Path(__file__).with_name("fingerprint.py")), json.dumps(question)]
+    # -P keeps the modules beside that file, such as `errors`, out of the process.
+    program = [sys.executable, "-P", same_answers.__file__, json.dumps(question)]
     with tempfile.TemporaryDirectory() as cache:
         answer = Path(cache) / "answer.npy"
         environment = os.environ | {
             "HF_HOME": cache,
             "HF_HUB_CACHE": str(Path(cache) / "hub"),
             "HF_MODULES_CACHE": str(Path(cache) / "modules"),
-            "HF_TOKEN": hub(token).token or "",
+            "HF_TOKEN": str(hub(token).token or ""),
             "HF_HUB_OFFLINE": "0",
             "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
         }

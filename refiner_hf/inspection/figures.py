@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+
+from ..utils.plotting import literal_text
 
 
 Analysis = dict[str, Any]
@@ -28,7 +30,7 @@ _PANELS = {
 }
 
 
-@rc_context({"text.parse_math": False})  # a "$" in a name is a "$"
+@literal_text
 def plot_curves(analyses: list[Analysis], path: Path) -> None:
     """
     Properties of each layer's maps and tokens, a line for each network. Bands are the standard deviation over images;
@@ -68,7 +70,7 @@ def plot_curves(analyses: list[Analysis], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-@rc_context({"text.parse_math": False})  # a "$" in a name is a "$"
+@literal_text
 def plot_layers(analyses: list[Analysis], path: Path) -> None:
     """
     Similarity of maps (cosine and correlation) and of features (CKA) for all pairs of layers, a row for each network.

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
-from ..utils.loading import load_config, load_image_processor, load_network, try_out
+from ..utils.fitting import try_out
+from ..utils.loading import load_config, load_image_processor, load_network
+from ..utils.model_source import find_source
 
 
 def short_names(names: list[str]) -> list[str]:
@@ -50,23 +52,22 @@ def open_network(name: str, device: str = "cpu", revision: str | None = None) ->
     Raises:
         `ValueError`, `OSError`: there is no such model, it is damaged, or it gives no such maps.
     """
-    hub = {"revision": revision}
-    config = load_config(name, **hub)
+    source = find_source(name, revision=revision)
+    config = load_config(source)
     # With its classifier, where it has one: otherwise transformers warns about weights that aren't used.
     classifies = any("ForImageClassification" in kind for kind in config.architectures or [])
     kind = AutoModelForImageClassification if classifies else AutoModel
     # Always in float32: in half precision, rounding errors would raise the effective rank of a smooth map.
     options = {"config": config, "attn_implementation": "eager", "dtype": torch.float32}
     model = load_network(
-        name,
+        source,
         kind,
-        hub=hub,
         may_lack=lambda tensor: "pooler." in tensor,  # not needed for maps, and some models are saved without it
         may_have=lambda tensor: tensor.endswith("mask_token"),  # of masked image modelling
         **options,
     )
     classes_of_layers(model)
-    network = Network(short_names([name])[0], model, load_image_processor(name, hub))
+    network = Network(short_names([name])[0], model, load_image_processor(source))
     try_out(name, model, network.processor)
     model.to(device)
     return network

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from ..attention_refiner import RefinerMapRefinement
+from ..utils.plotting import literal_text
 from .attention_views import APPLIED, BEFORE, CLASS_TOKEN, AttentionViews, coloured, name_of
 
 
@@ -17,7 +17,7 @@ _COLUMNS = 16  # of layers, side by side
 _LEGEND = "each map on its own scale; red adds, blue subtracts"
 
 
-@rc_context({"text.parse_math": False})  # a "$" in a name is a "$"
+@literal_text
 def plot_heads(views: AttentionViews, layer: int, query: int, path: Path, heads: Sequence[int] | None = None) -> None:
     """
     Where one token looks in one layer: a column for each head and one for their mean, a row for each stage of the
@@ -70,7 +70,7 @@ def plot_heads(views: AttentionViews, layer: int, query: int, path: Path, heads:
     figure.savefig(path, dpi=110)
 
 
-@rc_context({"text.parse_math": False})  # a "$" in a name is a "$"
+@literal_text
 def plot_overview(views: AttentionViews, query: int, path: Path) -> None:
     """
     Where one token looks in all layers, averaged over heads: before refinement (in layers that refine), as applied,
@@ -107,7 +107,7 @@ def plot_overview(views: AttentionViews, query: int, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-@rc_context({"text.parse_math": False})  # a "$" in a name is a "$"
+@literal_text
 def plot_weights(refinement: RefinerMapRefinement, layer: int, path: Path) -> None:
     """
     What a refinement has learned: the kernels of distributed local attention (over the plane of queries, down, and

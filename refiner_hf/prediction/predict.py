@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
 from ..image_processing_pil_refiner import open_image, to_8_bit_rgb
-from ..utils.images import find_images
+from ..utils.image_files import find_images
 from ..utils.locking import locked_beside
 from .classifiers import Classifier, open_classifier
 from .table import AnswerTable, check_place, partial_file
@@ -51,7 +51,7 @@ def predict(
         model (`str`): folder or Hub name of one of transformers' image classifiers, or an ONNX model, see
             [`~refiner_hf.prediction.classifiers.open_classifier`].
         images (`str` or `Iterable[str]`): files, folders and patterns, see
-            [`~refiner_hf.utils.images.find_images`].
+            [`~refiner_hf.utils.image_files.find_images`].
         output_file (`str`): the table to write, as CSV in UTF-8; its folder is made. Bytes in a file's name that
             aren't UTF-8 are written as `\\xe9`.
         top_k (`int`, *optional*, defaults to 1): how many labels of each image, at most all.

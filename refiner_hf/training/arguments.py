@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from ..attention_refiner import REFINE_IMPLEMENTATIONS
 from ..configuration_refiner import RefinerConfig
 
 
@@ -31,7 +32,13 @@ class ModelArguments:
     crop_pct: float | None = field(
         default=None, metadata={"help": "Share of the resized image that the evaluation crop keeps."}
     )
-    refine_implementation: str = field(default="auto", metadata={"help": "How attention maps are refined."})
+    refine_implementation: str = field(
+        default="auto",
+        metadata={
+            "help": "How attention maps are refined; every choice gives the same numbers.",
+            "choices": ["auto", *REFINE_IMPLEMENTATIONS],
+        },
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads from the Hub are kept."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     token: str | None = field(default=None, metadata={"help": "Access token for a private model on the Hub."})

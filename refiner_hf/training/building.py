@@ -1,17 +1,16 @@
 """The Trainer of a run, made from its plan."""
 
-from datasets import Dataset
+from typing import Any
+
+import torch
 from timm.data import Mixup
 from transformers import TrainerCallback, default_data_collator
 
-from ..data.seeded_sampling import SeededImages
-from ..data.sources import at_most, shuffled
-from ..data.streams import StreamedImages, StreamPosition
-from ..data.transforms import PrepareImages, PrepareTraining, evaluation_pixels, with_transform
+from ..data.transforms import PrepareImages, PrepareTraining, evaluation_pixels
 from .ema import EmaCallback
 from .metrics import ClassificationMetrics, rank_labels
+from .norm_statistics_callback import NormStatisticsCallback
 from .plan import Plan
-from .statistics import NormStatisticsCallback
 from .targets import TrainingTargets
 from .trainer import RefinerTrainer
 
@@ -26,7 +25,9 @@ def build_trainer(plan: Plan) -> tuple[RefinerTrainer, ClassificationMetrics]:
         model=plan.model,
         args=args,
         train_dataset=_training_images(plan) if args.do_train else None,
-        eval_dataset=with_transform(plan.data.evaluation, for_evaluation) if args.do_eval else None,
+        eval_dataset=plan.data.evaluation.prepared(for_evaluation)
+        if args.do_eval and plan.data.evaluation is not None
+        else None,
         processing_class=plan.processor,
         data_collator=default_data_collator,
         compute_metrics=metrics,
@@ -37,22 +38,24 @@ def build_trainer(plan: Plan) -> tuple[RefinerTrainer, ClassificationMetrics]:
     return trainer, metrics
 
 
-def _training_images(plan: Plan) -> SeededImages | StreamedImages:
-    args, images = plan.args, plan.data.train
-    assert plan.augment is not None  # a plan with training has it
+def _training_images(plan: Plan) -> torch.utils.data.Dataset:
+    args = plan.args
+    assert plan.augment is not None and plan.data.train is not None  # a plan with training has them
     prepare = PrepareTraining(plan.augment, plan.label_ids, plan.label_maps)
-    if isinstance(images, Dataset):
-        return SeededImages(images, prepare, plan.augmentation_args.repeated_augmentation)
-    rank = args.process_index
-    return StreamedImages(
-        images,
+    return plan.data.train.for_training(
         prepare,
-        args.seed if args.data_seed is None else args.data_seed,
-        rank=rank,
+        repeats=plan.augmentation_args.repeated_augmentation,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        rank=args.process_index,
         world_size=args.world_size,
         skip_unreadable=plan.data_args.unreadable_images == "skip",
-        position=StreamPosition.load(plan.checkpoint, rank) if plan.checkpoint else None,
+        checkpoint=plan.checkpoint,
     )
+
+
+def _evaluation_images(plan: Plan, prepare: PrepareImages) -> Any:
+    assert plan.data.evaluation is not None  # a plan with evaluation has it
+    return plan.data.evaluation.prepared(prepare)
 
 
 def _callbacks(plan: Plan, for_evaluation: PrepareImages) -> list[TrainerCallback]:
@@ -60,8 +63,8 @@ def _callbacks(plan: Plan, for_evaluation: PrepareImages) -> list[TrainerCallbac
     ema = EmaCallback(args.ema_decay, args.ema_warmup) if args.ema_decay else None
     callbacks: list[TrainerCallback] = [ema] if ema else []
     if args.norm_statistics_images and not args.freeze_norms:
+        assert plan.data.train is not None
         # Always the same training images.
-        some = at_most(shuffled(plan.data.train, args.seed), args.norm_statistics_images, args.seed)
-        for_statistics = with_transform(some, for_evaluation)
+        for_statistics = plan.data.train.sample(args.norm_statistics_images, args.seed).prepared(for_evaluation)
         callbacks.append(NormStatisticsCallback(for_statistics, args.per_device_eval_batch_size, ema=ema))
     return callbacks

@@ -73,7 +73,7 @@ def check_checkpoint(folder: Path, args: RefinerTrainingArguments, *, streamed: 
 
 
 @contextmanager
-def loading(checkpoint: str | Path) -> Iterator[None]:
+def explain_load_errors(checkpoint: str | Path) -> Iterator[None]:
     """
     While a checkpoint is loaded.
 

@@ -91,11 +91,7 @@ def finish_folder(
 def predict_examples(folder: Path, data: ImageData, count: int) -> list[Example]:
     """What the saved folder's pipeline answers for `count` evaluation images, spread over the set."""
     classify = pipeline("image-classification", model=str(folder), device="cpu")
-    if hasattr(data.evaluation, "__len__"):
-        size = len(data.evaluation)
-        rows = [data.evaluation[i * size // count] for i in range(count)] if size > count else list(data.evaluation)
-    else:
-        rows = list(data.evaluation.take(count))
+    rows = data.evaluation.spread(count)
     images = [decode_image(row[IMAGE_COLUMN]) for row in rows]
     answers = [answer[0] for answer in classify(images, top_k=1)] if images else []
     return [

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..cards import captions
-from ..data.image_sample import decoded, sample_rows
+from ..data.image_sample import decoded
 from ..data.sources import ImageData
 from ..inspection.analysis import analyze
 from ..inspection.attention_views import view_attention
@@ -31,7 +31,8 @@ def analyze_folder(folder: Path, data: ImageData, count: int, device: str, pictu
         (file in the folder, caption) for the card.
     """
     network = open_network(str(folder), device)
-    rows = sample_rows(data.evaluation, count, _SEED)
+    assert data.evaluation is not None
+    rows = data.evaluation.sample(count, _SEED).read()
     found = analyze(network, decoded(rows), len(rows), _BATCH)
     write_analyses([found], facts_of(data.name, _SEED, _BATCH, device), folder / ANALYSIS)
     images, refines = found["images"], "before" in found

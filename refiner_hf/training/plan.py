@@ -5,10 +5,9 @@ whatever can be refused is refused here.
 
 import copy
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from datasets import Dataset
 from transformers import set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
@@ -16,13 +15,13 @@ from transformers.utils import logging
 from ..cards.card import license_card
 from ..data.arguments import AugmentationArguments, DataArguments
 from ..data.augmentation import Augment
-from ..data.checking import find_unreadable, raise_if_unreadable
 from ..data.label_maps import LabelMaps, open_label_maps
 from ..data.sources import ImageData, load_image_data
+from ..data.unreadable import raise_if_unreadable
 from ..hub.repository import prepare_repository, with_retries
 from ..modeling_refiner import RefinerForImageClassification
 from .arguments import ModelArguments, RefinerTrainingArguments
-from .loading import load_model, load_processor
+from .initial_model import load_model, load_processor
 from .output_folder import prepare_output_folder, repository
 from .same_data import check_same_data, facts_of_data
 
@@ -90,7 +89,7 @@ def make_plan(
     set_seed(args.seed)
     with args.main_process_first(desc="loading the data"):  # other processes find it in the cache of `datasets`
         data = load_image_data(data_args, need_train=args.do_train, need_evaluation=args.do_eval, seed=args.seed)
-        unreadable = [] if data_args.embedded else _leave_out_unreadable(data, data_args, args)
+        data, unreadable = (data, []) if data_args.embedded else _readable(data, data_args, args)
         data_facts = facts_of_data(data, data_args, evaluated=args.do_eval) if args.do_train else None
         if checkpoint and data_facts:
             check_same_data(checkpoint, data_facts, named=checkpoint == args.resume_from_checkpoint)
@@ -102,7 +101,7 @@ def make_plan(
         augment = Augment(processor, augmentation_args)
         label_maps = open_label_maps(data_args.label_map_dir, data.labels) if data_args.label_map_dir else None
         # A stream continues where it was, without reading again what came before.
-        args.ignore_data_skip |= not isinstance(data.train, Dataset)
+        args.ignore_data_skip |= data_args.streaming
     return Plan(
         data_args=data_args,
         augmentation_args=augmentation_args,
@@ -145,18 +144,18 @@ def _check_options(model_args: ModelArguments, args: RefinerTrainingArguments) -
         raise ValueError("An evaluation leaves nothing to push. Use refiner push to publish the model's folder.")
 
 
-def _leave_out_unreadable(data: ImageData, data_args: DataArguments, args: RefinerTrainingArguments) -> list[str]:
-    """Opens every image but a stream's. Takes unreadable ones out of `data`, and says what is wrong with them."""
-    reasons = []
-    if args.do_train and isinstance(data.train, Dataset):
-        data.train, wrong = find_unreadable(data.train, "training")
-        reasons += wrong
-    if args.do_eval and isinstance(data.evaluation, Dataset):
-        data.evaluation, wrong = find_unreadable(data.evaluation, "evaluation")
-        reasons += wrong
+def _readable(
+    data: ImageData, data_args: DataArguments, args: RefinerTrainingArguments
+) -> tuple[ImageData, list[str]]:
+    """Opens every image but a stream's. The data without unreadable ones, and what is wrong with those."""
+    reasons: list[str] = []
+    for used, side, what in ((args.do_train, "train", "training"), (args.do_eval, "evaluation", "evaluation")):
+        if used:
+            rows, wrong = getattr(data, side).readable(what)
+            data, reasons = replace(data, **{side: rows}), reasons + wrong
     if data_args.unreadable_images == "stop":
         raise_if_unreadable(reasons)
-    return reasons
+    return data, reasons
 
 
 def _check_training(
@@ -167,12 +166,13 @@ def _check_training(
     args: RefinerTrainingArguments,
 ) -> None:
     """Refuses what options, data and model can't do together."""
-    if not hasattr(data.train, "__len__"):
+    assert data.train is not None  # it was needed
+    if data.train.streamed:
         if args.max_steps <= 0:
             raise ValueError("A stream has no known length: give --max_steps, the number of training steps.")
         if augmentation_args.repeated_augmentation > 1:
             raise ValueError("--repeated_augmentation needs a data set of known length, not a stream.")
-    elif data.train is not None and len(data.train) == 0:
+    elif data.train.count == 0:
         raise ValueError("There are no training images.")
     mixed = augmentation_args.mixup or augmentation_args.cutmix
     if mixed and args.per_device_train_batch_size % 2:

@@ -24,7 +24,7 @@ from .metrics import ClassificationMetrics
 from .output_folder import push_command
 from .plan import Plan, make_plan
 from .same_data import DATA_FILE
-from .saving import writing
+from .saving import explain_write_errors
 from .trainer import RefinerTrainer
 
 
@@ -122,7 +122,7 @@ def _finish(
         _write_confusion_matrix(metrics.confusion_matrix, plan.model.config, args.output_dir)
     if not args.do_train:
         return examples
-    with writing(f"The model in {args.output_dir}"):
+    with explain_write_errors(f"The model in {args.output_dir}"):
         trainer.save_model(_internal_call=True)  # the folder is pushed when it is finished
     trainer.save_state()
     if trainer.is_world_process_zero():

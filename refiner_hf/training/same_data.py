@@ -3,12 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from transformers import PreTrainedConfig
 from transformers.utils import CONFIG_NAME, logging
 
 from ..data.arguments import DataArguments
-from ..data.contents import digests_of
 from ..data.sources import ImageData
 from ..utils.files import read_json
 from ..utils.text import name_some
@@ -32,8 +30,8 @@ def facts_of_data(data: ImageData, args: DataArguments, *, evaluated: bool) -> d
     digest = not args.embedded  # the embedded digits don't change, and Pillow encodes them again each time
     return {
         "labels": data.labels,
-        "training": _facts(data.train, "training", digest),
-        "evaluation": _facts(data.evaluation, "evaluation", digest) if evaluated else None,
+        "training": data.train.facts("training", digest),
+        "evaluation": data.evaluation.facts("evaluation", digest) if evaluated else None,
         "evaluated_at_most": args.max_eval_samples,  # which may change
     }
 
@@ -71,15 +69,6 @@ def check_same_data(checkpoint: str, now: dict[str, Any], *, named: bool) -> Non
         f"another --output_dir (with --model_name_or_path {checkpoint} to begin with the learned weights); or, to "
         f"continue with the images that there are now, --resume_from_checkpoint {checkpoint}."
     )
-
-
-def _facts(images, what: str, digest: bool) -> dict[str, Any] | None:
-    if images is None:
-        return None
-    if isinstance(images, Dataset):
-        return {"images": len(images), **(digests_of(images, what) if digest else {})}
-    split = (images.info.splits or {}).get(str(images.split))
-    return {"files": images.num_shards, "images": split.num_examples if split else None}
 
 
 def _read(file: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ _OF_WRITING = ("PytorchStreamWriter", "inline_container", "unexpected pos")
 
 
 @contextmanager
-def writing(what: str, unfinished: Path | None = None) -> Iterator[None]:
+def explain_write_errors(what: str, unfinished: Path | None = None) -> Iterator[None]:
     """
     While something is written. If that fails (a full disk, a quota, a folder that has become read-only), `unfinished`
     is removed, because half of it would only take room.

@@ -20,11 +20,11 @@ from ..data.streams import StreamedImages, StreamPosition, collate_streamed
 from ..loss_refiner import problem_type_of
 from ..modeling_refiner import RefinerForMaskedImageModeling, RefinerPreTrainedModel
 from .arguments import RefinerTrainingArguments
-from .checkpoints import loading
+from .checkpoints import explain_load_errors
 from .ema import EmaCallback
 from .optimization import hold_from, layerwise_groups, scaled_learning_rate
 from .pushing import PushingTrainer
-from .saving import writing
+from .saving import explain_write_errors
 from .targets import TrainingTargets
 
 
@@ -136,6 +136,11 @@ class RefinerTrainer(PushingTrainer):
 
     # ---- Data ----
 
+    @property
+    def follows_stream(self) -> bool:
+        """Whether the images of this training come from a stream."""
+        return self._position is not None
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not isinstance(dataset, SeededImages):
@@ -161,7 +166,7 @@ class RefinerTrainer(PushingTrainer):
         )
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        # The stock Trainer would drop images of the evaluation, too.
+        # The stock Trainer would drop images of the evaluation, too, and has nowhere else to say so.
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return _with_own_numbers(super().get_eval_dataloader(eval_dataset))
@@ -217,12 +222,9 @@ class RefinerTrainer(PushingTrainer):
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         if self.optimizer is not None or not isinstance(self.args, RefinerTrainingArguments):
             return super().create_optimizer(*args, **kwargs)
-        given, images = self.args.learning_rate, self.get_total_train_batch_size(self.args)
-        self.args.learning_rate = scaled_learning_rate(given, images, self.args.learning_rate_batch_size)
-        try:
-            optimizer = super().create_optimizer(*args, **kwargs)
-        finally:
-            self.args.learning_rate = given
+        optimizer, images = super().create_optimizer(*args, **kwargs), self.get_total_train_batch_size(self.args)
+        for group in optimizer.param_groups:
+            group["lr"] = scaled_learning_rate(group["lr"], images, self.args.learning_rate_batch_size)
         if self.args.layer_decay < 1:
             optimizer.param_groups[:] = layerwise_groups(optimizer.param_groups, self.model, self.args.layer_decay)
         return optimizer
@@ -275,7 +277,7 @@ class RefinerTrainer(PushingTrainer):
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)  # of an earlier run: not whole until it is written
-        with self._clock_stopped(), writing(f"The checkpoint {folder}", folder):
+        with self._clock_stopped(), explain_write_errors(f"The checkpoint {folder}", folder):
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -295,18 +297,18 @@ class RefinerTrainer(PushingTrainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with loading(resume_from_checkpoint):
+        with explain_load_errors(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             if self.ema is not None:
                 self.ema.begin(self.model)
                 self.ema.load(resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with loading(checkpoint):
+        with explain_load_errors(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with loading(checkpoint):
+        with explain_load_errors(checkpoint):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
@@ -325,7 +327,7 @@ class _FollowTraining(TrainerCallback):
         self.trainer.begin_clock()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if isinstance(self.trainer.train_dataset, StreamedImages):
+        if self.trainer.follows_stream:
             state.epoch = state.global_step / state.max_steps  # a stream has no end: the whole training counts as one
 
 

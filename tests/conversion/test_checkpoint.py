@@ -242,7 +242,7 @@ class TestWhatDoesNotConvert:
         def fail(*args):
             raise OSError("disk full")
 
-        monkeypatch.setattr(checkpoint, "check_same_answers", fail)
+        monkeypatch.setattr(checkpoint, "check_same_logits", fail)
         assert "disk full" in self.convert(reference, save, tmp_path)
         assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pth.tar"]
 
@@ -255,7 +255,7 @@ class TestWhatDoesNotConvert:
             write(model, folder)
 
         monkeypatch.setattr(RefinerForImageClassification, "save_pretrained", spoil)
-        with pytest.raises(RuntimeError, match="saved model's logits differ by 0"):
+        with pytest.raises(RuntimeError, match="The saved model, loaded again, answers differently: by 0"):
             convert_checkpoint(save(reference), tmp_path / "out")
         assert_nothing_left(tmp_path)
 

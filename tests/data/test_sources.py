@@ -12,11 +12,11 @@ from transformers.utils import logging
 
 from refiner_hf.data import sources
 from refiner_hf.data.arguments import DataArguments
-from refiner_hf.data.checking import find_unreadable, raise_if_unreadable
 from refiner_hf.data.digits import SEEN, accuracy_seen, digits_splits, logistic_regression_accuracy
 from refiner_hf.data.images import decode_image
-from refiner_hf.data.sources import load_image_data, shuffled
-from refiner_hf.data.transforms import PrepareImages, evaluation_pixels, match_labels, with_transform
+from refiner_hf.data.sources import load_image_data
+from refiner_hf.data.transforms import PrepareImages, evaluation_pixels, match_labels
+from refiner_hf.data.unreadable import raise_if_unreadable
 from refiner_hf.image_processing_refiner import RefinerImageProcessor
 
 from ..images import write_folder
@@ -179,11 +179,11 @@ class TestOtherSources:
         data = load(dataset_name=str(tmp_path / "tables"), streaming=True, max_eval_samples=3)
         order = labels_of(data.train)
         assert order == labels_of(load(dataset_name=str(tmp_path / "tables")).train)
-        mixed = labels_of(shuffled(data.train, seed=0))
+        mixed = labels_of(data.train.sample(24, seed=0))
         assert sorted(mixed) == sorted(order) and mixed != order
-        assert isinstance(data.train, datasets.IterableDataset) and data.labels == ["blue", "green", "red"]
+        assert data.train.streamed and data.labels == ["blue", "green", "red"]
         processor = RefinerImageProcessor(size={"height": 16, "width": 16})
-        rows = list(with_transform(data.evaluation, PrepareImages(evaluation_pixels(processor))))
+        rows = list(data.evaluation.prepared(PrepareImages(evaluation_pixels(processor))))
         assert len(rows) == 3 and np.shape(rows[0]["pixel_values"]) == (3, 16, 16) and "image" not in rows[0]
 
     @pytest.mark.parametrize("label", [-1, 3, None])
@@ -223,15 +223,15 @@ class TestUnreadable:
         return load(train_dir=str(folder), need_evaluation=False).train
 
     def test_are_found_and_left_out(self, spoiled):
-        good, wrong = find_unreadable(spoiled, "training")
+        good, wrong = spoiled.readable("training")
         assert len(spoiled) == 25 and len(good) == 23 and len(wrong) == 2
         assert any("3.png can't be read" in reason for reason in wrong) and any("notes.jpg" in r for r in wrong)
-        assert find_unreadable(good, "training")[1] == []
+        assert good.readable("training")[1] == []
         [decode_image(row["image"]) for row in good]
 
     def test_stop_with_all_their_names(self, spoiled):
         with pytest.raises(ValueError, match="2 images can't be read. (.|\n)*--unreadable_images skip(.|\n)*3.png"):
-            raise_if_unreadable(find_unreadable(spoiled, "training")[1])
+            raise_if_unreadable(spoiled.readable("training")[1])
         with pytest.raises(ValueError, match="\nand 5 more$"):
             raise_if_unreadable([f"The image {i} can't be read" for i in range(25)])
         raise_if_unreadable([])
@@ -244,15 +244,14 @@ class TestTransforms:
 
     def test_evaluation_is_what_the_processor_makes(self, folder, processor):
         data = load(train_dir=str(folder), need_evaluation=False).train
-        rows = with_transform(data, PrepareImages(evaluation_pixels(processor)))[:4]
-        for row, pixels in zip(data.select(range(4)), rows["pixel_values"]):
+        rows = data.prepared(PrepareImages(evaluation_pixels(processor)))[:4]
+        for row, pixels in zip(data, rows["pixel_values"]):
             assert (processor(decode_image(row["image"]), return_tensors="pt").pixel_values[0] == pixels).all()
 
     def test_a_damaged_file_is_named(self, folder, processor):
         (folder / "red" / "3.png").write_bytes((folder / "red" / "3.png").read_bytes()[:200])
-        rows = with_transform(
-            load(train_dir=str(folder), need_evaluation=False).train, PrepareImages(evaluation_pixels(processor))
-        )
+        data = load(train_dir=str(folder), need_evaluation=False).train
+        rows = data.prepared(PrepareImages(evaluation_pixels(processor)))
         with pytest.raises(ValueError, match=r"3\.png"):
             rows[:24]
 
@@ -262,14 +261,14 @@ class TestTransforms:
             (tmp_path / "scans" / name).mkdir(parents=True)
             Image.fromarray(pixels).save(tmp_path / "scans" / name / "1.png")
         data = load(train_dir=str(tmp_path / "scans"), need_evaluation=False).train
-        one, two = with_transform(data, PrepareImages(evaluation_pixels(processor)))[:2]["pixel_values"]
+        one, two = data.prepared(PrepareImages(evaluation_pixels(processor)))[:2]["pixel_values"]
         assert (one == two).all()
 
     def test_labels_in_the_models_order(self, folder, processor):
         data = load(train_dir=str(folder), need_evaluation=False)
         ids = match_labels(data.labels, ["red", "violet", "blue", "green"])
         assert ids == [2, 3, 0]
-        rows = with_transform(data.train, PrepareImages(evaluation_pixels(processor), ids))[:24]
+        rows = data.train.prepared(PrepareImages(evaluation_pixels(processor), ids))[:24]
         assert rows["labels"] == [ids[label] for label in labels_of(data.train)]
 
     @pytest.mark.parametrize("label", [-1, 3, None])

@@ -89,7 +89,7 @@ def test_another_models_answers_are_noticed(network, tmp_path, monkeypatch):
     assert 1 in batches and max(batches) > 2, "other numbers of images than it was recorded with"
     with torch.no_grad():
         network.classifier.bias[0] += 0.001
-    with pytest.raises(RuntimeError, match=r"model.onnx differ by 0\.0"):
+    with pytest.raises(RuntimeError, match=r"model.onnx answers differently: by 0\.0"):
         check_onnx(tmp_path / "model.onnx", network)
 
 

@@ -15,6 +15,7 @@ from refiner_hf.hub.repository import PublishError
 from refiner_hf.hub.verification import verify
 from refiner_hf.labelling.teachers import load_teacher
 from refiner_hf.utils.loading import has_image_processor, load_classifier
+from refiner_hf.utils.model_source import find_source
 
 from ..conftest import save_with_processor
 from ..images import write_folder
@@ -166,4 +167,4 @@ def test_a_processor_is_missing_only_where_the_hub_says_so(hub, token, folder):
     hub.drop("HEAD", "/alice/with/resolve/.*preprocessor", times=100)
     hub.drop("GET", "/alice/with/resolve/.*preprocessor", times=100)
     with pytest.raises(OSError, match="connection to the Hub broke while alice/with"):
-        has_image_processor("alice/with", {"cache_dir": str(folder / "empty")})
+        has_image_processor(find_source("alice/with", cache_dir=str(folder / "empty")))

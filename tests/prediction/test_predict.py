@@ -27,7 +27,7 @@ from refiner_hf.prediction import predict as prediction
 from refiner_hf.prediction.classifiers import TorchClassifier, open_classifier
 from refiner_hf.prediction.predict import predict
 from refiner_hf.prediction.table import whole_rows
-from refiner_hf.utils.images import find_images
+from refiner_hf.utils.image_files import find_images
 
 from ..conftest import save_with_processor
 from ..images import write_folder

@@ -10,7 +10,7 @@ from refiner_hf import RefinerForImageClassification, RefinerImageProcessor
 from refiner_hf.normalization_refiner import RefinerBatchNorm2d
 from refiner_hf.training.ema import EmaCallback
 from refiner_hf.training.metrics import ClassificationMetrics, rank_labels
-from refiner_hf.training.statistics import NormStatisticsCallback
+from refiner_hf.training.norm_statistics_callback import NormStatisticsCallback
 from refiner_hf.training.trainer import RefinerTrainer
 
 from ..conftest import assert_close

@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from transformers import EvalPrediction
 
-from refiner_hf.training.metrics import ClassificationMetrics, RankedAccuracy, rank_labels
+from refiner_hf.training.metrics import ClassificationMetrics, RankedClassification, rank_labels
 
 
 LOGITS = torch.tensor([[9, 8, 7, 6, 5, 4, 0], [0, 1, 2, 3, 4, 5, 6], [1, 2, 9, 4, 5, 6, 7.0], [7, 6, 5, 4, 3, 2, 1]])
@@ -36,7 +36,9 @@ def test_batches_add_up_and_need_no_network(monkeypatch):
         raise AssertionError("network")
 
     monkeypatch.setattr(socket, "create_connection", refuse)
-    metric = RankedAccuracy(keep_in_memory=True)
+    metric = RankedClassification(keep_in_memory=True)
     metric.add_batch(predictions=[[0, 1, 2, 3, 4]], references=[0])
     metric.add_batch(predictions=[[5, 1, 2, 3, 4]], references=[4])
-    assert metric.compute() == {"accuracy": 0.5, "top5_accuracy": 1.0}
+    result = metric.compute(num_labels=6)
+    assert (result["accuracy"], result["top5_accuracy"]) == (0.5, 1.0)
+    assert result["confusion_matrix"][4][5] == result["confusion_matrix"][0][0] == 1

@@ -13,7 +13,7 @@ from refiner_hf.data.masking import MaskPatches
 from refiner_hf.normalization_refiner import RefinerBatchNorm2d
 from refiner_hf.training import trainer as trainer_module
 from refiner_hf.training.arguments import RefinerTrainingArguments
-from refiner_hf.training.statistics import NormStatisticsCallback
+from refiner_hf.training.norm_statistics_callback import NormStatisticsCallback
 from refiner_hf.training.targets import smooth_labels
 from refiner_hf.training.trainer import RefinerTrainer
 from refiner_hf.utils.norm_statistics import reestimate_norm_statistics

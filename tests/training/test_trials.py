@@ -13,7 +13,7 @@ from refiner_hf import RefinerForImageClassification
 from refiner_hf.data.streams import StreamedImages, StreamPosition
 from refiner_hf.normalization_refiner import RefinerBatchNorm2d
 from refiner_hf.training.ema import EmaCallback
-from refiner_hf.training.statistics import NormStatisticsCallback
+from refiner_hf.training.norm_statistics_callback import NormStatisticsCallback
 from refiner_hf.training.trainer import RefinerTrainer
 
 from .test_trainer import Images, arguments, losses

@@ -18,7 +18,7 @@ from refiner_hf import (
     RefinerModel,
 )
 from refiner_hf.commands.train import main as train
-from refiner_hf.export.folder import load_for_export
+from refiner_hf.export.exported_folder import load_for_export
 from refiner_hf.inspection.networks import open_network
 from refiner_hf.prediction.classifiers import open_classifier
 from refiner_hf.utils.loading import load_classifier, load_config, load_image_processor, load_network

@@ -8,20 +8,18 @@ that was trained on is ever evaluated on, and copies of a picture are on one sid
 from hashlib import blake2b
 
 import numpy as np
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from transformers.utils import logging
 
 from ..utils.text import name_some
 from .columns import CONTENT_COLUMN, LABEL_COLUMN
-from .contents import contents_of, numbers_in, with_contents
+from .content_hashes import content_hashes, numbers_in, with_content_hashes
 
 
 logger = logging.get_logger(__name__)
 
 
-def hold_out(
-    train: Dataset | IterableDataset, share: float, seed: int, *, need_train: bool = True
-) -> tuple[Dataset, Dataset]:
+def hold_out(train: Dataset, share: float, seed: int, *, need_train: bool = True) -> tuple[Dataset, Dataset]:
     """
     Args:
         train: encoded rows with checked labels.
@@ -33,13 +31,11 @@ def hold_out(
         what is left, and what is held out.
 
     Raises:
-        `ValueError`: a stream; nothing is held out; or nothing is left, of all images or of a label's.
+        `ValueError`: nothing is held out; or nothing is left, of all images or of a label's.
     """
-    if isinstance(train, IterableDataset):
-        raise ValueError("A stream without a validation split can't be divided; name a dataset that has one.")
     if CONTENT_COLUMN not in train.column_names:
-        train = with_contents(train, "training")
-    held = np.array([_place(content, seed) < share for content in contents_of(train, "training").tolist()], bool)
+        train = with_content_hashes(train, "training")
+    held = np.array([_place(content, seed) < share for content in content_hashes(train, "training").tolist()], bool)
     if not held.any():
         raise ValueError(
             f"None of the {len(train)} images is held out at --train_val_split {share:g}: each is decided by itself, "

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image
 
-from refiner_hf.data import holding_out
+from refiner_hf.data import validation_split
 from refiner_hf.data.arguments import DataArguments
-from refiner_hf.data.contents import contents_of, digests_of
-from refiner_hf.data.holding_out import hold_out
+from refiner_hf.data.content_hashes import content_digests, content_hashes
 from refiner_hf.data.sources import load_image_data
+from refiner_hf.data.validation_split import hold_out
 
 from ..images import write_folder
 
@@ -25,13 +25,13 @@ def table(contents, labels):
 
 
 def sides(data):
-    return (set(contents_of(side, "some").tolist()) for side in data)
+    return (set(content_hashes(side, "some").tolist()) for side in data)
 
 
 def load(folder, seed=0, **fields):
     fields = {"train_dir": str(folder), "train_val_split": 0.3, **fields}
     data = load_image_data(DataArguments(**fields), need_train=True, need_evaluation=True, seed=seed)
-    return data.train, data.evaluation
+    return data.train.data, data.evaluation.data
 
 
 class TestFoldersThatChange:
@@ -95,7 +95,7 @@ class TestSmallSets:
 
     def test_a_label_that_could_not_be_learned(self):
         rows = table([*range(50), *["one"] * 3], [*[0, 1] * 25, *[2] * 3])
-        place = holding_out._place(contents_of(rows, "some").tolist()[-1], 0)
+        place = validation_split._place(content_hashes(rows, "some").tolist()[-1], 0)
         with pytest.raises(ValueError, match="All images of fox are held out.*--validation_dir"):
             hold_out(rows, place + 1e-6, seed=0)
         left, held = hold_out(rows, place + 1e-6, seed=0, need_train=False)
@@ -103,9 +103,9 @@ class TestSmallSets:
 
     def test_a_label_of_which_nothing_is_measured(self, monkeypatch):
         said = []
-        monkeypatch.setattr(holding_out.logger, "warning", said.append)
+        monkeypatch.setattr(validation_split.logger, "warning", said.append)
         rows = table([*range(50), "one"], [*[0, 1] * 25, 2])
-        place = holding_out._place(contents_of(rows, "some").tolist()[-1], 0)
+        place = validation_split._place(content_hashes(rows, "some").tolist()[-1], 0)
         hold_out(rows, place, seed=0)
         assert said == ["No image of fox is held out: nothing will be measured of them."]
 
@@ -117,15 +117,15 @@ class TestSmallSets:
 
 class TestDigests:
     def test_what_they_tell_apart(self):
-        digests = digests_of(table(range(9), [0, 1, 2] * 3), "some")
-        assert digests == digests_of(table(range(9), [0, 1, 2] * 3), "some")
+        digests = content_digests(table(range(9), [0, 1, 2] * 3), "some")
+        assert digests == content_digests(table(range(9), [0, 1, 2] * 3), "some")
         others = {
             "order": table(reversed(range(9)), reversed([0, 1, 2] * 3)),
             "labels": table(range(9), [0, 1, 1] * 3),
             "images": table(range(1, 10), [0, 1, 2] * 3),
         }
         for what, rows in others.items():
-            found = digests_of(rows, "some")
+            found = content_digests(rows, "some")
             assert found["rows"] != digests["rows"], what
             assert (found["contents"] == digests["contents"]) == (what != "images"), what
 
@@ -133,5 +133,5 @@ class TestDigests:
         rows = Dataset.from_dict(
             {"image": [{"bytes": None, "path": str(tmp_path / "1.png")}], "labels": [0]}, features=FEATURES
         )
-        assert len(contents_of(rows, "some")) == 1
-        assert len(contents_of(rows.select([]), "some")) == 0
+        assert len(content_hashes(rows, "some")) == 1
+        assert len(content_hashes(rows.select([]), "some")) == 0

@@ -8,7 +8,7 @@ from datasets import Dataset, Features, Value
 
 from ..utils.text import counted
 from .columns import IMAGE_COLUMN
-from .contents import FEW
+from .content_hashes import FEW
 from .images import UnreadableImageError, decode_image
 
 

@@ -6,8 +6,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration_refiner import RefinerConfig
 from ..modeling_refiner import RefinerForImageClassification
-from ..utils.loading import load_classifier, load_config, load_image_processor, try_out
-from ..utils.new_folder import check_processor, new_folder
+from ..utils.fitting import check_processor, try_out
+from ..utils.loading import load_classifier, load_config, load_image_processor
+from ..utils.model_source import find_source
+from ..utils.new_folder import new_folder
 from .graph import export_onnx, quantize_onnx
 from .pixels import copy_preprocessing
 
@@ -26,7 +28,8 @@ def load_for_export(
             fit it.
         `OSError`: there is no such model, or it has no image processor.
     """
-    config = load_config(model, revision=revision)
+    source = find_source(model, revision=revision)
+    config = load_config(source)
     if not isinstance(config, RefinerConfig):
         raise ValueError(
             f"{model} is a {config.model_type!r} model, not a Refiner. (Hugging Face's optimum exports others.)"
@@ -36,7 +39,7 @@ def load_for_export(
             f"{model} is quantized, which ONNX has no operations for. Export the model that it was made of; --int8 "
             "quantizes the graph."
         )
-    network, processor = load_classifier(model, revision), load_image_processor(model, {"revision": revision})
+    network, processor = load_classifier(source), load_image_processor(source)
     check_processor(processor, network.config)
     try_out(model, network, processor)
     return network, processor

@@ -14,7 +14,7 @@ from .label_maps import key_of
 FEW = 2000  # images that one process reads about as fast as several
 
 
-def contents_of(data: Dataset, what: str) -> np.ndarray:
+def content_hashes(data: Dataset, what: str) -> np.ndarray:
     """
     A number for each image's content, int64, the same for copies of one file. Each file is read once, with a progress
     bar; `datasets` remembers the answer for the next time.
@@ -37,16 +37,16 @@ def contents_of(data: Dataset, what: str) -> np.ndarray:
     return numbers_in(data, CONTENT_COLUMN)
 
 
-def with_contents(data: Dataset, what: str) -> Dataset:
+def with_content_hashes(data: Dataset, what: str) -> Dataset:
     """The rows with these numbers in a column of their own, so that they stay with a row that is picked later."""
-    return data.add_column(CONTENT_COLUMN, contents_of(data, what))
+    return data.add_column(CONTENT_COLUMN, content_hashes(data, what))
 
 
-def digests_of(data: Dataset, what: str) -> dict[str, str]:
+def content_digests(data: Dataset, what: str) -> dict[str, str]:
     """
     `contents`: a digest of the images, whatever their order; `rows`: one of the images with their labels as they come.
     """
-    contents = contents_of(data, what)
+    contents = content_hashes(data, what)
     rows = np.stack((contents, numbers_in(data, LABEL_COLUMN)))
     return {"contents": _digest(np.sort(contents)), "rows": _digest(rows)}
 

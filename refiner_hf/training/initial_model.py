@@ -9,7 +9,9 @@ from ..data.transforms import match_labels
 from ..image_processing_pil_refiner import RefinerImageProcessorMixin
 from ..image_processing_refiner import RefinerImageProcessor
 from ..modeling_refiner import RefinerForImageClassification
-from ..utils.loading import has_image_processor, load_config, load_image_processor, load_network, try_out
+from ..utils.fitting import try_out
+from ..utils.loading import has_image_processor, load_config, load_image_processor, load_network
+from ..utils.model_source import Source, find_source
 from .arguments import ModelArguments
 
 
@@ -42,7 +44,8 @@ def load_model(
         config.refine_implementation = args.refine_implementation
         return RefinerForImageClassification(config), None
 
-    config = load_config(args.model_name_or_path, **_hub(args))
+    source = _source(args)
+    config = load_config(source)
     if not isinstance(config, RefinerConfig):
         raise ValueError(
             f"{args.model_name_or_path} is a {config.model_type!r} model, not a Refiner. (Of a ViT or DeiT "
@@ -55,9 +58,8 @@ def load_model(
     for name, value in (args.overrides | sizes).items():
         setattr(config, name, value)
     model = load_network(
-        args.model_name_or_path,
+        source,
         RefinerForImageClassification,
-        hub=_hub(args),
         may_lack=lambda tensor: tensor.startswith(new_heads),
         # What masked image modelling needs beside the network.
         may_have=lambda tensor: tensor.startswith("decoder.") or tensor.endswith(".mask_token"),
@@ -94,37 +96,38 @@ def _fitting_processor(args: ModelArguments, config: RefinerConfig) -> BaseImage
     height, width = config.image_height_width
     size = {"height": height, "width": width}
     own = {"size": size} if args.crop_pct is None else {"size": size, "crop_pct": args.crop_pct}
-    name, hub = args.model_name_or_path, _hub(args)
-    if name is None:
+    if args.model_name_or_path is None:
         return RefinerImageProcessor(**own)
-    if not has_image_processor(name, hub):
-        logger.warning(f"{name} has no image processor; taking the standard one.")
+    source = _source(args)
+    if not has_image_processor(source):
+        logger.warning(f"{source} has no image processor; taking the standard one.")
         return RefinerImageProcessor(**own)
-    processor = load_image_processor(name, hub)
+    processor = load_image_processor(source)
     try:
         made = output_size(processor)
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"The image processor of {name} doesn't say which height and width its images have."
+            f"The image processor of {source} doesn't say which height and width its images have."
         ) from error
     if made != (height, width) and args.image_size is None and "image_size" not in args.overrides:
         raise ValueError(
-            f"The image processor of {name} makes images of {made[0]}x{made[1]} pixels, and its network takes "
+            f"The image processor of {source} makes images of {made[0]}x{made[1]} pixels, and its network takes "
             f"{height}x{width}. Give the size that you want: --image_size."
         )
     if isinstance(processor, RefinerImageProcessorMixin):
         return RefinerImageProcessor.from_dict(processor.to_dict(), **own)
     if args.crop_pct is not None:
-        raise ValueError(f"{name} has a {type(processor).__name__}, which knows no --crop_pct.")
+        raise ValueError(f"{source} has a {type(processor).__name__}, which knows no --crop_pct.")
     if made == (height, width):
         return processor
     if not processor.do_center_crop:
-        return load_image_processor(name, hub, size=size)
+        return load_image_processor(source, size=size)
     grown = {"height": height / processor.crop_size["height"], "width": width / processor.crop_size["width"]}
     sides = {side: pixels for side, pixels in dict(processor.size).items() if pixels}
     resized = {side: round(pixels * grown.get(side, max(grown.values()))) for side, pixels in sides.items()}
-    return load_image_processor(name, hub, size=resized, crop_size=size)
+    return load_image_processor(source, size=resized, crop_size=size)
 
 
-def _hub(args: ModelArguments) -> dict[str, str | None]:
-    return {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
+def _source(args: ModelArguments) -> Source:
+    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
+    return find_source(args.model_name_or_path, **hub)

@@ -1,0 +1,48 @@
+"""Whether a network and its image processor fit each other, before anything long begins."""
+
+import torch
+from PIL import Image
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import IMAGE_PROCESSOR_NAME
+
+from .errors import explain_errors
+
+
+def check_processor(processor: BaseImageProcessor, config: PreTrainedConfig) -> None:
+    """
+    Raises:
+        `ValueError`: the processor makes images of another size than the network takes, of which some networks would
+            make answers too.
+    """
+    with explain_errors(f"The image processor ({type(processor).__name__}) can't prepare a picture"):
+        made = tuple(_pixels(processor, config).shape[1:])
+    size = config.image_size
+    wanted = (config.num_channels, *((size, size) if isinstance(size, int) else size))
+    if made != wanted:
+        raise ValueError(
+            f"The image processor ({type(processor).__name__}) makes {made} (channels, height, width) of a picture, "
+            f"and the model takes {wanted}: its {IMAGE_PROCESSOR_NAME} doesn't fit its config.json."
+        )
+
+
+@torch.no_grad()
+def try_out(name: str, model: PreTrainedModel, processor: BaseImageProcessor) -> None:
+    """
+    Gives a picture to the processor and what it makes of it to the network.
+
+    Raises:
+        `ValueError`: one can't take what the other makes, or the answer isn't finite.
+    """
+    with explain_errors(f"The network of {name} can't take what its image processor makes of a picture"):
+        answer = model(pixel_values=_pixels(processor, model.config).to(model.device)).to_tuple()[0]
+    if not answer.isfinite().all():
+        raise ValueError(
+            f"{name} answers with numbers that aren't finite: its weights are damaged, its training broke, or its "
+            f"{IMAGE_PROCESSOR_NAME} is wrong."
+        )
+
+
+def _pixels(processor: BaseImageProcessor, config: PreTrainedConfig) -> torch.Tensor:
+    mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+    return processor(Image.new(mode, (48, 32), 128), return_tensors="pt").pixel_values

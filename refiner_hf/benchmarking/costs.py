@@ -2,10 +2,10 @@
 What a case costs on paper: floating-point operations, and bytes that have to go through memory.
 
 Operations are those of matrix products and convolutions, 2 per multiply-add; a step with backward counts as three
-forwards (each product has two gradients of its own cost). What an implementation recomputes isn't counted: it is no
-use to anyone.
+forwards (each product has two gradients of its own cost). What an implementation recomputes isn't counted: nobody
+needs it.
 
-Bytes are a lower bound: of what no implementation that keeps its tensors in memory gets around. Notation as in
+Bytes are a lower bound: what every implementation that keeps its tensors in memory must read and write. Notation as in
 `attention_refiner.py`; b bytes an element, M = B * N * N.
 """
 

@@ -1,4 +1,4 @@
-"""Times, taken in turns, and what becomes of contenders that fail."""
+"""Times of contenders, measured in turns; where one fails, the reason."""
 
 import gc
 import re
@@ -18,7 +18,7 @@ OUT_OF_MEMORY = "out of memory"
 
 def time_in_turns(makers: dict[str, Callable[[], Step]], rounds: int, device: str) -> dict[str, dict[str, Any]]:
     """
-    Times one step of each contender in each round, so that whatever else the machine does meets them all alike.
+    Times one step of each contender in each round, so that other work of the machine slows all of them alike.
 
     Args:
         makers: by contender, what makes its step.

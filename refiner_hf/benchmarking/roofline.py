@@ -1,4 +1,4 @@
-"""The machine's own best rates."""
+"""The highest rates that the machine reaches."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ REPETITIONS = 10
 def measure_roofline(device: str, dtype: str) -> dict[str, float]:
     """
     What this machine can do at best: operations a second in a matrix product of 2048 x 2048 numbers of type `dtype`,
-    and bytes a second, read and written, in a copy of 256 MiB. The best of ten, since what disturbs only slows.
+    and bytes a second, read and written, in a copy of 256 MiB. The best of ten: other work can only make them lower.
     """
     left, right = torch.randn(2, MATMUL_SIDE, MATMUL_SIDE, device=device).to(getattr(torch, dtype))
     source = torch.ones(COPY_BYTES // 4, device=device)

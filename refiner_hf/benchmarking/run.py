@@ -1,4 +1,4 @@
-"""A benchmark from its options to its record."""
+"""Runs a benchmark: what its options ask for, saved in a record."""
 
 import os
 import sys
@@ -40,7 +40,10 @@ class BenchmarkOptions:
     image_sizes: list[int] = field(default_factory=lambda: [224, 384, 448], metadata={"help": "In pixels."})
     contenders: list[str] | None = field(
         default=None,
-        metadata={"help": 'Who takes part besides "eager". Default: everybody. Compiling takes most of the time.'},
+        metadata={
+            "help": 'What is compared with "eager". Default: everything that runs here. Compiling takes most of the '
+            "time."
+        },
     )
     batch_size: int | None = field(
         default=None, metadata={"help": "Images in inference. Default: 8 on a CPU, 128 on CUDA."}
@@ -64,9 +67,9 @@ class BenchmarkOptions:
         default="benchmarks", metadata={"help": "Folder for the record, the tables and the plots."}
     )
     name: str | None = field(default=None, metadata={"help": "Stem of the files in it. Default: the device."})
-    fresh: bool = field(default=False, metadata={"help": "Start over instead of going on where the record stops."})
+    fresh: bool = field(default=False, metadata={"help": "Start again instead of continuing the record."})
     report: bool = field(
-        default=False, metadata={"help": "Measure nothing; make tables and plots of the record again."}
+        default=False, metadata={"help": "Measure nothing; write the tables and plots of the record again."}
     )
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""From what was measured to what is compared."""
+"""Ratios, made of a record's measurements."""
 
 from typing import Any
 

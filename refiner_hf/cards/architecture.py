@@ -4,6 +4,7 @@ from ..modeling_refiner import RefinerForImageClassification, RefinerPreTrainedM
 from ..refinements_refiner import REFINEMENTS
 from ..utils.flops import count_flops
 from ..utils.markdown import markdown_table
+from ..utils.text import counted
 
 
 def describe_network(model: RefinerPreTrainedModel) -> str:
@@ -15,7 +16,7 @@ def describe_network(model: RefinerPreTrainedModel) -> str:
     rows = {
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "cost of an image": f"{_giga(count_flops(model))} GFLOP (2 per multiply-add)",
-        "images": f"{height} x {width} pixels, {config.num_channels} channels, patches of {patch}",
+        "images": f"{height} x {width} pixels, {counted(config.num_channels, 'channel')}, patches of {patch}",
         "layers": f"{config.num_hidden_layers} ("
         + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in types.items())
         + ")",

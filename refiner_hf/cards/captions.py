@@ -1,5 +1,8 @@
 """The captions of a card's pictures."""
 
+from ..utils.text import counted
+
+
 LEARNING_CURVE = (
     "Loss and accuracy during training. The training loss includes regularisation and the loss of a dense head."
 )
@@ -16,14 +19,16 @@ def curves(images: int, refines: bool) -> str:
     """Of an analysis on so many images. In a network that refines there are maps before refinement."""
     before = "; hollow dots: maps before their refinement" if refines else ""
     return (
-        f"Each layer's attention maps and tokens, measured on {images:,} evaluation images (bands: standard "
+        f"Each layer's attention maps and tokens, measured on {counted(images, 'evaluation image')} (bands: standard "
         f"deviation; of CKA, standard error{before})"
     )
 
 
 def layers(images: int) -> str:
     """Of the same analysis."""
-    return f"Similarity of the maps and features of different layers, measured on {images:,} evaluation images"
+    return (
+        f"Similarity of the maps and features of different layers, measured on {counted(images, 'evaluation image')}"
+    )
 
 
 def heads(layer: int) -> str:

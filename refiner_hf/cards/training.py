@@ -11,7 +11,7 @@ from ..modeling_refiner import RefinerForMaskedImageModeling
 from ..utils.machine import device_name, versions
 from ..utils.markdown import markdown_table, markdown_text
 from ..utils.run_files import EMA_FOLDER, EMISSIONS_FILE, RUN_FILE
-from ..utils.text import name_some
+from ..utils.text import counted, name_some
 from .architecture import describe_network
 from .card import CardContent, task_of
 from .options import public_rows, training_rows
@@ -52,7 +52,7 @@ def training_content(
     task, remote_code = task_of(model), getattr(args, "with_code", False)
     base = (arguments or {}).get("model", {}).get("model_name_or_path")
     source = f"by fine-tuning `{Path(base).name}`" if base else "from scratch" if arguments else "with the HF Trainer"
-    kind = f"image classifier with {model.config.num_labels} labels"
+    kind = f"image classifier with {counted(model.config.num_labels, 'label')}"
     if isinstance(model, RefinerForMaskedImageModeling):
         kind = "masked image model, which paints hidden patches from the others,"
     elif task != CLASSIFICATION:
@@ -118,19 +118,19 @@ def _results(trainer: Trainer, measured: dict[str, float], metrics: dict, data: 
     rows.append((name, f"{measured['eval_loss']:.4f}"))
     if speed := measured.get("eval_samples_per_second"):
         rows.append(("Evaluation speed, reading images included", f"{speed:.1f} images/s on {device_name()}"))
-    count = _length(data.evaluation if data else trainer.eval_dataset)
+    count = _count(data.evaluation if data else trainer.eval_dataset, "image")
     of = f" ({data.evaluation_split}) of {markdown_text(data.name)}" if data else ""
-    return f"Measured on {count} images{of}.\n\n" + markdown_table(["", ""], rows)
+    return f"Measured on {count}{of}.\n\n" + markdown_table(["", ""], rows)
 
 
 def _data(trainer: Trainer, data: ImageData | None) -> str:
     if data is None:
-        counts = f"{_length(trainer.train_dataset)} training images, {_length(trainer.eval_dataset)} evaluation images"
-        return f"{counts}. Which ones was not recorded."
+        counts = [_count(trainer.train_dataset, "training image"), _count(trainer.eval_dataset, "evaluation image")]
+        return f"{', '.join(counts)}. Which ones was not recorded."
     labels = [markdown_text(label) for label in trainer.model.config.label_names]
     return (
-        f"{markdown_text(data.name)}: {_length(data.train)} training images, {_length(data.evaluation)} evaluation "
-        f"images ({data.evaluation_split}). Labels: {name_some(labels, 20)}."
+        f"{markdown_text(data.name)}: {_count(data.train, 'training image')}, "
+        f"{_count(data.evaluation, 'evaluation image')} ({data.evaluation_split}). Labels: {name_some(labels, 20)}."
     )
 
 
@@ -154,7 +154,7 @@ def _training(
         duration += f" ({speed:.1f} images/s, evaluations and saving included)"
     processes = f"{args.world_size} processes, each on " if args.world_size > 1 else ""
     return (
-        f"With `refiner_hf` and the Hugging Face Trainer: {trainer.state.global_step} steps{duration} on "
+        f"With `refiner_hf` and the Hugging Face Trainer: {counted(trainer.state.global_step, 'step')}{duration} on "
         f"{processes}{device_name()}; {versions()}.{_footprint(emissions)} Options that decide "
         f"what is learned, and aren't in this table, have their defaults.{where}\n\n"
         + markdown_table(["option", "value"], rows)
@@ -191,16 +191,18 @@ def _footprint(emissions: dict[str, Any] | None) -> str:
 def _limits(data: ImageData | None, num_labels: int) -> str:
     known = markdown_text(data.name) if data else "the data above"
     return (
-        f"The model knows {num_labels} labels and gives every picture one of them, also pictures of something else. "
-        f"It has been measured on {known} only; expect less on pictures of another kind, size or origin. Its scores "
-        "have not been calibrated, and its behaviour on different groups of people or things has not been examined."
+        f"The model knows {counted(num_labels, 'label')} and gives every picture one of them, also pictures of "
+        f"something else. It has been measured on {known} only; expect less on pictures of another kind, size or "
+        "origin. Its scores have not been calibrated, and its behaviour on different groups of people or things has "
+        "not been examined."
     )
 
 
 _UNMEASURED = "What the features are good for has not been measured."
 
 
-def _length(data) -> str:
+def _count(data, noun: str) -> str:
+    """How many images a data set has; those of a stream aren't counted."""
     if data is None:
-        return "no"
-    return f"{len(data):,}" if hasattr(data, "__len__") else "a stream of"
+        return f"no {noun}s"
+    return counted(len(data), noun) if hasattr(data, "__len__") else f"a stream of {noun}s"

@@ -18,6 +18,7 @@ from ..inspection.analysis import analyze
 from ..inspection.networks import open_network, short_names
 from ..inspection.report import facts_of, summary_table, write_analyses
 from ..utils.locking import locked_folder
+from ..utils.text import counted
 from .options import device_option, pick_device
 from .running import command
 
@@ -63,6 +64,6 @@ def main(args: AnalyzeArguments) -> None:
             network.name = name
         analyses = [analyze(network, decoded(rows), len(rows), args.batch_size) for network in networks]
         write_analyses(analyses, facts_of(data, args.seed, args.batch_size, device), folder)
-    print(f"Means over layers and {analyses[0]['images']} images of {data}:\n")
+    print(f"Means over layers and {counted(analyses[0]['images'], 'image')} of {data}:\n")
     print(summary_table(analyses))
     print(f"\nWrote analysis.json, analysis_curves and analysis_layers (.png, .pdf) into {folder}.")

@@ -10,6 +10,7 @@ Architecture, image size, heads, layout, dense head and stem are read from the f
 from dataclasses import dataclass, field
 
 from ..conversion.checkpoint import convert_checkpoint
+from ..utils.text import counted
 from .options import with_code_option
 from .running import command
 
@@ -36,8 +37,9 @@ def main(args: ConversionArguments) -> None:
     config = model.config
     size = "x".join(map(str, config.image_height_width))
     print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters: {config.num_hidden_layers} layers of width "
-        f"{config.hidden_size}, {config.num_attention_heads} heads, {size} pixels, {config.num_labels} labels, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters: "
+        f"{counted(config.num_hidden_layers, 'layer')} of width {config.hidden_size}, "
+        f"{counted(config.num_attention_heads, 'head')}, {size} pixels, {counted(len(config.label_names), 'label')}, "
         f"dense head: {'yes' if config.use_dense_head else 'no'}."
     )
     print(f"The finished folder: {args.output_dir}")

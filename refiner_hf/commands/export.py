@@ -13,6 +13,7 @@ from ..export.exported_folder import export_folder, load_for_export
 from ..export.graph import INPUT, OUTPUT
 from ..utils.files import write_json
 from ..utils.new_folder import check_new
+from ..utils.text import counted
 from .options import revision_option
 from .running import command
 
@@ -61,5 +62,6 @@ def main(args: ExportArguments) -> None:
     if args.measure_on:
         compared = compare(model, processor, files, images)
         write_json(folder / COMPARISON, compared)
-        print(f"\n{compared['images']} images of {compared['data']}, {compared['device']}, {compared['versions']}:\n")
+        seen = counted(compared["images"], "image")
+        print(f"\n{seen} of {compared['data']}, {compared['device']}, {compared['versions']}:\n")
         print(comparison_table(compared))

@@ -17,6 +17,7 @@ from ..data.sources import load_image_data
 from ..data.unreadable import raise_if_unreadable
 from ..labelling.make import make_label_maps
 from ..labelling.teachers import load_teacher
+from ..utils.text import counted
 from .options import device_option, pick_device, revision_option
 from .running import command, if_interrupted
 
@@ -71,5 +72,6 @@ def main(args: LabelMapArguments, data_args: DataArguments) -> None:
             device=device,
         )
     share = facts["agreeing"] / facts["images"]
-    print(f"Label maps of {facts['images']:,} images, {facts['rows']} x {facts['columns']} places: {args.output_dir}")
+    done = counted(facts["images"], "image")
+    print(f"Label maps of {done}, {facts['rows']} x {facts['columns']} places: {args.output_dir}")
     print(f"The teacher gives {share:.1%} of the images the label that they have.")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..prediction.predict import DEFAULT_WORKERS, Predictions, list_unreadable, predict
 from ..prediction.table import partial_file, whole_rows
-from ..utils.text import FORMULA, printable
+from ..utils.text import FORMULA, counted, printable
 from .options import device_option, pick_device, revision_option
 from .running import command, if_interrupted
 
@@ -54,10 +54,10 @@ def main(args: PredictArguments) -> None:
 
 def _summary(predictions: Predictions, output_file: str) -> str:
     labels = predictions.labels
-    lines = [f"{labels.total():,} images:"]
+    lines = [f"{counted(labels.total(), 'image')}:"]
     lines += [f"  {printable(label)}: {count:,}" for label, count in labels.most_common(_LABELS_SHOWN)]
     if (others := len(labels) - _LABELS_SHOWN) > 0:
-        lines.append(f"  and {others:,} other labels")
+        lines.append(f"  and {counted(others, 'other label')}")
     if formulas := [label for label in labels if label.startswith(FORMULA)]:
         lines.append(
             f"Labels such as {printable(formulas[0])!r} look like formulas to a spreadsheet: import the table as text."

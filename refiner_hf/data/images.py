@@ -73,7 +73,9 @@ class EncodedImage:
         try:
             yield
         except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
-            raise UnreadableImageError(f"The image {self.name} can't be read ({error}). Mend or remove it.") from error
+            raise UnreadableImageError(
+                f"The image {self.name} can't be read ({error}). Repair or remove it."
+            ) from error
 
 
 def decode_image(encoded: dict[str, Any]) -> PILImage.Image:

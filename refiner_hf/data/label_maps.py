@@ -16,7 +16,7 @@ import torch
 from datasets import load_dataset
 
 from ..utils.files import read_json
-from ..utils.text import name_some
+from ..utils.text import counted, name_some
 from .images import read_bytes
 
 
@@ -64,8 +64,8 @@ class ShardedLabelMaps(LabelMaps):
             )
         if facts["labels"] != labels:
             raise ValueError(
-                f"The label maps in {folder} are of {len(facts['labels'])} labels ({name_some(facts['labels'])}), the "
-                f"data has {len(labels)} ({name_some(labels)})."
+                f"The label maps in {folder} are of {counted(len(facts['labels']), 'label')} "
+                f"({name_some(facts['labels'])}), the data has {len(labels)} ({name_some(labels)})."
             )
         self.shape = facts["top_k"], facts["rows"], facts["columns"]
         files = sorted(str(path) for path in folder.glob(SHARDS))

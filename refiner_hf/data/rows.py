@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
+from ..utils.text import counted
 from .columns import IMAGE_COLUMN
 from .content_hashes import content_digests
 from .seeded_sampling import SeededImages
@@ -173,8 +174,8 @@ class StoredRows(Rows):
         if len(wrong):
             some = sorted({str(label) for label in wrong})[:5]
             raise ValueError(
-                f"{len(wrong)} images have labels outside 0..{count - 1} (-1 is how unlabelled test sets say so): "
-                f"{', '.join(some)}. The first is row {wrong.index[0]}."
+                f"There are labels outside 0..{count - 1} in {counted(len(wrong), 'image')} (-1 is how unlabelled "
+                f"test sets say so): {', '.join(some)}. The first is row {wrong.index[0]}."
             )
 
     def at_most(self, number: int | None, seed: int) -> Self:

@@ -11,6 +11,7 @@ from datasets import ClassLabel, Dataset, Image, load_dataset
 from transformers.utils import logging
 
 from ..utils.files import check_writable
+from ..utils.text import counted
 from .arguments import DataArguments
 from .columns import IMAGE_COLUMN, LABEL_COLUMN
 from .rows import Rows, StoredRows, StreamedRows
@@ -152,7 +153,7 @@ def _check_nothing_left_out(folder: Path, data: Dataset) -> None:
         taken = {os.path.relpath(image["path"], folder.resolve()) for image in images}
         kinds = Counter(file.suffix.lower() or file.name for file in files if str(file) not in taken)
         logger.warning(
-            f"{len(files) - len(data):,} files in {folder} don't have names of images and are left out: "
+            f"Left out: {counted(len(files) - len(data), 'file')} in {folder} without an image's extension: "
             + ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common(5))
         )
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image as PILImage
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..utils.text import name_some
+from ..utils.text import counted, name_some
 from .augmentation import Augment
 from .images import EncodedImage, decode_image
 from .label_maps import BOX, FLIPPED, MAP_CLASSES, MAP_SCORES, LabelMaps
@@ -69,8 +69,8 @@ class PrepareTraining:
             if self.label_ids is not None:
                 if classes.max() >= len(self.label_ids):
                     raise ValueError(
-                        f"A label map has the class {classes.max()}, but the data has {len(self.label_ids)} labels: "
-                        "the maps are of another data set."
+                        f"A label map has the class {classes.max()}, but the data has "
+                        f"{counted(len(self.label_ids), 'label')}: the maps are of another data set."
                     )
                 classes = np.asarray(self.label_ids, classes.dtype)[classes]
             prepared |= {MAP_SCORES: label_map.scores, MAP_CLASSES: classes, BOX: view.box, FLIPPED: view.flipped}

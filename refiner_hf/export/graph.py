@@ -111,7 +111,7 @@ def quantize_onnx(file: str | Path, quantized: str | Path) -> None:
 def open_onnx(file: str | Path) -> onnxruntime.InferenceSession:
     """A graph, ready to run on the CPU."""
     options = onnxruntime.SessionOptions()
-    # Threads that wait in a loop between runs are in the way of whatever else runs meanwhile.
+    # Threads that wait in a loop between runs slow down everything else that runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 

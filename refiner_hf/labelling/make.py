@@ -16,6 +16,7 @@ from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN
 from ..utils.files import read_json, write_json
 from ..utils.locking import LOCK, locked_folder
 from ..utils.resuming import check_same_facts
+from ..utils.text import counted
 from .teachers import Teacher
 
 
@@ -59,7 +60,8 @@ def make_label_maps(
     Args:
         data (`datasets.Dataset`): encoded rows.
         labels (`list[str]`): the data's labels. The maps' classes are numbered like these.
-        teacher ([`Teacher`]), teacher_name (`str`): who says what is where, and its name for the record.
+        teacher ([`Teacher`]), teacher_name (`str`): the classifier that scores each place, and its name for
+            the record.
         folder (`Path`): where to write; empty, or with the maps that are to be continued.
         top_k (`int`): how many classes of each place are kept.
         batch_size (`int`), num_workers (`int`), device (`str`): how the teacher is run.
@@ -133,7 +135,7 @@ def match_teacher(teacher_labels: list[str] | None, count: int, labels: list[str
     Which of the teacher's `count` labels is each of the data's; `None` where they are the same.
 
     Raises:
-        `ValueError`: neither do their names fit nor their number.
+        `ValueError`: neither their names nor their number fit.
     """
     if teacher_labels == labels:
         return None
@@ -146,8 +148,9 @@ def match_teacher(teacher_labels: list[str] | None, count: int, labels: list[str
         )
         return None
     raise ValueError(
-        f"The teacher knows {count} labels, such as {(teacher_labels or ['(without names)'])[:3]}, and the data has "
-        f"{len(labels)}, such as {labels[:3]}. Fine-tune the teacher on the data's labels, or name these like its own."
+        f"The teacher knows {counted(count, 'label')}, such as {(teacher_labels or ['(without names)'])[:3]}, and the "
+        f"data has {len(labels)}, such as {labels[:3]}. Fine-tune the teacher on the data's labels, or name these "
+        "like its own."
     )
 
 

@@ -1,7 +1,7 @@
 """
-What an image classifier says of each place of an image.
+An image classifier's scores for each place of an image.
 
-A classifier ends in a head that pools what it found all over an image, and gives it scores. Here the head gets one
+A classifier ends in a head that pools the features of the whole image, and gives it scores. Here the head gets one
 place at a time, as if it were the whole image: any transformers or timm classifier becomes a teacher, whatever its
 head is made of.
 
@@ -83,7 +83,7 @@ class TransformersTeacher(Teacher):
     """
     A transformers classifier: its own forward with the base model's output replaced by one place of it at a time.
 
-    How a base model pools is its own affair; the first images show which of the usual ways is this one's.
+    Base models pool in different ways. The first images show which of the usual ways this one uses.
     """
 
     def __init__(self, name: str, image_size: int | None, revision: str | None):
@@ -128,19 +128,19 @@ class TransformersTeacher(Teacher):
             try:
                 logits = self._head(pixel_values, type(outputs), outputs.last_hidden_state, pool)
             except (RuntimeError, TypeError, AttributeError, ValueError, IndexError):
-                continue  # not this one's way
+                continue  # it pools in another way
             if logits.shape == expected.shape and torch.allclose(logits, expected, rtol=1e-3, atol=1e-4):
                 return pool
         raise ValueError(_UNKNOWN.format(type(self.model).__name__))
 
 
-# From what a base model found to what its head is given.
+# From a base model's features to what its head takes.
 _POOLS = (
-    lambda base, found: base.pooler(found),
-    lambda base, found: base.pooler(found.transpose(1, 2)).flatten(1),
-    lambda base, found: base.layernorm(found.mean((-2, -1))),
-    lambda base, found: found[:, 0],
-    lambda base, found: None,
+    lambda base, features: base.pooler(features),
+    lambda base, features: base.pooler(features.transpose(1, 2)).flatten(1),
+    lambda base, features: base.layernorm(features.mean((-2, -1))),
+    lambda base, features: features[:, 0],
+    lambda base, features: None,
 )
 
 

@@ -1,1 +1,1 @@
-"""AnswerTable of an image classifier to many files, as a table."""
+"""A classifier's answers to many image files, as a table."""

@@ -11,6 +11,7 @@ import torch
 from transformers import BaseImageProcessor, PreTrainedConfig
 
 from ..utils.loading import load_classifier_and_processor, load_config, load_image_processor
+from ..utils.text import counted
 from .scores import probabilities
 
 
@@ -44,8 +45,8 @@ class Classifier(ABC):
         logits = self.logits(pixel_values).float().cpu()
         if logits.shape != (len(pixel_values), len(self.labels)):
             raise ValueError(
-                f"{self.name} has {len(self.labels)} labels, but gives numbers of shape {tuple(logits.shape)} for "
-                f"{len(pixel_values)} images."
+                f"{self.name} has {counted(len(self.labels), 'label')}, but gives numbers of shape "
+                f"{tuple(logits.shape)} for {counted(len(pixel_values), 'image')}."
             )
         if not logits.isfinite().all():
             raise ValueError(

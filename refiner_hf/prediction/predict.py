@@ -1,4 +1,4 @@
-"""From images to a table of what a classifier sees in them."""
+"""From images to a table of a classifier's answers."""
 
 import os
 from collections import Counter
@@ -79,9 +79,9 @@ def predict(
 
     facts = {"model": classifier.digest(), "top_k": top_k}
     with locked_beside(output), AnswerTable(output, _columns(top_k), facts) as answers:
-        if strangers := answers.finished - {_printable(file) for file in files}:
+        if others := answers.finished - {_printable(file) for file in files}:
             raise ValueError(
-                f"{partial_file(output)} holds answers to images that aren't meant now, such as {min(strangers)}. "
+                f"{partial_file(output)} holds answers to images that weren't given now, such as {min(others)}. "
                 "Remove it, or give another --output_file."
             )
         predictions = Predictions(answers.labels)
@@ -147,7 +147,7 @@ class _Images(Dataset):
         try:
             image = to_8_bit_rgb(open_image(self.files[i]))
             return name, self.processor(image, return_tensors="pt").pixel_values[0]
-        except Exception as error:  # there is hardly one that PIL can't raise for a damaged file
+        except Exception as error:  # PIL raises errors of nearly any kind for a damaged file
             cause = error.__cause__ or error
             return name, " ".join(str(cause).split()) or type(cause).__name__
 

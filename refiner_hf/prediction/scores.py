@@ -1,4 +1,4 @@
-"""What a classifier's numbers mean."""
+"""A classifier's logits as probabilities."""
 
 import torch
 from transformers import PreTrainedConfig

@@ -38,7 +38,7 @@ class AnswerTable:
     Args:
         output (`Path`): where the finished table shall be.
         columns (`list[str]`): its first row.
-        facts (`dict`): what the rows come from. A table is gone on with only where these are the same.
+        facts (`dict`): what the rows come from. A table is continued only if these are the same.
 
     Attributes:
         finished (`set[str]`): the first column's entries.
@@ -85,7 +85,7 @@ class AnswerTable:
         Puts the table into its place.
 
         Raises:
-            `OSError`: something has come there in the meantime.
+            `OSError`: a file has been put there in the meantime.
         """
         self._file.close()
         check_place(self._output)

@@ -24,12 +24,13 @@ from ..configuration_refiner import RefinerConfig
 from ..data.streams import StreamPosition
 from ..modeling_refiner import RefinerForImageClassification
 from ..utils.run_files import EMA_FOLDER
+from ..utils.text import counted
 from .arguments import RefinerTrainingArguments
 
 
 _RANDOM_NUMBERS, _POSITIONS = "rng_state*.pth", "stream_position_*.json"
 _NUMBER = (int, float)
-# What going on reads of the Trainer's state.
+# What is read of the Trainer's state when a run continues.
 _STATE = {
     "global_step": int, "max_steps": int, "num_train_epochs": int, "train_batch_size": int, "epoch": _NUMBER,
     "total_flos": _NUMBER, "log_history": list, "stateful_callbacks": dict,
@@ -43,7 +44,7 @@ class DamagedCheckpointError(ValueError):
 
 def check_checkpoint(folder: Path, args: RefinerTrainingArguments, *, streamed: bool) -> None:
     """
-    Opens every file that going on needs, safely, and reads it to its end.
+    Opens every file that is needed to continue, without running code in it, and reads it to its end.
 
     Args:
         folder: of the checkpoint of an image classifier.
@@ -148,7 +149,7 @@ def _check_weights(folder: Path) -> None:
                     raise DamagedCheckpointError(f"holds infinite numbers or NaN in {name}")
     if expected:
         with _reading(files[0]):
-            raise DamagedCheckpointError(f"lacks {len(expected)} tensors, such as {next(iter(expected))}")
+            raise DamagedCheckpointError(f"lacks {counted(len(expected), 'tensor')}, such as {next(iter(expected))}")
 
 
 def _check_optimizer(file: Path) -> None:

@@ -18,12 +18,12 @@ class EmaCallback(TrainerCallback):
     """
     Averages a model after each optimisation step (timm's `ModelEmaV3`).
     [`~refiner_hf.training.trainer.RefinerTrainer`] evaluates the average beside the raw model, as `eval_ema_accuracy`
-    and so on, saves it in the folder `ema` of the raw model's, and takes it up again from a checkpoint. Every process
+    and so on, saves it in the folder `ema` of the raw model's, and restores it from a checkpoint. Every process
     averages the same.
 
     Args:
         decay (`float`): what is left of the average after a step, 0.99996 in the reference.
-        warmup (`bool`, *optional*, defaults to `True`): decay less in the beginning, `1 - (1 + step)^(-2/3)`, so that
+        warmup (`bool`, *optional*, defaults to `True`): decay less at the beginning, `1 - (1 + step)^(-2/3)`, so that
             the first weights are soon forgotten: for a short training, or the average of a long one early on.
 
     Raises:
@@ -42,7 +42,7 @@ class EmaCallback(TrainerCallback):
         return self.average.module
 
     def begin(self, model: PreTrainedModel) -> None:
-        """Averages from `model` on."""
+        """Begins the average with the weights of `model`."""
         self.average = ModelEmaV3(model, self.decay, use_warmup=self.warmup)
 
     def on_step_end(self, args, state, control, model, **kwargs):

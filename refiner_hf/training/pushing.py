@@ -156,7 +156,7 @@ class PushingTrainer(Trainer):
             self.push_in_progress = PushInProgress([job])
 
     def _files_of(self, checkpoint: Path) -> Files:
-        """What one push on the way brings."""
+        """The files of one push during the training."""
         saved = public_files(checkpoint)
         files = {name: path for name, path in saved.items() if name.startswith(_MODEL_FILES)}
         if self._trains_a_refiner():

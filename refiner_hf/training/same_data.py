@@ -9,7 +9,7 @@ from transformers.utils import CONFIG_NAME, logging
 from ..data.arguments import DataArguments
 from ..data.sources import ImageData
 from ..utils.files import read_json
-from ..utils.text import name_some
+from ..utils.text import counted, name_some
 
 
 logger = logging.get_logger(__name__)
@@ -105,9 +105,9 @@ def _changes(begun: dict[str, Any], now: dict[str, Any], what: str) -> list[str]
     if begun.keys() != now.keys():
         return [f"the {what} images come in another way (--streaming)"]
     if begun.get("files") != now.get("files"):
-        return [f"the {what} images come in {now['files']:,} files and no longer in {begun['files']:,}"]
+        return [f"the {what} images come in {counted(now['files'], 'file')} and no longer in {begun['files']:,}"]
     if begun["images"] != now["images"]:
-        return [f"there are {_count(now)} {what} images and no longer {_count(begun)}"]
+        return [f"the number of {what} images is now {_count(now)} and was {_count(begun)}"]
     if begun.get("contents") != now.get("contents"):
         return [f"there are as many {what} images, {_count(now)}, but others among them"]
     if begun.get("rows") != now.get("rows"):
@@ -116,4 +116,4 @@ def _changes(begun: dict[str, Any], now: dict[str, Any], what: str) -> list[str]
 
 
 def _count(facts: dict[str, Any]) -> str:
-    return "an unknown number of" if facts["images"] is None else f"{facts['images']:,}"
+    return "unknown" if facts["images"] is None else f"{facts['images']:,}"

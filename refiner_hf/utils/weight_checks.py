@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from .errors import explain_errors
-from .text import name_some
+from .text import counted, name_some
 
 
 NAMED = 3  # tensors in an error
@@ -40,11 +40,12 @@ def check_sizes(config: dict[str, Any], shapes: list[tuple[int, ...]]) -> None:
         return
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > len(shapes):
-        raise ValueError(f"it has {layers:,} layers, but there are only {len(shapes):,} weight tensors.")
+        raise ValueError(
+            f"it has {counted(layers, 'layer')}, but there are only {counted(len(shapes), 'weight tensor')}."
+        )
     labels = config.get("id2label") or range(0)
-    if "ForImageClassification" in str(config.get("architectures")) and len(labels) > max(
-        max(shape, default=0) for shape in shapes
-    ):
+    most = max(max(shape, default=0) for shape in shapes)
+    if "ForImageClassification" in str(config.get("architectures")) and len(labels) > most:
         raise ValueError(f"it names {len(labels):,} labels, but no weight tensor has as many rows.")
 
 

@@ -196,7 +196,7 @@ class TestOtherSources:
         # As files come that somebody else wrote: `datasets` itself refuses a label beyond the last.
         features = datasets.Features({**table.features, "label": names}).arrow_schema
         pq.write_table(table.data.table.cast(features), tmp_path / "tables" / "train.parquet")
-        with pytest.raises(ValueError, match="1 images have labels outside 0..2 .*The first is row 5"):
+        with pytest.raises(ValueError, match="labels outside 0..2 in 1 image .*The first is row 5"):
             load(train_dir=str(tmp_path / "tables"))
 
     @pytest.mark.parametrize(

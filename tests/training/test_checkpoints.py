@@ -122,7 +122,7 @@ DAMAGES = {
         (cut, "can't be read"),
         (os.unlink, "is missing"),
         (lambda file: file.write_bytes(b""), "can't be read"),
-        (tensors(lambda t: t.pop("classifier.weight")), "lacks 1 tensors, such as classifier.weight"),
+        (tensors(lambda t: t.pop("classifier.weight")), "lacks 1 tensor, such as classifier.weight"),
         (tensors(lambda t: t["classifier.weight"][0].fill_(float("nan"))), "NaN in classifier.weight"),
         (tensors(lambda t: t.update({"classifier.weight": torch.zeros(7, 24)})), r"in the shape \(7, 24\)"),
     ],
@@ -155,7 +155,7 @@ DAMAGES = {
     "ema/model.safetensors": [
         (cut, "can't be read"),
         (os.unlink, "is missing"),
-        (tensors(lambda t: t.pop("classifier.bias")), "lacks 1 tensors"),
+        (tensors(lambda t: t.pop("classifier.bias")), "lacks 1 tensor"),
     ],
 }  # fmt: skip
 CASES = [(name, i) for name, damages in DAMAGES.items() for i in range(len(damages))]

@@ -321,10 +321,10 @@ class TestFineTuning:
         )  # fmt: skip
 
     def test_other_labels_replace_the_heads_and_say_so(self, trained, tmp_path, monkeypatch):
-        from refiner_hf.training import loading
+        from refiner_hf.training import initial_model
 
         said = []
-        monkeypatch.setattr(loading.logger, "warning", said.append)
+        monkeypatch.setattr(initial_model.logger, "warning", said.append)
         data = write_folder(tmp_path / "data", 6, ("cat", "dog", "fox"))  # as many as before, but others
         self.fine_tune(trained[0], data, tmp_path / "out", "--learning_rate", "1e-9")
         assert any("classifiers are replaced" in line for line in said)

@@ -35,7 +35,8 @@ def make_model(
     torch.manual_seed(0)
     config = RefinerConfig(**TINY, attention_types=LAYOUTS[layout])
     # In float64, so that what is compared is the mathematics and not the order of additions.
-    model = RefinerForImageClassification(config, implementation).train().to(dtype)
+    config.refine_implementation = implementation
+    model = RefinerForImageClassification(config).train().to(dtype)
     model.synchronize_norms(synchronized)
     return model
 

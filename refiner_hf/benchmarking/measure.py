@@ -30,7 +30,8 @@ def time_in_turns(makers: dict[str, Callable[[], Step]], rounds: int, device: st
         and on CUDA `memory`; or `error`, why there are none.
     """
     gc.collect()  # networks of the case before
-    rows, steps = {name: {} for name in makers}, {}
+    rows: dict[str, dict[str, Any]] = {name: {} for name in makers}
+    steps: dict[str, Step] = {}
     for name, make_step in makers.items():
         with failure_noted_in(rows[name]):
             step = make_step()

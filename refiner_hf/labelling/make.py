@@ -34,8 +34,8 @@ class _ForTeacher(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.data)
 
-    def __getitem__(self, row: int) -> tuple[int, torch.Tensor, int]:
-        row = self.data[row]
+    def __getitem__(self, number: int) -> tuple[int, torch.Tensor, int]:
+        row = self.data[number]
         image = EncodedImage(row[IMAGE_COLUMN])
         return key_of({"bytes": image.content}), self.prepare(image.decode()), row[LABEL_COLUMN]
 

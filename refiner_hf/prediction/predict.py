@@ -125,6 +125,7 @@ class _Batch:
 
 
 def _rows(batch: _Batch, classifier: Classifier, top_k: int) -> Iterator[list[str]]:
+    assert batch.pixel_values is not None  # there are files
     scores, labels = classifier.scores(batch.pixel_values).sort(descending=True, stable=True)
     for file, best_scores, best_labels in zip(batch.files, scores[:, :top_k].tolist(), labels[:, :top_k].tolist()):
         row = [file]

@@ -31,7 +31,7 @@ from .arguments import RefinerTrainingArguments
 _RANDOM_NUMBERS, _POSITIONS = "rng_state*.pth", "stream_position_*.json"
 _NUMBER = (int, float)
 # What is read of the Trainer's state when a run continues.
-_STATE = {
+_STATE: dict[str, Any] = {
     "global_step": int, "max_steps": int, "num_train_epochs": int, "train_batch_size": int, "epoch": _NUMBER,
     "total_flos": _NUMBER, "log_history": list, "stateful_callbacks": dict,
     "best_metric": (*_NUMBER, type(None)), "best_model_checkpoint": (str, type(None)),

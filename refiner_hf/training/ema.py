@@ -39,6 +39,7 @@ class EmaCallback(TrainerCallback):
     @property
     def model(self) -> PreTrainedModel:
         """The averaged model, in evaluation mode."""
+        assert self.average is not None, "The average hasn't begun."
         return self.average.module
 
     def begin(self, model: PreTrainedModel) -> None:
@@ -46,6 +47,7 @@ class EmaCallback(TrainerCallback):
         self.average = ModelEmaV3(model, self.decay, use_warmup=self.warmup)
 
     def on_step_end(self, args, state, control, model, **kwargs):
+        assert self.average is not None
         self.average.update(model, state.global_step)
 
     def save(self, folder: str | Path, processor: BaseImageProcessor | ProcessorMixin | None) -> None:

@@ -49,7 +49,8 @@ class NormStatisticsCallback(TrainerCallback):
         if control.should_evaluate or control.should_save:
             self._refresh(model)
 
-    on_epoch_end = on_step_end
+    def on_epoch_end(self, args, state, control, model, **kwargs):
+        self.on_step_end(args, state, control, model)
 
     def on_train_end(self, args, state, control, model, **kwargs):
         self._refresh(model)

@@ -19,6 +19,7 @@ from refiner_hf.data.sources import load_image_data
 from refiner_hf.data.transforms import PrepareTraining
 from refiner_hf.labelling import make
 from refiner_hf.labelling.make import match_teacher
+from refiner_hf.labelling.teachers import Teacher
 from refiner_hf.training.targets import TrainingTargets
 
 from ..conftest import save_with_processor
@@ -211,3 +212,37 @@ def test_a_damaged_file_of_facts(teacher, photos, tmp_path):
         (maps / "label_maps.json").write_text(content)
         with pytest.raises(SystemExit, match="label_maps.json is damaged"):
             main(options(teacher, photos, maps))
+
+
+class Told(Teacher):
+    """It scores what it is told, at each of two places, for the labels of its own order."""
+
+    labels, num_labels, size = ["red", "violet", "blue", "green"], 4, (8, 8)
+
+    def __init__(self, scores: list[list[float]]):
+        super().__init__(torch.nn.Identity(), [0.0] * 3, [1.0] * 3)
+        self.scores = torch.tensor(scores).T[None, :, None, :]
+
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.scores.expand(len(pixel_values), -1, -1, -1)
+
+
+def made_by(teacher: Teacher, photos, out):
+    data = load_image_data(DataArguments(train_dir=str(photos)), need_train=True, need_evaluation=False, seed=0)
+    return data, make.make_label_maps(data.train.data, data.labels, teacher, out, teacher_name="told", top_k=2)
+
+
+def test_classes_are_numbered_as_the_datas(photos, tmp_path):
+    """The teacher knows more labels, in another order."""
+    data, _ = made_by(Told([[3.0, 9.0, 1.0, 2.0], [3.0, 9.0, 1.0, 4.0]]), photos, tmp_path / "maps")
+    assert data.labels == ["blue", "green", "red"]
+    scores, classes = open_label_maps(str(tmp_path / "maps"), data.labels)(data.train[0]["image"])
+    assert classes.tolist() == [[[2, 1]], [[1, 2]]], "red, then green; at the second place the other way round"
+    assert scores.tolist() == [[[3, 4]], [[2, 3]]]
+
+
+def test_agreement_is_of_the_mean_probability(photos, tmp_path):
+    next((photos / "green").iterdir()).unlink()
+    # Mean of the scores: green. Of the probabilities: red is nearly sure at one place.
+    _, facts = made_by(Told([[9.0, 0.0, 0.0, 0.0], [-9.0, 0.0, 0.0, 1.0]]), photos, tmp_path / "maps")
+    assert facts["agreeing"] == 5, "the five red pictures"

@@ -26,6 +26,7 @@ from refiner_hf.commands.predict import main
 from refiner_hf.prediction import predict as prediction
 from refiner_hf.prediction.classifiers import TorchClassifier, open_classifier
 from refiner_hf.prediction.predict import predict
+from refiner_hf.prediction.scores import probabilities
 from refiner_hf.prediction.table import whole_rows
 from refiner_hf.utils.image_files import find_images
 
@@ -577,3 +578,24 @@ class TestCommand:
         assert "13 images:" in capsys.readouterr().out
         predict(vit, photos, tmp_path / "whole.csv", batch_size=1, num_workers=0)
         assert table.read_bytes() == (tmp_path / "whole.csv").read_bytes()
+
+
+def test_answers_that_are_not_finite_are_no_answers(vit, photos, table, monkeypatch):
+    """Of pictures, though the network was tried out when it was opened."""
+    monkeypatch.setattr(TorchClassifier, "logits", lambda self, pixels: torch.full((len(pixels), 4), torch.nan))
+    with pytest.raises(SystemExit, match="answers with numbers that aren't finite"):
+        run(vit, photos, table)
+    assert not table.exists()
+
+
+@pytest.mark.parametrize(
+    "problem, logits, expected",
+    [
+        (None, [0.0, 0.0], [0.5, 0.5]),
+        ("multi_label_classification", [0.0, 100.0], [0.5, 1.0]),
+        (None, [0.0], [0.5]),  # a single label: whether the image has it
+    ],
+)
+def test_probabilities(problem, logits, expected):
+    config = ViTConfig(problem_type=problem)
+    assert probabilities(torch.tensor([logits]), config).tolist() == [expected]

@@ -104,7 +104,9 @@ main([])
 """
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_signals_leave_nothing_half_written(number, code, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "out")],
@@ -158,7 +160,9 @@ main([])
 """
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("where", IGNORED)
 def test_signals_where_python_ignores_what_is_raised(where, number, code):
     """There a Ctrl-C was printed and forgotten, and the command went on to its end."""

@@ -302,7 +302,7 @@ print("\\n".join(f"{each['label']} {each['score']:.6f}" for each in answers))
 """
 
 
-@pytest.mark.parametrize("kind", ["vit", "deit"])
+@pytest.mark.parametrize("kind", [pytest.param("vit", marks=pytest.mark.slow), "deit"])
 def test_with_code(saved, photos, tmp_path, kind):
     """The model's code is ours, the image processor stays the source's."""
     source, out = saved(kind), tmp_path / "out"

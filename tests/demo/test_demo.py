@@ -458,7 +458,9 @@ main(["--model", sys.argv[1], "--port", sys.argv[2], "--device", "cpu"])
 """
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 0), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_uploads_are_gone_when_it_ends(number, code, folder, tmp_path, photo):
     """An upload that is named like a folder ended the cleaning in a traceback, and the others stayed."""
     place = tmp_path / "temporary"

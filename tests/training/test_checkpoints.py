@@ -285,7 +285,7 @@ def test_one_that_is_written_again_is_not_whole_before_its_end(photos, broken, m
     assert choose(broken) == str(broken / "checkpoint-6")
 
 
-@pytest.mark.parametrize("named", [(), ("named",)], ids=["found", "named"])
+@pytest.mark.parametrize("named", [(), pytest.param(("named",), marks=pytest.mark.slow)], ids=["found", "named"])
 def test_whole_runs_say_it_in_words(photos, broken, named):
     for step in (3, 6, 9):
         cut(broken / f"checkpoint-{step}" / "model.safetensors")

@@ -52,8 +52,11 @@ def relabel(folder):
 
 
 CHANGES = {
-    "more": (one_more, "there are 25 training images and no longer 24"),
-    "fewer": (lambda f: (f / "photos" / "red" / "3.png").unlink(), "there are 23 training images and no longer 24"),
+    "more": (one_more, "the number of training images is now 25 and was 24"),
+    "fewer": (
+        lambda f: (f / "photos" / "red" / "3.png").unlink(),
+        "the number of training images is now 23 and was 24",
+    ),
     "others": (
         lambda f: shutil.copy(f / "others" / "red" / "0.png", f / "photos" / "red" / "3.png"),
         "as many training images, 24, but others among them",
@@ -65,7 +68,7 @@ CHANGES = {
     ),
     "evaluation": (
         lambda f: (f / "others" / "red" / "0.png").unlink(),
-        "there are 8 evaluation images and no longer 9",
+        "the number of evaluation images is now 8 and was 9",
     ),
 }
 
@@ -92,7 +95,9 @@ def test_whoever_names_the_checkpoint_is_warned(place, monkeypatch):
     monkeypatch.setattr(same_data.logger, "warning", said.append)
     one_more(place)
     main(command(place, "--resume_from_checkpoint", str(place / "run" / "checkpoint-3")))
-    assert len(said) == 1 and "there are 25 training images" in said[0] and "isn't that of one training" in said[0]
+    assert (
+        len(said) == 1 and "number of training images is now 25" in said[0] and "isn't that of one training" in said[0]
+    )
     assert load_json(place / "run" / "_data.json")["training"]["images"] == 25
 
 

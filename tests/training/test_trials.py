@@ -76,9 +76,9 @@ def trainer(tiny_model, tmp_path):
     [
         ("label_smoothing_factor", [0.0, 0.5, 0.9]),
         ("learning_rate", [1e-3, 1e-2]),
-        ("learning_rate_batch_size", [8, 1]),
-        ("layer_decay", [1.0, 0.3]),
-        ("cooldown_steps", [0.0, 0.7]),
+        pytest.param("learning_rate_batch_size", [8, 1], marks=pytest.mark.slow),
+        pytest.param("layer_decay", [1.0, 0.3], marks=pytest.mark.slow),
+        pytest.param("cooldown_steps", [0.0, 0.7], marks=pytest.mark.slow),
         ("warmup_steps", [0.0, 0.7]),
     ],
 )

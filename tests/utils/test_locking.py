@@ -56,6 +56,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_of_many_at_once_one_at_a_time(tmp_path):
     """Lock files go and come again all the time; never do two processes hold one."""
     count = """

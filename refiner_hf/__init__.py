@@ -31,11 +31,13 @@ from .modeling_refiner import (
     RefinerModelOutput,
     RefinerPreTrainedModel,
 )
+from .refined_model_refiner import RefinedConfig
 from .version import __version__
 
 
 if TYPE_CHECKING:
     from .conversion.checkpoint import convert_checkpoint
+    from .conversion.refine import refine
     from .conversion.vit import refine_vit
     from .data.digits import digits_splits
     from .data.masking import MaskPatches
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from .training.trainer import RefinerTrainer
 
 AutoConfig.register("refiner", RefinerConfig)
+AutoConfig.register("refined", RefinedConfig)
 AutoModel.register(RefinerConfig, RefinerModel)
 AutoModelForImageClassification.register(RefinerConfig, RefinerForImageClassification)
 AutoModelForMaskedImageModeling.register(RefinerConfig, RefinerForMaskedImageModeling)
@@ -77,6 +80,7 @@ _MODULES = {
     "predict": "prediction.predict",
     "publish_folder": "hub.publish",
     "quantize_onnx": "export.graph",
+    "refine": "conversion.refine",
     "refine_vit": "conversion.vit",
     "refined_maps": "inspection.layer_views",
     "view_attention": "inspection.attention_views",
@@ -110,6 +114,7 @@ __all__ = [
     "predict",
     "publish_folder",
     "quantize_onnx",
+    "refine",
     "refine_vit",
     "refined_maps",
     "view_attention",

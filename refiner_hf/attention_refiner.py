@@ -51,8 +51,22 @@ class RefinerMapRefinement(nn.Module):
         self.build(config)
         self.output_norm = batch_norm(config, config.num_attention_heads)
 
-    def forward(self, attention_map: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-        """(B, H, N, N) -> (B, H, N, N), times `scale`."""
+    def forward(
+        self, attention_map: torch.Tensor, scale: float = 1.0, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        Args:
+            attention_map (`torch.Tensor` of shape (B, H, N, N)): to refine.
+            scale (`float`, *optional*, defaults to 1.0): a factor on the result.
+            mask (`torch.BoolTensor` of shape (B, 1, N, N), *optional*): true where a real query may look at a real
+                key. Elsewhere, as at padding, the map is taken to be zero, counts for no batch statistics, and is zero
+                when it is refined.
+
+        Returns:
+            the refined map, of the same shape.
+        """
+        if mask is not None:
+            return masked_refine(self, attention_map, scale, mask)
         name = pick_implementation(self, attention_map)
         return REFINE_IMPLEMENTATIONS[name].refine(self, attention_map, scale)
 
@@ -67,10 +81,11 @@ class RefinerMapRefinement(nn.Module):
         """Makes the modules, all but the output norm."""
         raise NotImplementedError
 
-    def refine(self, attention_map: torch.Tensor) -> torch.Tensor:
+    def refine(self, attention_map: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """
         The refinement module by module, without the output norm: the naive reference that every implementation must
-        equal. (B, H, N, N) -> (B, H, N, N).
+        equal. (B, H, N, N) -> (B, H, N, N). With a mask the map is zero where that is false; norms get the mask too,
+        and what a convolution over places sees must be zero there. What the result is there doesn't matter.
         """
         raise NotImplementedError
 
@@ -100,6 +115,14 @@ def eager_refine(refinement: RefinerMapRefinement, attention_map: torch.Tensor, 
     """The refinement, module by module. Runs everywhere and keeps every intermediate result for backward."""
     refined = refinement.output_norm(refinement.refine(attention_map))
     return refined if scale == 1 else refined * scale
+
+
+def masked_refine(
+    refinement: RefinerMapRefinement, attention_map: torch.Tensor, scale: float, mask: torch.Tensor
+) -> torch.Tensor:
+    """The same where only a part of each map is real: zero elsewhere, and not counted there."""
+    refined = refinement.refine(attention_map.masked_fill(~mask, 0), mask)
+    return (refinement.output_norm(refined, mask) * scale).masked_fill(~mask, 0)
 
 
 def _why_not_blocked(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> str | None:

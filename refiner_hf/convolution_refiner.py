@@ -20,7 +20,7 @@ class RefinerConvolution(RefinerMapRefinement):
         heads, kernel = config.num_attention_heads, config.refinement_kernel_size
         self.convolution = nn.Conv2d(heads, heads, kernel, padding=kernel // 2, bias=False)
 
-    def refine(self, attention_map: torch.Tensor) -> torch.Tensor:
+    def refine(self, attention_map: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         return self.convolution(attention_map)
 
     def start_as_identity(self) -> None:

@@ -36,16 +36,18 @@ class RefinerExpansion(RefinerMapRefinement):
     def build_local_attention(self, config: RefinerConfig, expanded: int) -> None:
         """Makes what comes between expansion and reduction: here nothing."""
 
-    def refine(self, attention_map: torch.Tensor) -> torch.Tensor:
-        return self.reduction_norm(self.reduction(self.expanded_maps(attention_map))) + attention_map
+    def refine(self, attention_map: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.reduction_norm(self.reduction(self.expanded_maps(attention_map, mask)), mask) + attention_map
 
-    def expanded_maps(self, attention_map: torch.Tensor) -> torch.Tensor:
+    def expanded_maps(self, attention_map: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """The maps before attention reduction, (B, H, N, N) -> (B, E, N, N)."""
         hidden = attention_map
         if self.expansion is not None:
-            hidden = nn.functional.relu6(self.expansion_norm(self.expansion(hidden)))
+            hidden = nn.functional.relu6(self.expansion_norm(self.expansion(hidden), mask))
         if self.local_attention is not None:
-            hidden = nn.functional.relu6(self.local_attention_norm(self.local_attention(hidden)))
+            if mask is not None:  # the norm's bias isn't zero at padding
+                hidden = hidden.masked_fill(~mask, 0)
+            hidden = nn.functional.relu6(self.local_attention_norm(self.local_attention(hidden), mask))
         return hidden
 
     def start_as_identity(self) -> None:

@@ -30,7 +30,15 @@ class RefinerBatchNorm2d(nn.BatchNorm2d):
     def train(self, mode: bool = True) -> "RefinerBatchNorm2d":
         return super().train(mode and not self.frozen)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape (B, C, H, W)): to normalise.
+            mask (`torch.BoolTensor` of shape (B, 1, H, W), *optional*): where values count for the statistics of a
+                batch. All are normalised.
+        """
+        if mask is not None and (self.training or not self.track_running_stats):
+            return self._normalise_masked(hidden_states, mask)
         if self.synchronizing:
             output, count, mean, variance = _SynchronizedBatchNorm.apply(
                 hidden_states, self.weight, self.bias, self.eps
@@ -44,6 +52,23 @@ class RefinerBatchNorm2d(nn.BatchNorm2d):
                 hidden_states, mean, variance, self.weight, self.bias, training=True, eps=self.eps
             )
         return super().forward(hidden_states)
+
+    def _normalise_masked(self, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        values = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        counted = mask.to(values.dtype)
+
+        def mean_of(each: torch.Tensor) -> torch.Tensor:
+            total = (each * counted).sum((0, 2, 3))
+            return (_AllReduceSum.apply(total) if self.synchronizing else total) / count
+
+        count = all_reduce_sum(counted.sum(dtype=torch.float64), self.synchronizing).clamp(min=1).to(values.dtype)
+        mean = mean_of(values)
+        centred = values - mean[:, None, None]
+        variance = mean_of(centred.square())
+        self.track(mean, variance, count.double())
+        gain = self.weight.to(values.dtype) * (variance + self.eps).rsqrt()
+        output = gain[:, None, None] * centred + self.bias.to(values.dtype)[:, None, None]
+        return output.to(hidden_states.dtype)
 
     @property
     def synchronizing(self) -> bool:
@@ -104,6 +129,18 @@ def all_reduce_sum(sums: torch.Tensor, synchronizing: bool) -> torch.Tensor:
         sums = sums.clone()
         dist.all_reduce(sums)
     return sums
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """[`all_reduce_sum`] with a gradient: what each process's sum gives to all processes' results."""
+
+    @staticmethod
+    def forward(ctx, sums):
+        return all_reduce_sum(sums, True)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return all_reduce_sum(gradient, True)
 
 
 def all_gather_moments(moments: tuple[torch.Tensor, ...], synchronizing: bool) -> tuple[torch.Tensor, ...]:

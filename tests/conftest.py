@@ -93,8 +93,8 @@ def golden():
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5, what: str = "") -> None:
     """Within `tolerance` of the expected tensor's largest value."""
     assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
-    difference = (actual.float() - expected.float()).abs().max().item()
-    assert difference <= tolerance * expected.float().abs().max().item() + 1e-12, f"{what}: off by {difference}"
+    difference = (actual.double() - expected.double()).abs().max().item()
+    assert difference <= tolerance * expected.double().abs().max().item() + 1e-12, f"{what}: off by {difference}"
 
 
 TINY = dict(

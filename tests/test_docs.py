@@ -16,9 +16,17 @@ from sybil import Document, Example, Region
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
 from sybil.region import Lexeme
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    pipeline,
+)
 
-from .conftest import GOLDEN
+from .conftest import GOLDEN, assert_close
 from .images import write_folder
 
 
@@ -90,6 +98,11 @@ def workplace(demo, hub, tmp_path, monkeypatch):
     vit = ViTConfig(**size, intermediate_size=96, id2label=names, label2id={n: i for i, n in names.items()})
     ViTForImageClassification(vit).save_pretrained(place / "my-vit")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(place / "my-vit")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "very", "good", "bad", "film"]
+    size = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96)
+    bert = BertConfig(**size, vocab_size=len(words), initializer_range=0.2)
+    BertForSequenceClassification(bert).save_pretrained(place / "my-bert")
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(place / "my-bert")
     (place / "scripts").symlink_to(ROOT / "scripts")
 
     wrappers = tmp_path / "bin"
@@ -115,8 +128,18 @@ def check_look_inside(names: dict) -> None:
     assert names["cam"].shape == names["model"].config.patch_grid and names["gradient"][0, 1:].abs().max() > 0
 
 
+def check_refine(names: dict) -> None:
+    """Images and texts have the same answers before and after, and a text alone has that of its batch."""
+    assert_close(names["after"], names["before"], 1e-5)
+    assert_close(names["read_after"], names["read_before"], 1e-5)
+    assert_close(names["alone"], names["read_after"][:1], 1e-5)
+    assert type(names["reader"]).__name__ == "RefinedBertForSequenceClassification"
+    best = names["classify"](names["pictures"][0])[0]
+    assert abs(best["score"] - names["after"][0].softmax(-1).max().item()) < 1e-4
+
+
 # By page, what its blocks' answers must be.
-ANSWERS = {"export": check_export, "look_inside": check_look_inside}
+ANSWERS = {"export": check_export, "look_inside": check_look_inside, "refine": check_refine}
 
 
 @pytest.mark.slow

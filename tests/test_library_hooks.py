@@ -7,10 +7,11 @@ import importlib
 import inspect
 import pkgutil
 
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, ViTConfig, ViTModel
 from transformers.utils.output_capturing import capture_outputs
 
 import refiner_hf
+from refiner_hf.refined_model_refiner import refined_config_class, refined_model_class
 
 
 LIBRARIES = ("transformers", "evaluate")
@@ -21,10 +22,16 @@ _STEPS = (
 # What is overridden, by the library's class that has it: a method with its parameters, or None for an attribute.
 OVERRIDDEN = {
     "PreTrainedConfig": {
+        "from_dict": "config_dict kwargs",
         "model_type": None,
+        "output_attentions": None,
         "save_pretrained": "save_directory push_to_hub kwargs",
+        "to_dict": "",
         "validate": "",
+        "validate_output_attentions": "",
     },
+    "ViTConfig": {"model_type": None},
+    "ViTModel": {"config_class": None},
     "BackboneConfigMixin": {"out_features": None, "out_indices": None, "to_dict": ""},
     "PreTrainedModel": {
         "_can_compile_fullgraph": None,
@@ -80,6 +87,8 @@ def our_classes() -> set[type]:
         if not module.name.endswith("__main__") and module.name != "refiner_hf.export.preprocess":  # programs
             kinds = vars(importlib.import_module(module.name)).values()
             found |= {kind for kind in kinds if inspect.isclass(kind) and kind.__module__.startswith("refiner_hf")}
+    config = refined_config_class(ViTConfig)
+    found |= {config, refined_model_class(ViTModel, config)}
     return {kind for kind in found if not issubclass(kind, Trainer)}
 
 

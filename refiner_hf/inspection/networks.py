@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
+from ..refined_model_refiner import RefinedConfig
 from ..utils.fitting import try_out
 from ..utils.loading import load_config, load_image_processor, load_network
 from ..utils.model_source import find_source
@@ -58,7 +59,9 @@ def open_network(name: str, device: str = "cpu", revision: str | None = None) ->
     classifies = any("ForImageClassification" in kind for kind in config.architectures or [])
     kind = AutoModelForImageClassification if classifies else AutoModel
     # Always in float32: in half precision, rounding errors would raise the effective rank of a smooth map.
-    options = {"config": config, "attn_implementation": "eager", "dtype": torch.float32}
+    options = {"config": config, "dtype": torch.float32}
+    if config.model_type != RefinedConfig.model_type:  # a refined model's own attention always makes its maps
+        options["attn_implementation"] = "eager"
     model = load_network(
         source,
         kind,

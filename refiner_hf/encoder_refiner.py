@@ -1,0 +1,189 @@
+# Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Refinement of the attention maps of transformers' own encoders (section 3 of the paper).
+
+transformers looks up attention functions by name, and with each of them the function that makes its mask. The one here
+does what a model's own eager attention does, and refines the map of every attention module that has a `refinement`. So
+no model is copied or changed, whatever its head.
+
+Shapes: B batch, H heads, N tokens, D width of a head.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+from .attention_refiner import RefinerMapRefinement
+from .configuration_refiner import RefinerConfig
+from .refinements_refiner import make_refinement
+
+
+REFINED_ATTENTION = "refined"  # an `attn_implementation`
+# What else models hand to an attention function and what changes nothing in an eager one.
+_HARMLESS = {
+    "is_causal", "sliding_window", "deterministic", "output_attentions", "output_hidden_states", "return_dict",
+    "use_cache", "position_ids", "cache_position", "num_items_in_batch", "position_embeddings", "cu_seq_lens_q",
+    "cu_seq_lens_k", "max_length_q", "max_length_k", "cu_seqlens", "max_seqlen", "cache", "past_key_values",
+}  # fmt: skip
+
+
+class SeenAttention(NamedTuple):
+    """An attention module that ran: its heads, and why its maps can't be refined, or `None`."""
+
+    module: nn.Module
+    heads: int
+    obstacle: str | None
+
+
+_seen: ContextVar[list[SeenAttention] | None] = ContextVar("seen", default=None)
+
+
+def refined_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    position_bias: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Attention whose map `module.refinement` refines; where that is `None`, it is a model's own eager attention.
+
+    Args:
+        module: the attention module.
+        query, key, value (`torch.Tensor` of shape (B, H, N, D)): as the module made them.
+        attention_mask (`torch.Tensor`, *optional*): what is added to the scores, (B or 1, H or 1, N or 1, N), very
+            negative where a query must not look; or booleans, false there.
+        scaling (`float`, *optional*): of the scores, by default 1 / sqrt(D).
+        dropout (`float`, *optional*, defaults to 0.0): of the map, in training.
+        position_bias (`torch.Tensor`, *optional*): is added to the scores as well.
+
+    Returns:
+        the output (B, N, H, D), and the map that weighted the values (B, H, N, N).
+
+    Raises:
+        `RuntimeError`: the module has no such attribute: a refined model was loaded as another class.
+    """
+    seen = _seen.get()
+    if seen is not None:
+        seen.append(SeenAttention(module, query.shape[1], _obstacle(module, query, key, attention_mask, kwargs)))
+    if key.shape[1] != query.shape[1]:  # several queries' heads share a key's
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if position_bias is not None:
+        scores = scores + position_bias
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    attention_map = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    attention_map = nn.functional.dropout(attention_map, dropout, module.training)
+    if seen is None and not hasattr(module, "refinement"):
+        raise RuntimeError(
+            f"A {type(module).__name__} was loaded without its refinement. Load the model with an Auto class, such as "
+            "AutoModelForImageClassification, after `import refiner_hf`."
+        )
+    if (refinement := getattr(module, "refinement", None)) is not None:
+        attention_map = refinement(attention_map, mask=real_pairs(attention_mask, attention_map))
+    return (attention_map @ value).transpose(1, 2).contiguous(), attention_map
+
+
+AttentionInterface.register(REFINED_ATTENTION, refined_attention)
+AttentionMaskInterface.register(REFINED_ATTENTION, eager_mask)  # without it, models would make no mask at all
+
+
+def real_pairs(attention_mask: torch.Tensor | None, attention_map: torch.Tensor) -> torch.Tensor | None:
+    """
+    Where a real query may look at a real key: (B, 1, N, N) of booleans, or `None` where that is everywhere.
+
+    A token is real if it may look at itself: at padding nobody looks. Masks say nothing of padded queries; but a map's
+    row and column of the same number are of one token.
+    """
+    if attention_mask is None:
+        return None
+    visible = attention_mask
+    if visible.dtype != torch.bool:
+        visible = visible > torch.finfo(visible.dtype).min / 2  # biases of positions lie far above
+    batch, _, tokens, _ = attention_map.shape
+    visible = visible.any(1, keepdim=True).expand(batch, 1, tokens, tokens)
+    real = visible.diagonal(dim1=-2, dim2=-1)
+    pairs = visible & real[..., None] & real[..., None, :]
+    if not torch.compiler.is_compiling() and pairs.all():
+        return None
+    return pairs
+
+
+def attach_refinement(module: nn.Module, config: RefinerConfig) -> RefinerMapRefinement:
+    """Gives an attention module its refinement, in the module's mode, type and place."""
+    like = next(module.parameters())
+    module.refinement = make_refinement(config).to(like.device, like.dtype).train(module.training)
+    return module.refinement
+
+
+def leave_unrefined(module: Any) -> None:
+    """Lets an attention module weight its values with its own map."""
+    module.refinement = None
+
+
+def find_attention(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, SeenAttention]:
+    """
+    The attention modules of a model by name, in the order in which they run, and why any can't be refined.
+
+    Args:
+        model: its attention function is exchanged while it runs once, without gradients, as it is in evaluation.
+        inputs: of its forward.
+    """
+    before, training = model.config._attn_implementation, model.training
+    modes = {module: module.training for module in model.modules()}
+    with _watching() as seen:
+        try:
+            model.set_attn_implementation(REFINED_ATTENTION)
+            model.eval()
+            with torch.no_grad():
+                model(**inputs)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            model.set_attn_implementation(before)
+    assert model.training == training
+    names = {module: name for name, module in model.named_modules()}
+    return {names[each.module]: each for each in seen}
+
+
+@contextmanager
+def _watching() -> Iterator[list[SeenAttention]]:
+    seen: list[SeenAttention] = []
+    token = _seen.set(seen)
+    try:
+        yield seen
+    finally:
+        _seen.reset(token)
+
+
+def _obstacle(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
+) -> str | None:
+    if query.shape[2] != key.shape[2]:
+        return (
+            "it looks at other tokens than its own (cross attention), so its map isn't one of tokens with themselves"
+        )
+    causal = kwargs.get("is_causal")
+    if getattr(module, "is_causal", False) if causal is None else causal:
+        return "it is a decoder's, and a refined map would look ahead"
+    if mask is not None and query.shape[2] > 1 and mask.shape[-2] > 1:
+        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        if not visible.triu(1).any():
+            return "its mask lets no token look ahead, as a decoder's, and a refined map would look ahead"
+    if unknown := sorted(name for name, value in kwargs.items() if value is not None and name not in _HARMLESS):
+        return f"it hands on {', '.join(unknown)}, of which it isn't known what becomes of the map"
+    return None

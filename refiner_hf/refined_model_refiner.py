@@ -1,0 +1,184 @@
+# Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+Classes of refined models: each is made of one of transformers' own when it is first needed, `RefinedViTConfig` of
+`ViTConfig` and `RefinedViTForImageClassification` of `ViTForImageClassification`.
+
+A refined model's configuration says `"model_type": "refined"`, which model it is made of, and which of its attention
+modules are refined. A process that doesn't know this package so can't load it without its refinements.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from .attention_refiner import RefinerMapRefinement, check_refine_implementation
+from .configuration_refiner import RefinerConfig
+from .encoder_refiner import REFINED_ATTENTION, attach_refinement, leave_unrefined
+
+
+class RefinedConfig(PreTrainedConfig):
+    """
+    What [`~transformers.AutoConfig`] makes of a refined model's `config.json`: the configuration of the model that it
+    is made of, with two more fields.
+
+    - `base_model_type` (`str`): the model type of that model.
+    - `refinement_config` (`dict`): `refinement`, `expansion_ratio` and `refinement_kernel_size` as in
+      [`RefinerConfig`], and `modules`: the name of every attention module with its number of heads where it is
+      refined, else `None`.
+    """
+
+    model_type = "refined"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """
+        Raises:
+            `ValueError`: `base_model_type` is missing or unknown.
+        """
+        name = config_dict.get("base_model_type")
+        if not isinstance(name, str) or name not in CONFIG_MAPPING:
+            raise ValueError(f"The configuration says base_model_type={name!r}, which transformers doesn't know.")
+        return refined_config_class(CONFIG_MAPPING[name]).from_dict(config_dict, **kwargs)
+
+
+class RefinedConfigMixin:
+    """What a refined model's configuration has beside the fields of its base."""
+
+    model_type = "refined"
+    base_model_type: str
+    refinement_config: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As [`~transformers.PreTrainedConfig.to_dict`], with the attention function that the model needs."""
+        own = {"base_model_type": self.base_model_type, "attn_implementation": REFINED_ATTENTION}
+        return {**super().to_dict(), **own}  # type: ignore[misc]
+
+    # The library's own refuses `True` with any attention function but its eager one. Here there are always maps.
+    @property
+    def output_attentions(self) -> bool:
+        return self._output_attentions
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool) -> None:
+        self._output_attentions = value
+
+    def validate_output_attentions(self) -> None:
+        pass
+
+    def refinement_of(self, heads: int) -> RefinerConfig:
+        """The configuration of a refinement of so many heads."""
+        fields = {name: value for name, value in self.refinement_config.items() if name != "modules"}
+        return RefinerConfig(
+            hidden_size=heads, num_attention_heads=heads, num_hidden_layers=1, attention_types=["refined"], **fields
+        )
+
+
+class RefinedModelMixin:
+    """What a refined model does beside its base."""
+
+    config: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        for refinement in attach_refinements(self):
+            refinement.start_as_identity()
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """
+        Raises:
+            `ValueError`: another attention function, which would leave the refinements out.
+        """
+        if requested_attention not in (None, REFINED_ATTENTION):
+            raise ValueError(
+                f"attn_implementation is {requested_attention!r}, but a refined model has an attention function of "
+                "its own, which refines the maps. Leave the argument out."
+            )
+        return REFINED_ATTENTION
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    def set_refine_implementation(self, refine_implementation: str) -> None:
+        """As [`RefinerPreTrainedModel.set_refine_implementation`]. It isn't saved."""
+        check_refine_implementation(refine_implementation)
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, RefinerMapRefinement):
+                module.config.refine_implementation = refine_implementation
+
+
+def become_refined(model: PreTrainedModel, settings: dict[str, Any]) -> list[RefinerMapRefinement]:
+    """
+    Makes a model one of the refined class of its own.
+
+    Args:
+        model: one of transformers' own.
+        settings: the `refinement_config` of its configuration.
+
+    Returns:
+        its refinements, freshly initialised.
+    """
+    config = refined_config_class(type(model.config))
+    model.config.__class__ = config
+    model.config.refinement_config = settings
+    model.__class__ = refined_model_class(type(model), config)
+    # What a constructor notes for a class: which modules' outputs are hidden states and maps. Some versions of
+    # transformers take a model for a key, and all keep a class's name.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(model)), model._can_record_outputs)
+    model.set_attn_implementation(REFINED_ATTENTION)
+    return attach_refinements(model)
+
+
+def attach_refinements(model: Any) -> list[RefinerMapRefinement]:
+    """Gives the attention modules of a model the refinements that its configuration names; returns these."""
+    found = []
+    for name, heads in model.config.refinement_config["modules"].items():
+        module = _submodule(model, name)
+        if heads is None:
+            leave_unrefined(module)
+            continue
+        found.append(attach_refinement(module, model.config.refinement_of(heads)))
+    return found
+
+
+def _submodule(model: PreTrainedModel, name: str) -> nn.Module:
+    """By its name in the model that was refined, of which one may have had a head and this one not, or otherwise."""
+    prefix = f"{model.base_model_prefix}."
+    for each in (name, prefix + name, name.removeprefix(prefix)):
+        try:
+            return model.get_submodule(each)
+        except AttributeError:
+            continue
+    raise ValueError(f"A {type(model).__name__} has no module {name}, which the configuration says is refined.")
+
+
+_CLASSES: dict[Any, Any] = {}  # those of transformers with the refined ones that were made of them
+
+
+def refined_config_class(base: type[PreTrainedConfig]) -> Any:
+    """The class of a refined model's configuration, known to the Auto classes with those of its models."""
+    if base not in _CLASSES:
+        fields = {"base_model_type": base.model_type, "__module__": __name__}
+        made = _CLASSES[base] = type(f"Refined{base.__name__}", (RefinedConfigMixin, base), fields)
+        autos: list[Any] = [each for each in vars(modeling_auto).values() if isinstance(each, type)]
+        for auto in autos:
+            if base in (getattr(auto, "_model_mapping", None) or ()):
+                models = auto._model_mapping[base]
+                first = models[0] if isinstance(models, tuple) else models
+                auto.register(made, refined_model_class(first, made), exist_ok=True)
+    return _CLASSES[base]
+
+
+def refined_model_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> Any:
+    """The class of a refined model."""
+    if base not in _CLASSES:
+        fields = {"config_class": config, "__module__": __name__, "__doc__": f"A refined {base.__name__}."}
+        _CLASSES[base] = type(f"Refined{base.__name__}", (RefinedModelMixin, base), fields)
+    return _CLASSES[base]
+
+
+__all__ = ["RefinedConfig"]

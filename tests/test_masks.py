@@ -1,0 +1,119 @@
+"""
+A refinement with a mask: as if each example were alone, without its padding.
+
+The reference keeps the examples apart, each at its own size; only norms see all of them, as one long row of values.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from refiner_hf.attention_refiner import RefinerMapRefinement
+from refiner_hf.normalization_refiner import RefinerBatchNorm2d
+
+from .conftest import assert_close
+from .refinements import make_refinement
+
+
+SIZES = (7, 3, 5, 1)
+KINDS = ["expansion_convolution", "expansion", "convolution"]
+
+
+def real_maps() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(4, n, n, generator=generator, dtype=torch.float64).softmax(-1) for n in SIZES]
+
+
+def each(module: nn.Module, maps: list[torch.Tensor]) -> list[torch.Tensor]:
+    if not isinstance(module, nn.BatchNorm2d):
+        return [module(one[None])[0] for one in maps]
+    values = torch.cat([one.flatten(1) for one in maps], 1)[None, :, :, None]
+    sizes = [one[0].numel() for one in maps]
+    return [part.view_as(one) for part, one in zip(module(values)[0, :, :, 0].split(sizes, 1), maps)]
+
+
+def refine_apart(refinement: RefinerMapRefinement, maps: list[torch.Tensor]) -> list[torch.Tensor]:
+    hidden = maps
+    if hasattr(refinement, "convolution"):
+        return each(refinement.output_norm, each(refinement.convolution, hidden))
+    hidden = each(nn.ReLU6(), each(refinement.expansion_norm, each(refinement.expansion, hidden)))
+    if refinement.local_attention is not None:
+        hidden = each(nn.ReLU6(), each(refinement.local_attention_norm, each(refinement.local_attention, hidden)))
+    hidden = each(refinement.reduction_norm, each(refinement.reduction, hidden))
+    return each(refinement.output_norm, [a + b for a, b in zip(hidden, maps)])
+
+
+def padded(parts: list[torch.Tensor], side: str, to: int, fill: float = 0.0) -> torch.Tensor:
+    rows = []
+    for part in parts:
+        around = (0, to - part.shape[-1]) if side == "right" else (to - part.shape[-1], 0)
+        rows.append(nn.functional.pad(part, around * 2, value=fill))
+    return torch.stack(rows)
+
+
+def run(refinement, side: str, to: int, fill: float):
+    """Refined maps without padding, gradients, running statistics."""
+    refinement, maps = copy.deepcopy(refinement), [one.requires_grad_() for one in real_maps()]
+    mask = padded([torch.ones(1, n, n) for n in SIZES], side, to).bool()
+    refined = refinement(padded(maps, side, to, fill), 0.5, mask)
+    assert not refined[~mask.expand_as(refined)].any()
+    places = [slice(None, n) if side == "right" else slice(to - n, None) for n in SIZES]
+    return results(refinement, maps, [one[:, at, at] for one, at in zip(refined, places)])
+
+
+def run_apart(refinement):
+    refinement, maps = copy.deepcopy(refinement), [one.requires_grad_() for one in real_maps()]
+    return results(refinement, maps, [0.5 * one for one in refine_apart(refinement, maps)])
+
+
+def results(refinement, maps, refined):
+    generator = torch.Generator().manual_seed(5)
+    weights = [torch.randn(one.shape, generator=generator, dtype=torch.float64) for one in refined]
+    sum((a * b).sum() for a, b in zip(refined, weights)).backward()
+    parameters = [parameter.grad for parameter in refinement.parameters()]
+    buffers = [buffer.double() for buffer in refinement.buffers()]
+    return [*refined, *(one.grad for one in maps), *parameters, *buffers]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("side, to, fill", [("right", 7, 0.0), ("left", 7, 0.3), ("right", 12, 5.0), ("left", 9, 0.0)])
+def test_padding_makes_no_difference(kind, training, side, to, fill):
+    refinement = make_refinement(refinement=kind).double().train(training)
+    for ours, theirs in zip(run(refinement, side, to, fill), run_apart(refinement), strict=True):
+        assert_close(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_that_hides_nothing(kind, training):
+    refinement, maps = make_refinement(refinement=kind).double().train(training), torch.stack([real_maps()[0]] * 3)
+    other = copy.deepcopy(refinement)
+    assert_close(refinement(maps, 2.0, torch.ones(3, 1, 7, 7, dtype=torch.bool)), other(maps, 2.0), 1e-12)
+    for ours, theirs in zip(refinement.buffers(), other.buffers()):
+        assert_close(ours.double(), theirs.double(), 1e-12)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_in_other_types(dtype, tolerance):
+    refinement = make_refinement().double()
+    expected = run(refinement, "right", 9, 0.0)[: len(SIZES)]
+    mask = padded([torch.ones(1, n, n) for n in SIZES], "right", 9).bool()
+    refined = copy.deepcopy(refinement).to(dtype)(padded(real_maps(), "right", 9).to(dtype), 0.5, mask)
+    assert refined.dtype == dtype
+    for ours, theirs, n in zip(refined, expected, SIZES):
+        assert_close(ours[:, :n, :n].double(), theirs, tolerance)
+
+
+def test_statistics_move_once_under_checkpointing():
+    refinement = make_refinement().double()
+    other, maps = copy.deepcopy(refinement), padded(real_maps(), "right", 8).requires_grad_()
+    mask = padded([torch.ones(1, n, n) for n in SIZES], "right", 8).bool()
+    torch.utils.checkpoint.checkpoint(refinement, maps, 1.0, mask, use_reentrant=False).sum().backward()
+    other(maps, 1.0, mask)
+    norms = [module for module in refinement.modules() if isinstance(module, RefinerBatchNorm2d)]
+    assert len(norms) == 4 and all(norm.num_batches_tracked == 1 for norm in norms)
+    for ours, theirs in zip(refinement.buffers(), other.buffers()):
+        assert torch.equal(ours, theirs)

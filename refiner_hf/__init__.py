@@ -20,6 +20,7 @@ from transformers import (
 
 from .attention_refiner import REFINE_IMPLEMENTATIONS
 from .configuration_refiner import RefinerConfig
+from .encoders.models import RefinedConfig
 from .image_processing_pil_refiner import RefinerImageProcessorPil
 from .image_processing_refiner import RefinerImageProcessor
 from .modeling_refiner import (
@@ -31,17 +32,16 @@ from .modeling_refiner import (
     RefinerModelOutput,
     RefinerPreTrainedModel,
 )
-from .refined_model_refiner import RefinedConfig
 from .version import __version__
 
 
 if TYPE_CHECKING:
     from .conversion.checkpoint import convert_checkpoint
-    from .conversion.refine import refine
     from .conversion.vit import refine_vit
     from .data.digits import digits_splits
     from .data.masking import MaskPatches
     from .demo.app import build_demo
+    from .encoders.refine import refine
     from .export.graph import export_onnx, quantize_onnx
     from .hub.publish import publish_folder
     from .inspection.analysis import analyze
@@ -80,7 +80,7 @@ _MODULES = {
     "predict": "prediction.predict",
     "publish_folder": "hub.publish",
     "quantize_onnx": "export.graph",
-    "refine": "conversion.refine",
+    "refine": "encoders.refine",
     "refine_vit": "conversion.vit",
     "refined_maps": "inspection.layer_views",
     "view_attention": "inspection.attention_views",

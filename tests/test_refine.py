@@ -180,7 +180,7 @@ class TestPadding:
             assert_close(ours[-len(theirs) :], theirs, 1e-12)
 
     def test_it_is_the_mask_that_does_it(self, model, monkeypatch):
-        monkeypatch.setattr("refiner_hf.encoder_refiner.real_pairs", lambda mask, attention_map: None)
+        monkeypatch.setattr("refiner_hf.encoders.attention.real_pairs", lambda mask, attention_map: None)
         with torch.no_grad():
             few, many = (model(**padded_texts(to)).last_hidden_state[:, :4] for to in (9, 30))
         assert (few - many).abs().max() > 1e-4

@@ -1,4 +1,3 @@
-# Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
 """
 Refinement of the attention maps of transformers' own encoders (section 3 of the paper).
 
@@ -19,9 +18,9 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
-from .attention_refiner import RefinerMapRefinement
-from .configuration_refiner import RefinerConfig
-from .refinements_refiner import make_refinement
+from ..attention_refiner import RefinerMapRefinement
+from ..configuration_refiner import RefinerConfig
+from ..refinements_refiner import make_refinement
 
 
 REFINED_ATTENTION = "refined"  # an `attn_implementation`

@@ -13,10 +13,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..attention_refiner import RefinerMapRefinement
 from ..configuration_refiner import RefinerConfig
-from ..encoder_refiner import SeenAttention, find_attention
 from ..normalization_refiner import RefinerBatchNorm2d, combine_moments
-from ..refined_model_refiner import RefinedModelMixin, become_refined
 from ..utils.errors import explain_errors
+from .attention import SeenAttention, find_attention
+from .models import RefinedModelMixin, become_refined
 
 
 Inputs = Mapping[str, Any]

@@ -1,4 +1,3 @@
-# Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
 """
 Classes of refined models: each is made of one of transformers' own when it is first needed, `RefinedViTConfig` of
 `ViTConfig` and `RefinedViTForImageClassification` of `ViTForImageClassification`.
@@ -15,9 +14,9 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .attention_refiner import RefinerMapRefinement, check_refine_implementation
-from .configuration_refiner import RefinerConfig
-from .encoder_refiner import REFINED_ATTENTION, attach_refinement, leave_unrefined
+from ..attention_refiner import RefinerMapRefinement, check_refine_implementation
+from ..configuration_refiner import RefinerConfig
+from .attention import REFINED_ATTENTION, attach_refinement, leave_unrefined
 
 
 class RefinedConfig(PreTrainedConfig):
@@ -179,6 +178,3 @@ def refined_model_class(base: type[PreTrainedModel], config: type[PreTrainedConf
         fields = {"config_class": config, "__module__": __name__, "__doc__": f"A refined {base.__name__}."}
         _CLASSES[base] = type(f"Refined{base.__name__}", (RefinedModelMixin, base), fields)
     return _CLASSES[base]
-
-
-__all__ = ["RefinedConfig"]

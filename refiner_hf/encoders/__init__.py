@@ -1,0 +1,1 @@
+"""The attention maps of transformers' own encoders, refined."""

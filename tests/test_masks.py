@@ -5,9 +5,13 @@ The reference keeps the examples apart, each at its own size; only norms see all
 """
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from refiner_hf.attention_refiner import RefinerMapRefinement
@@ -117,3 +121,42 @@ def test_statistics_move_once_under_checkpointing():
     assert len(norms) == 4 and all(norm.num_batches_tracked == 1 for norm in norms)
     for ours, theirs in zip(refinement.buffers(), other.buffers()):
         assert torch.equal(ours, theirs)
+
+
+def process(rank: int, folder: Path) -> None:
+    """What each of two processes runs: a half of the examples, with norms that see both."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    refinement = make_refinement().double()
+    for module in refinement.modules():
+        if isinstance(module, RefinerBatchNorm2d):
+            module.synchronized = True
+    half = slice(2 * rank, 2 * rank + 2)
+    maps = [one.requires_grad_() for one in real_maps()[half]]
+    mask = padded([torch.ones(1, n, n) for n in SIZES[half]], "right", 9).bool()
+    refined = refinement(padded(maps, "right", 9), 1.0, mask)
+    sum(one.pow(3).sum() * (rank + 1) for one in refined).backward()
+    parameters = [parameter.grad for parameter in refinement.parameters()]
+    torch.save([[one.grad for one in maps], parameters, list(refinement.buffers())], folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path):
+    code = "import tests.conftest, tests.test_masks as t; t.process({}, t.Path({!r}))"
+    children = [
+        subprocess.Popen([sys.executable, "-c", code.format(rank, str(tmp_path))], cwd=Path(__file__).parents[1])
+        for rank in range(2)
+    ]
+    assert [child.wait(timeout=120) for child in children] == [0, 0]
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+
+    refinement, maps = make_refinement().double(), [one.requires_grad_() for one in real_maps()]
+    refined = refine_apart(refinement, maps)
+    sum(one.pow(3).sum() * (1 + i // 2) for i, one in enumerate(refined)).backward()
+    for ours, theirs in zip(one[0] + other[0], maps, strict=True):
+        assert_close(ours, theirs.grad, 1e-10)
+    for ours, more, theirs in zip(one[1], other[1], refinement.parameters(), strict=True):
+        assert_close(ours + more, theirs.grad, 1e-10)
+    for ours, more, theirs in zip(one[2], other[2], refinement.buffers(), strict=True):
+        assert_close(ours.double(), theirs.double(), 1e-10)
+        assert torch.equal(ours, more)

@@ -28,7 +28,9 @@ from refiner_hf.refinements_refiner import REFINEMENTS
 from .conftest import assert_close
 from .encoders import (
     ENCODERS,
+    IMAGE,
     LENGTHS,
+    TEXT,
     TEXT_ENCODERS,
     disturb,
     inputs_of,
@@ -228,6 +230,31 @@ def test_several_batches_are_one(tmp_path):
             assert_close(ours.double(), theirs.double(), 1e-9)
     norm = refinements_of(whole)[0].expansion_norm
     assert not torch.allclose(norm.running_var, torch.ones(()).double()), "they are measured"
+
+
+@pytest.mark.parametrize("family", ["CLIP", "Siglip"])
+def test_two_towers(family, tmp_path):
+    """Both where both are encoders; CLIP's text model is a decoder, and stays as it is."""
+    text, image = getattr(transformers, f"{family}TextConfig"), getattr(transformers, f"{family}VisionConfig")
+    config = getattr(transformers, f"{family}Config")(
+        text_config=text(**TEXT).to_dict(), vision_config=image(**IMAGE).to_dict()
+    )
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    inputs = {**inputs_of("vit"), "input_ids": padded_texts(9)["input_ids"]}
+    with torch.no_grad():
+        before = model(**inputs).logits_per_image
+    if family == "CLIP":
+        with pytest.raises(ValueError, match="text_model.encoder.layers.0.self_attn can't be refined"):
+            refine(model, inputs)
+    refine(model, inputs, layers=[0, 1] if family == "CLIP" else None)
+    assert len(refinements_of(model)) == (2 if family == "CLIP" else 4)
+    with torch.no_grad():
+        assert_close(model(**inputs).logits_per_image, before, 1e-5)
+        disturb(model)
+        model.save_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(tmp_path)
+        assert torch.equal(loaded(**inputs).logits_per_image, model(**inputs).logits_per_image)
 
 
 class TestRefused:

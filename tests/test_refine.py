@@ -461,6 +461,24 @@ class TestImplementations:
             model.set_refine_implementation("fast")
 
 
+def test_pushed_and_loaded_from_the_hub(hub, tmp_path):
+    hub.add_user("alice")
+    token = hub.add_token("alice")
+    model = make_encoder("bert", head=True, num_labels=2)
+    disturb(refine(model, inputs_of("bert")))
+    model.push_to_hub("alice/refined", token=token)
+    code = (
+        "import sys, torch, refiner_hf, transformers\n"
+        "model = transformers.AutoModelForSequenceClassification.from_pretrained('alice/refined', token=sys.argv[1])\n"
+        "torch.save(model(**torch.load(sys.argv[2])).logits.detach(), sys.argv[3])"
+    )
+    torch.save(inputs_of("bert"), tmp_path / "inputs.pt")
+    words = [token, str(tmp_path / "inputs.pt"), str(tmp_path / "answer.pt")]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "answer.pt"), model(**inputs_of("bert")).logits)
+
+
 class TestConfiguration:
     def test_says_what_it_is(self, tmp_path):
         model = make_encoder("bert", head=True, num_labels=2)

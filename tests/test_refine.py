@@ -277,6 +277,13 @@ class TestRefused:
         with pytest.raises(ValueError, match="DebertaV2Model doesn't go through transformers' interface"):
             refine(transformers.DebertaV2Model(config), padded_texts(9))
 
+    def test_what_could_not_be_loaded_again(self):
+        class Own(transformers.ViTModel):
+            pass
+
+        with pytest.raises(ValueError, match="No Auto class loads a Own"):
+            refine(Own(make_encoder("vit").config), inputs_of("vit"))
+
     def test_cross_attention(self):
         size = dict(d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, vocab_size=100)
         more = dict(decoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48, pad_token_id=0)
@@ -344,6 +351,17 @@ class TestWithAHead:
         expected = model(**processor(image, return_tensors="pt")).logits.softmax(-1)[0]
         answers = pipeline("image-classification", model=str(tmp_path), device="cpu")(image, top_k=3)
         assert_close(torch.tensor(sorted(a["score"] for a in answers)), expected.sort().values, 1e-5)
+
+    def test_several_classes_of_one_configuration(self, tmp_path):
+        """DeiT has two image classifiers; `architectures` says which it was."""
+        for kind in (transformers.DeiTForImageClassification, transformers.DeiTForImageClassificationWithTeacher):
+            model = kind(make_encoder("deit").config).eval()
+            refine(model, inputs_of("deit")).save_pretrained(tmp_path / kind.__name__)
+            loaded, info = AutoModelForImageClassification.from_pretrained(
+                tmp_path / kind.__name__, output_loading_info=True
+            )
+            assert type(loaded) is type(model) and not any(info.values())
+            assert torch.equal(loaded(**inputs_of("deit")).logits, model(**inputs_of("deit")).logits)
 
     def test_a_base_gets_a_head(self, tmp_path):
         """And the other way round."""

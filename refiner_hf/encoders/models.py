@@ -167,9 +167,23 @@ def refined_config_class(base: type[PreTrainedConfig]) -> Any:
         for auto in autos:
             if base in (getattr(auto, "_model_mapping", None) or ()):
                 models = auto._model_mapping[base]
-                first = models[0] if isinstance(models, tuple) else models
-                auto.register(made, refined_model_class(first, made), exist_ok=True)
+                several = tuple(refined_model_class(each, made) for each in _tuple(models))
+                # The Auto classes take several for one configuration, and pick by `architectures`; only the library's
+                # own way to register wants one.
+                auto._model_mapping.register(made, several if len(several) > 1 else several[0], exist_ok=True)
     return _CLASSES[base]
+
+
+def is_loadable(model: PreTrainedModel) -> bool:
+    """Whether some Auto class loads a refined model of this one's class, whether it is refined already or not."""
+    autos: list[Any] = [each for each in vars(modeling_auto).values() if isinstance(each, type)]
+    mappings = [auto._model_mapping for auto in autos if getattr(auto, "_model_mapping", None) is not None]
+    config = type(model.config)
+    return any(type(model) in _tuple(mapping[config]) for mapping in mappings if config in mapping)
+
+
+def _tuple(models: Any) -> tuple[Any, ...]:
+    return models if isinstance(models, tuple) else (models,)
 
 
 def refined_model_class(base: type[PreTrainedModel], config: type[PreTrainedConfig]) -> Any:

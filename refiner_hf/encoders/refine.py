@@ -16,7 +16,7 @@ from ..configuration_refiner import RefinerConfig
 from ..normalization_refiner import RefinerBatchNorm2d, combine_moments
 from ..utils.errors import explain_errors
 from .attention import SeenAttention, find_attention
-from .models import RefinedModelMixin, become_refined
+from .models import RefinedModelMixin, become_refined, is_loadable
 
 
 Inputs = Mapping[str, Any]
@@ -126,6 +126,11 @@ def _check_model(model: PreTrainedModel) -> None:
         raise ValueError(f"A {type(model).__name__} can't be refined: give a model of transformers.")
     if isinstance(model, RefinedModelMixin) or any(isinstance(m, RefinerMapRefinement) for m in model.modules()):
         raise ValueError("The model is refined already.")
+    if not is_loadable(model):
+        raise ValueError(
+            f"No Auto class loads a {type(model).__name__}, so it couldn't be loaded again with its refinements. Take "
+            "the class that AutoModel or an AutoModelFor... gives for it."
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("Some of the model's weights are offloaded: load it whole, without a device_map.")
 

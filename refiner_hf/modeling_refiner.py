@@ -253,9 +253,8 @@ class RefinerPreTrainedModel(PreTrainedModel):
             config = cls.config_class.from_pretrained(config)
         # Any config object: code from the Hub has a RefinerConfig of its own for each file that imports it.
         given = isinstance(config, PreTrainedConfig)
-        if given and "refine_implementation" in kwargs:
-            config = copy.deepcopy(config)
-            config.refine_implementation = kwargs.pop("refine_implementation")
+        if given:
+            config = _with_refine_implementation(config, kwargs)
         wanted = config.image_size if given else kwargs.get("image_size")
         saved = _saved_image_size(pretrained_model_name_or_path, kwargs) if wanted is not None else None
         if saved is None:
@@ -275,10 +274,7 @@ class RefinerPreTrainedModel(PreTrainedModel):
     @classmethod
     def _from_config(cls, config, **kwargs):
         # What `from_config` of the Auto classes calls.
-        if "refine_implementation" in kwargs:
-            config = copy.deepcopy(config)
-            config.refine_implementation = kwargs.pop("refine_implementation")
-        return super()._from_config(config, **kwargs)
+        return super()._from_config(_with_refine_implementation(config, kwargs), **kwargs)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         """
@@ -378,6 +374,14 @@ class RefinerPreTrainedModel(PreTrainedModel):
         """Number of patches of these images, down and across."""
         patch_height, patch_width = self.config.patch_height_width
         return pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width
+
+
+def _with_refine_implementation(config: PreTrainedConfig, kwargs: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration with `refine_implementation`, if it is among `kwargs`, of which it is taken out."""
+    if "refine_implementation" in kwargs:
+        config = copy.deepcopy(config)
+        config.refine_implementation = kwargs.pop("refine_implementation")
+    return config
 
 
 class RefinerModel(RefinerPreTrainedModel):

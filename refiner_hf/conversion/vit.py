@@ -17,6 +17,7 @@ from transformers.utils import logging
 from ..attention_refiner import RefinerMapRefinement
 from ..configuration_refiner import RefinerConfig
 from ..modeling_refiner import RefinerForImageClassification
+from ..utils.identity_start import start_as_identity
 from ..utils.loading import load_classifier, load_config
 from ..utils.model_source import Source, find_source
 from ..utils.norm_statistics import reestimate_norm_statistics
@@ -97,7 +98,14 @@ def refine_vit(
     )
     refiner.load_state_dict(own | tensors)
     refiner.to(source.device).eval()
-    _start_as_identity(refiner, _batches(images, refiner))
+    refinements = [module for module in refiner.modules() if isinstance(module, RefinerMapRefinement)]
+
+    def measure() -> None:
+        measured = reestimate_norm_statistics(refiner, _batches(images, refiner))
+        if refinements and measured == 0:
+            raise ValueError("There are no images to take the norms' statistics from.")
+
+    start_as_identity(refinements, measure, "images")
     return refiner
 
 
@@ -170,24 +178,3 @@ def _batches(images: torch.Tensor | Iterable[torch.Tensor] | None, model: Refine
                 f"makes them with return_tensors='pt'; got {got}."
             )
         yield batch.to(model.device)
-
-
-@torch.no_grad()
-def _start_as_identity(model: RefinerForImageClassification, batches: Iterable[torch.Tensor]) -> None:
-    refinements = [module for module in model.modules() if isinstance(module, RefinerMapRefinement)]
-    for refinement in refinements:
-        refinement.start_as_identity()
-    # While they are measured, the maps pass the output norms unchanged: each layer sees those of the source.
-    passes = [r.output_norm.register_forward_hook(lambda norm, inputs, output: inputs[0]) for r in refinements]
-    try:
-        measured = reestimate_norm_statistics(model, batches)
-    finally:
-        for each in passes:
-            each.remove()
-    if refinements and measured == 0:
-        raise ValueError("There are no images to take the norms' statistics from.")
-    for norm in (refinement.output_norm for refinement in refinements):
-        if not norm.running_var.isfinite().all():
-            raise ValueError("The model's maps of these images aren't finite: images or weights hold NaN or infinity.")
-        norm.weight.copy_((norm.running_var + norm.eps).sqrt())
-        norm.bias.copy_(norm.running_mean)

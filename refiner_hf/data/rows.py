@@ -6,7 +6,7 @@ Which of the two they are is decided once, where they are opened; everything tha
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
@@ -23,6 +23,21 @@ from .validation_split import hold_out
 Prepare = Callable[[dict[str, Any]], dict[str, Any]]
 
 _SHUFFLE_BUFFER = 1000  # images of a stream among which the next one is drawn
+
+
+class TrainingOrder(NamedTuple):
+    """
+    In which order rows are trained on: how often each comes in an epoch (`repeats`, not for a stream), and what a
+    stream needs to know (stored rows get theirs from the sampler): `seed`, `rank`, `world_size` and `skip_unreadable`
+    as in [`~refiner_hf.data.streams.StreamedImages`], and the `checkpoint` where it continues.
+    """
+
+    repeats: int
+    seed: int
+    rank: int
+    world_size: int
+    skip_unreadable: bool
+    checkpoint: str | None
 
 
 class Rows(ABC):
@@ -109,26 +124,13 @@ class Rows(ABC):
         """For a Trainer: `transform` is applied as rows are read."""
 
     @abstractmethod
-    def for_training(
-        self,
-        prepare: Prepare,
-        *,
-        repeats: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        skip_unreadable: bool,
-        checkpoint: str | None,
-    ) -> torch.utils.data.Dataset:
+    def for_training(self, prepare: Prepare, order: TrainingOrder) -> torch.utils.data.Dataset:
         """
         Rows in an order that follows from the seed, each prepared with random numbers of its own.
 
         Args:
             prepare: an encoded row to what the model takes.
-            repeats (`int`): how often a row comes in an epoch; not for a stream.
-            seed, rank, world_size, skip_unreadable: see [`~refiner_hf.data.streams.StreamedImages`]. Stored rows get
-                theirs from the sampler.
-            checkpoint (`str`, *optional*): where a stream continues.
+            order ([`TrainingOrder`]): in which they come.
         """
 
 
@@ -205,18 +207,8 @@ class StoredRows(Rows):
     def prepared(self, transform: Callable) -> Dataset:
         return self.data.with_transform(transform)
 
-    def for_training(
-        self,
-        prepare: Prepare,
-        *,
-        repeats: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        skip_unreadable: bool,
-        checkpoint: str | None,
-    ) -> SeededImages:
-        return SeededImages(self.data, prepare, repeats)
+    def for_training(self, prepare: Prepare, order: TrainingOrder) -> SeededImages:
+        return SeededImages(self.data, prepare, order.repeats)
 
 
 class StreamedRows(Rows):
@@ -264,23 +256,13 @@ class StreamedRows(Rows):
     def prepared(self, transform: Callable) -> IterableDataset:
         return self.data.map(transform, batched=True, batch_size=32, remove_columns=[IMAGE_COLUMN])
 
-    def for_training(
-        self,
-        prepare: Prepare,
-        *,
-        repeats: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        skip_unreadable: bool,
-        checkpoint: str | None,
-    ) -> StreamedImages:
+    def for_training(self, prepare: Prepare, order: TrainingOrder) -> StreamedImages:
         return StreamedImages(
             self.data,
             prepare,
-            seed,
-            rank=rank,
-            world_size=world_size,
-            skip_unreadable=skip_unreadable,
-            position=StreamPosition.load(checkpoint, rank) if checkpoint else None,
+            order.seed,
+            rank=order.rank,
+            world_size=order.world_size,
+            skip_unreadable=order.skip_unreadable,
+            position=StreamPosition.load(order.checkpoint, order.rank) if order.checkpoint else None,
         )

@@ -21,6 +21,7 @@ from transformers.masking_utils import eager_mask
 from ..attention_refiner import RefinerMapRefinement
 from ..configuration_refiner import RefinerConfig
 from ..refinements_refiner import make_refinement
+from ..utils.modes import in_evaluation
 
 
 REFINED_ATTENTION = "refined"  # an `attn_implementation`
@@ -110,11 +111,8 @@ def real_pairs(attention_mask: torch.Tensor | None, attention_map: torch.Tensor)
     """
     if attention_mask is None:
         return None
-    visible = attention_mask
-    if visible.dtype != torch.bool:
-        visible = visible > torch.finfo(visible.dtype).min / 2  # biases of positions lie far above
     batch, _, tokens, _ = attention_map.shape
-    visible = visible.any(1, keepdim=True).expand(batch, 1, tokens, tokens)
+    visible = _visible(attention_mask).any(1, keepdim=True).expand(batch, 1, tokens, tokens)
     real = visible.diagonal(dim1=-2, dim2=-1)
     pairs = visible & real[..., None] & real[..., None, :]
     if not torch.compiler.is_compiling() and pairs.all():
@@ -122,16 +120,18 @@ def real_pairs(attention_mask: torch.Tensor | None, attention_map: torch.Tensor)
     return pairs
 
 
+def _visible(mask: torch.Tensor) -> torch.Tensor:
+    """Where queries may look, as booleans."""
+    return (
+        mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    )  # far below biases of positions
+
+
 def attach_refinement(module: nn.Module, config: RefinerConfig) -> RefinerMapRefinement:
     """Gives an attention module its refinement, in the module's mode, type and place."""
     like = next(module.parameters())
     module.refinement = make_refinement(config).to(like.device, like.dtype).train(module.training)
     return module.refinement
-
-
-def leave_unrefined(module: Any) -> None:
-    """Lets an attention module weight its values with its own map."""
-    module.refinement = None
 
 
 def find_attention(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, SeenAttention]:
@@ -142,19 +142,13 @@ def find_attention(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, 
         model: its attention function is exchanged while it runs once, without gradients, as it is in evaluation.
         inputs: of its forward.
     """
-    before, training = model.config._attn_implementation, model.training
-    modes = {module: module.training for module in model.modules()}
-    with _watching() as seen:
+    before = model.config._attn_implementation
+    with _watching() as seen, in_evaluation(model), torch.no_grad():
         try:
             model.set_attn_implementation(REFINED_ATTENTION)
-            model.eval()
-            with torch.no_grad():
-                model(**inputs)
+            model(**inputs)
         finally:
-            for module, mode in modes.items():
-                module.training = mode
             model.set_attn_implementation(before)
-    assert model.training == training
     names = {module: name for name, module in model.named_modules()}
     return {names[each.module]: each for each in seen}
 
@@ -180,8 +174,7 @@ def _obstacle(
     if getattr(module, "is_causal", False) if causal is None else causal:
         return "it is a decoder's, and a refined map would look ahead"
     if mask is not None and query.shape[2] > 1 and mask.shape[-2] > 1:
-        visible = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        if not visible.triu(1).any():
+        if not _visible(mask).triu(1).any():
             return "its mask lets no token look ahead, as a decoder's, and a refined map would look ahead"
     if unknown := sorted(name for name, value in kwargs.items() if value is not None and name not in _HARMLESS):
         return f"it hands on {', '.join(unknown)}, of which it isn't known what becomes of the map"

@@ -8,7 +8,6 @@ modules are refined. A process that doesn't know this package so can't load it w
 
 from typing import Any
 
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -16,7 +15,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from ..attention_refiner import RefinerMapRefinement, check_refine_implementation
 from ..configuration_refiner import RefinerConfig
-from .attention import REFINED_ATTENTION, attach_refinement, leave_unrefined
+from .attention import REFINED_ATTENTION, attach_refinement
 
 
 class RefinedConfig(PreTrainedConfig):
@@ -138,13 +137,13 @@ def attach_refinements(model: Any) -> list[RefinerMapRefinement]:
     for name, heads in model.config.refinement_config["modules"].items():
         module = _submodule(model, name)
         if heads is None:
-            leave_unrefined(module)
-            continue
-        found.append(attach_refinement(module, model.config.refinement_of(heads)))
+            module.refinement = None  # it weights its values with its own map
+        else:
+            found.append(attach_refinement(module, model.config.refinement_of(heads)))
     return found
 
 
-def _submodule(model: PreTrainedModel, name: str) -> nn.Module:
+def _submodule(model: PreTrainedModel, name: str) -> Any:
     """By its name in the model that was refined, of which one may have had a head and this one not, or otherwise."""
     prefix = f"{model.base_model_prefix}."
     for each in (name, prefix + name, name.removeprefix(prefix)):
@@ -163,23 +162,25 @@ def refined_config_class(base: type[PreTrainedConfig]) -> Any:
     if base not in _CLASSES:
         fields = {"base_model_type": base.model_type, "__module__": __name__}
         made = _CLASSES[base] = type(f"Refined{base.__name__}", (RefinedConfigMixin, base), fields)
-        autos: list[Any] = [each for each in vars(modeling_auto).values() if isinstance(each, type)]
-        for auto in autos:
-            if base in (getattr(auto, "_model_mapping", None) or ()):
-                models = auto._model_mapping[base]
-                several = tuple(refined_model_class(each, made) for each in _tuple(models))
+        for mapping in _auto_mappings():
+            if base in mapping:
+                several = tuple(refined_model_class(each, made) for each in _tuple(mapping[base]))
                 # The Auto classes take several for one configuration, and pick by `architectures`; only the library's
                 # own way to register wants one.
-                auto._model_mapping.register(made, several if len(several) > 1 else several[0], exist_ok=True)
+                mapping.register(made, several if len(several) > 1 else several[0], exist_ok=True)
     return _CLASSES[base]
 
 
 def is_loadable(model: PreTrainedModel) -> bool:
     """Whether some Auto class loads a refined model of this one's class, whether it is refined already or not."""
-    autos: list[Any] = [each for each in vars(modeling_auto).values() if isinstance(each, type)]
-    mappings = [auto._model_mapping for auto in autos if getattr(auto, "_model_mapping", None) is not None]
     config = type(model.config)
-    return any(type(model) in _tuple(mapping[config]) for mapping in mappings if config in mapping)
+    return any(type(model) in _tuple(mapping[config]) for mapping in _auto_mappings() if config in mapping)
+
+
+def _auto_mappings() -> list[Any]:
+    """Of each Auto class, the models by configuration."""
+    autos: list[Any] = [each for each in vars(modeling_auto).values() if isinstance(each, type)]
+    return [auto._model_mapping for auto in autos if getattr(auto, "_model_mapping", None) is not None]
 
 
 def _tuple(models: Any) -> tuple[Any, ...]:

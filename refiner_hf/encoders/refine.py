@@ -15,6 +15,8 @@ from ..attention_refiner import RefinerMapRefinement
 from ..configuration_refiner import RefinerConfig
 from ..normalization_refiner import RefinerBatchNorm2d, combine_moments
 from ..utils.errors import explain_errors
+from ..utils.identity_start import start_as_identity
+from ..utils.modes import in_evaluation
 from .attention import SeenAttention, find_attention
 from .models import RefinedModelMixin, become_refined, is_loadable
 
@@ -141,32 +143,17 @@ def _on(model: PreTrainedModel, value: Any) -> Any:
     return value.to(model.device, model.dtype if value.is_floating_point() else None)
 
 
-@torch.no_grad()
 def _start_as_identity(
     model: PreTrainedModel, refinements: list[RefinerMapRefinement], batches: list[dict[str, Any]]
 ) -> None:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    for refinement in refinements:
-        refinement.start_as_identity()
-    # While they are measured, maps pass the output norms unchanged: each layer sees those of the source.
-    passes = [r.output_norm.register_forward_hook(lambda norm, inputs, output: inputs[0]) for r in refinements]
-    try:
+    def measure() -> None:
         # In the order in which they run, so that each sees what the ones before it make of all inputs.
         norms = ([m for m in r.modules() if isinstance(m, RefinerBatchNorm2d)] for r in refinements)
         for together in zip(*norms, strict=True):
             _measure(model, list(together), batches)
-    finally:
-        for each in passes:
-            each.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    norm: Any  # its statistics are tensors
-    for norm in (refinement.output_norm for refinement in refinements):
-        if not norm.running_var.isfinite().all():
-            raise ValueError("The model's maps of these inputs aren't finite: inputs or weights hold NaN or infinity.")
-        norm.weight.copy_((norm.running_var + norm.eps).sqrt())
-        norm.bias.copy_(norm.running_mean)
+
+    with in_evaluation(model):
+        start_as_identity(refinements, measure, "inputs")
 
 
 def _measure(model: PreTrainedModel, norms: list[Any], batches: list[dict[str, Any]]) -> None:

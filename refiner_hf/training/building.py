@@ -6,6 +6,7 @@ import torch
 from timm.data import Mixup
 from transformers import TrainerCallback, default_data_collator
 
+from ..data.rows import TrainingOrder
 from ..data.transforms import PrepareImages, PrepareTraining, evaluation_pixels
 from .ema import EmaCallback
 from .metrics import ClassificationMetrics, rank_labels
@@ -25,9 +26,7 @@ def build_trainer(plan: Plan) -> tuple[RefinerTrainer, ClassificationMetrics]:
         model=plan.model,
         args=args,
         train_dataset=_training_images(plan) if args.do_train else None,
-        eval_dataset=plan.data.evaluation.prepared(for_evaluation)
-        if args.do_eval and plan.data.evaluation is not None
-        else None,
+        eval_dataset=_evaluation_images(plan, for_evaluation) if args.do_eval else None,
         processing_class=plan.processor,
         data_collator=default_data_collator,
         compute_metrics=metrics,
@@ -42,8 +41,7 @@ def _training_images(plan: Plan) -> torch.utils.data.Dataset:
     args = plan.args
     assert plan.augment is not None and plan.data.train is not None  # a plan with training has them
     prepare = PrepareTraining(plan.augment, plan.label_ids, plan.label_maps)
-    return plan.data.train.for_training(
-        prepare,
+    order = TrainingOrder(
         repeats=plan.augmentation_args.repeated_augmentation,
         seed=args.seed if args.data_seed is None else args.data_seed,
         rank=args.process_index,
@@ -51,6 +49,7 @@ def _training_images(plan: Plan) -> torch.utils.data.Dataset:
         skip_unreadable=plan.data_args.unreadable_images == "skip",
         checkpoint=plan.checkpoint,
     )
+    return plan.data.train.for_training(prepare, order)
 
 
 def _evaluation_images(plan: Plan, prepare: PrepareImages) -> Any:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..normalization_refiner import combine_moments
+from .modes import in_evaluation
 
 
 Inputs = dict[str, torch.Tensor]
@@ -59,15 +60,14 @@ def reestimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor 
     pieces = [piece for batch in batches if norms for piece in _pieces(model, batch)]
     if not pieces:
         return 0
-    modes = {module: module.training for module in model.modules()}
     before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
     passes = _Passes(model, pieces)
     try:
-        model.eval()
         counts = {}
-        for norm in passes.order_of(norms):
-            passes.settle_before(norm)
-            counts[norm] = _settle(norm, passes.moments_at(norm))
+        with in_evaluation(model):
+            for norm in passes.order_of(norms):
+                passes.settle_before(norm)
+                counts[norm] = _settle(norm, passes.moments_at(norm))
         # Within a batch norms normalise with its biased variance, and what they keep of it is the unbiased one.
         for norm, count in counts.items():
             norm.running_var.mul_((count / (count - 1).clamp(min=1)).to(norm.running_var.dtype))
@@ -78,8 +78,6 @@ def reestimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor 
         raise
     finally:
         passes.end()
-        for module, mode in modes.items():
-            module.training = mode
     return sum(len(piece["pixel_values"]) for piece in pieces)
 
 

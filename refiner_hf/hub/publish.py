@@ -186,11 +186,12 @@ def check_model(folder: Path) -> RefinerPreTrainedModel:
     Raises:
         `ValueError`: the folder's model isn't a Refiner, or its weights don't fit its configuration.
     """
-    config = load_config(str(folder))
+    source = find_source(str(folder))
+    config = load_config(source)
     name = (config.architectures or [None])[0]
     if name not in AUTO_CLASSES:
         raise ValueError(f"{folder} holds a {name}, not one of {', '.join(AUTO_CLASSES)}.")
-    return load_network(str(folder), getattr(modeling_refiner, name), config=config)
+    return load_network(source, getattr(modeling_refiner, name), config=config)
 
 
 def is_adapter(folder: Path) -> bool:

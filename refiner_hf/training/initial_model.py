@@ -20,8 +20,16 @@ logger = logging.get_logger(__name__)
 _HEADS = ("classifier.", "distillation_classifier.", "dense_classifier.")
 
 
+def source_of_model(args: ModelArguments) -> Source | None:
+    """Where the checkpoint that a run begins with is, looked for once; `None` for a new network."""
+    if args.model_name_or_path is None:
+        return None
+    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
+    return find_source(args.model_name_or_path, **hub)
+
+
 def load_model(
-    args: ModelArguments, labels: list[str], *, keep_labels: bool
+    args: ModelArguments, source: Source | None, labels: list[str], *, keep_labels: bool
 ) -> tuple[RefinerForImageClassification, list[int] | None]:
     """
     A new network for `labels`, or a checkpoint's, fitted to them.
@@ -37,14 +45,13 @@ def load_model(
             know.
     """
     sizes = {} if args.image_size is None else {"image_size": args.image_size}
-    if args.model_name_or_path is None:
+    if source is None:
         new = getattr(RefinerConfig, args.model_size)
         names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
         config = new(**names, **args.overrides | sizes)
         config.refine_implementation = args.refine_implementation
         return RefinerForImageClassification(config), None
 
-    source = _source(args)
     config = load_config(source)
     if not isinstance(config, RefinerConfig):
         raise ValueError(
@@ -77,7 +84,9 @@ def load_model(
     return model, None
 
 
-def load_processor(args: ModelArguments, model: RefinerForImageClassification) -> BaseImageProcessor:
+def load_processor(
+    args: ModelArguments, source: Source | None, model: RefinerForImageClassification
+) -> BaseImageProcessor:
     """
     The checkpoint's image processor, or a new one, at the model's image size, tried out with the model. A Refiner that
     was a ViT before ([`~refiner_hf.refine_vit`]) keeps the ViT's.
@@ -86,19 +95,18 @@ def load_processor(args: ModelArguments, model: RefinerForImageClassification) -
         `ValueError`: the checkpoint's is damaged, or makes images of another size than its network takes; `crop_pct`
             for a processor that has none.
     """
-    processor = _fitting_processor(args, model.config)
-    if args.model_name_or_path is not None:
-        try_out(args.model_name_or_path, model, processor)
+    processor = _fitting_processor(args, source, model.config)
+    if source is not None:
+        try_out(source.name, model, processor)
     return processor
 
 
-def _fitting_processor(args: ModelArguments, config: RefinerConfig) -> BaseImageProcessor:
+def _fitting_processor(args: ModelArguments, source: Source | None, config: RefinerConfig) -> BaseImageProcessor:
     height, width = config.image_height_width
     size = {"height": height, "width": width}
     own = {"size": size} if args.crop_pct is None else {"size": size, "crop_pct": args.crop_pct}
-    if args.model_name_or_path is None:
+    if source is None:
         return RefinerImageProcessor(**own)
-    source = _source(args)
     if not has_image_processor(source):
         logger.warning(f"{source} has no image processor; taking the standard one.")
         return RefinerImageProcessor(**own)
@@ -126,8 +134,3 @@ def _fitting_processor(args: ModelArguments, config: RefinerConfig) -> BaseImage
     sides = {side: pixels for side, pixels in dict(processor.size).items() if pixels}
     resized = {side: round(pixels * grown.get(side, max(grown.values()))) for side, pixels in sides.items()}
     return load_image_processor(source, size=resized, crop_size=size)
-
-
-def _source(args: ModelArguments) -> Source:
-    hub = {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.token}
-    return find_source(args.model_name_or_path, **hub)

@@ -21,7 +21,7 @@ from ..data.unreadable import raise_if_unreadable
 from ..hub.repository import prepare_repository, with_retries
 from ..modeling_refiner import RefinerForImageClassification
 from .arguments import ModelArguments, RefinerTrainingArguments
-from .initial_model import load_model, load_processor
+from .initial_model import load_model, load_processor, source_of_model
 from .output_folder import prepare_output_folder, repository
 from .same_data import check_same_data, facts_of_data
 
@@ -93,8 +93,9 @@ def make_plan(
         data_facts = facts_of_data(data, data_args, evaluated=args.do_eval) if args.do_train else None
         if checkpoint and data_facts:
             check_same_data(checkpoint, data_facts, named=checkpoint == args.resume_from_checkpoint)
-    model, label_ids = load_model(model_args, data.labels, keep_labels=not args.do_train)
-    processor = load_processor(model_args, model)
+    source = source_of_model(model_args)
+    model, label_ids = load_model(model_args, source, data.labels, keep_labels=not args.do_train)
+    processor = load_processor(model_args, source, model)
     augment = label_maps = None
     if args.do_train:
         _check_training(data, model, data_args, augmentation_args, args)

@@ -7,6 +7,7 @@ that using a model doesn't (`pip install 'refiner_hf[train]'` and the like).
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from transformers import (
@@ -20,7 +21,7 @@ from transformers import (
 
 from .attention_refiner import REFINE_IMPLEMENTATIONS
 from .configuration_refiner import RefinerConfig
-from .encoders.models import RefinedConfig
+from .encoder_models_refiner import RefinedConfig
 from .image_processing_pil_refiner import RefinerImageProcessorPil
 from .image_processing_refiner import RefinerImageProcessor
 from .modeling_refiner import (
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .data.digits import digits_splits
     from .data.masking import MaskPatches
     from .demo.app import build_demo
+    from .encoders.adapter import RefinementAdapterConfig
     from .encoders.refine import refine
     from .export.graph import export_onnx, quantize_onnx
     from .hub.publish import publish_folder
@@ -64,11 +66,15 @@ AutoImageProcessor.register(
     image_processor_classes={"torchvision": RefinerImageProcessor, "pil": RefinerImageProcessorPil},
 )
 
+if find_spec("peft"):  # PEFT then knows adapters of refinements
+    from .encoders import adapter  # noqa: F401
+
 # Where each name lies that is imported when it is first asked for.
 _MODULES = {
     "MaskPatches": "data.masking",
     "Network": "inspection.networks",
     "NormStatisticsCallback": "training.norm_statistics_callback",
+    "RefinementAdapterConfig": "encoders.adapter",
     "RefinerTrainer": "training.trainer",
     "RefinerTrainingArguments": "training.arguments",
     "analyze": "inspection.analysis",
@@ -92,6 +98,7 @@ __all__ = [
     "MaskPatches",
     "Network",
     "NormStatisticsCallback",
+    "RefinementAdapterConfig",
     "RefinerBackbone",
     "RefinerConfig",
     "RefinerForImageClassification",

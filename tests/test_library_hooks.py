@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, Trainer, ViTConfig, 
 from transformers.utils.output_capturing import capture_outputs
 
 import refiner_hf
-from refiner_hf.encoders.models import refined_config_class, refined_model_class
+from refiner_hf.encoder_models_refiner import refined_config_class, refined_model_class
 
 
 LIBRARIES = ("transformers", "evaluate")

@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 import transformers
+from datasets import Dataset
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -23,7 +25,10 @@ from transformers import (
 
 from refiner_hf import refine
 from refiner_hf.attention_refiner import REFINE_IMPLEMENTATIONS, RefinerMapRefinement
+from refiner_hf.hub.code import REFINED_AUTO_MAP, add_code
+from refiner_hf.normalization_refiner import RefinerBatchNorm2d
 from refiner_hf.refinements_refiner import REFINEMENTS
+from refiner_hf.utils.norm_statistics import reestimate_norm_statistics
 
 from .conftest import assert_close
 from .encoders import (
@@ -182,7 +187,7 @@ class TestPadding:
             assert_close(ours[-len(theirs) :], theirs, 1e-12)
 
     def test_it_is_the_mask_that_does_it(self, model, monkeypatch):
-        monkeypatch.setattr("refiner_hf.encoders.attention.real_pairs", lambda mask, attention_map: None)
+        monkeypatch.setattr("refiner_hf.encoder_attention_refiner.real_pairs", lambda mask, attention_map: None)
         with torch.no_grad():
             few, many = (model(**padded_texts(to)).last_hidden_state[:, :4] for to in (9, 30))
         assert (few - many).abs().max() > 1e-4
@@ -219,6 +224,96 @@ def test_compiled(family):
     with torch.no_grad():
         expected = model(**inputs).last_hidden_state
         assert_close(torch.compile(model)(**inputs).last_hidden_state, expected, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["vit", "clip vision", "bert", "modernbert"])
+def test_from_flex_attention(family):
+    model, inputs = make_encoder(family, attention="flex_attention"), inputs_of(family)
+    keep = real_tokens(inputs)
+    with torch.no_grad():
+        before = model(**inputs).last_hidden_state[keep]
+        assert_close(refine(model, inputs)(**inputs).last_hidden_state[keep], before, 1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["vit", "dinov2", "bert", "roberta", "modernbert"])
+def test_from_flash_attention(family):
+    pytest.importorskip("flash_attn")
+    model = make_encoder(family).to("cuda", torch.bfloat16)
+    inputs = {name: value.cuda() for name, value in inputs_of(family, torch.bfloat16).items()}
+    keep = real_tokens(inputs)
+    model.set_attn_implementation("flash_attention_2")
+    with torch.no_grad():
+        before = model(**inputs).last_hidden_state[keep]
+        after = refine(model, inputs)(**inputs).last_hidden_state[keep]
+    assert_close(after.float(), before.float(), 0.1)
+
+
+class TestInputsOfADataSet:
+    def statistics(self, model) -> list[torch.Tensor]:
+        return [b for name, b in model.named_buffers() if "running" in name]
+
+    def test_texts(self):
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a", "very"]
+        tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(words)})
+        texts = ["a good film", "a very very very bad film", "bad", "film " * 700] * 50
+        rows = Dataset.from_dict({"text": texts, "labels": [0, 1, 1, 0] * 50})
+        refined = refine(make_encoder("bert"), rows, tokenizer)
+        batches = [
+            tokenizer(texts[i : i + 16], padding=True, truncation=True, max_length=512) for i in range(0, 128, 16)
+        ]
+        by_hand = refine(make_encoder("bert"), [batch.convert_to_tensors("pt") for batch in batches])
+        for ours, theirs in zip(self.statistics(refined), self.statistics(by_hand), strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_pairs(self):
+        tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(["[PAD]", "[UNK]", "[SEP]"])})
+        pairs = {"premise": ["a b"] * 4, "hypothesis": ["b"] * 4}
+        refine(make_encoder("bert"), Dataset.from_dict(pairs), tokenizer)
+        with pytest.raises(ValueError, match="3 columns of texts .premise, hypothesis, id.*select_columns"):
+            refine(make_encoder("bert"), Dataset.from_dict({**pairs, "id": ["x"] * 4}), tokenizer)
+        with pytest.raises(ValueError, match="0 columns of texts .none"):
+            refine(make_encoder("bert"), Dataset.from_dict({"label": [1]}), tokenizer)
+
+    def test_as_many_tokens_as_a_model_has_places_for(self):
+        tokenizer = transformers.BertTokenizer(vocab={word: i for i, word in enumerate(["[PAD]", "[UNK]", "[SEP]"])})
+        assert tokenizer.model_max_length > 1e20
+        rows = Dataset.from_dict({"text": ["a " * 600]})
+        refine(make_encoder("roberta", max_position_embeddings=20), rows, tokenizer)
+
+    def test_pictures(self):
+        pictures = [Image.effect_noise((40, 40), 90) for _ in range(6)]
+        rows = Dataset.from_dict({"image": pictures, "label": [0, 1] * 3})
+        processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+        refined = refine(make_encoder("vit"), rows, processor)
+        inputs = processor([picture.convert("RGB") for picture in pictures], return_tensors="pt")
+        by_hand = refine(make_encoder("vit"), inputs)
+        for ours, theirs in zip(self.statistics(refined), self.statistics(by_hand), strict=True):
+            assert_close(ours, theirs, 1e-5)
+        with pytest.raises(ValueError, match="0 columns of pictures"):
+            refine(make_encoder("vit"), rows.select_columns("label"), processor)
+        with pytest.raises(ValueError, match="inputs are a data set .* got a generator"):
+            refine(make_encoder("vit"), (row for row in rows), processor)
+
+
+@pytest.mark.parametrize("family", ["vit", "bert"])
+def test_statistics_while_it_is_trained(family):
+    """They are those of one batch in training, of real places only, through all layers."""
+    model, inputs = make_encoder(family).double(), inputs_of(family, torch.float64)
+    disturb(refine(model, inputs))
+    expected = copy.deepcopy(model)
+    for module in expected.modules():
+        if isinstance(module, RefinerBatchNorm2d):
+            module.momentum = 1.0
+            module.train()
+    with torch.no_grad():
+        expected(**inputs)
+    parts = [{name: value[i : i + 1] for name, value in inputs.items()} for i in range(3)]
+    assert reestimate_norm_statistics(model, parts) == 3
+    for (name, ours), theirs in zip(model.named_buffers(), expected.buffers(), strict=True):
+        if "running" in name:
+            assert_close(ours, theirs, 1e-10, name)
 
 
 def test_several_batches_are_one(tmp_path):
@@ -339,8 +434,6 @@ class TestWithAHead:
             assert_close(torch.tensor([given[f"LABEL_{i}"] for i in range(3)]), scores, 1e-5)
 
     def test_an_image_classifier_in_a_pipeline(self, tmp_path):
-        from PIL import Image
-
         model = make_encoder("dinov2", head=True, num_labels=3)
         disturb(refine(model, inputs_of("dinov2")))
         processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
@@ -440,6 +533,40 @@ class TestOtherProcesses:
         done = self.run(code, folder)
         assert done.returncode != 0 and "loaded" not in done.stdout
         assert "refined" in done.stderr.strip().splitlines()[-1] or "refined" in done.stderr
+
+    @pytest.mark.parametrize("task", ["text-classification", "image-classification"])
+    def test_with_code_of_its_own(self, task, tmp_path):
+        """Without this package, by `trust_remote_code=True`, also saved again; never without the code's consent."""
+        family = "bert" if task.startswith("text") else "vit"
+        model = make_encoder(family, head=True)
+        disturb(refine(model, inputs_of(family)))
+        model.save_pretrained(tmp_path / "model")
+        add_code(tmp_path / "model")
+        torch.save(inputs_of(family), tmp_path / "inputs.pt")
+        auto = f"AutoModelFor{'Sequence' if family == 'bert' else 'Image'}Classification"
+        code = (
+            "import sys, torch, transformers\n"
+            "class NotInstalled:\n"
+            "    def find_spec(self, name, *_):\n"
+            "        if name.split('.')[0] == 'refiner_hf':\n"
+            "            raise ImportError(name)\n"
+            "sys.meta_path.insert(0, NotInstalled())\n"
+            "folder = sys.argv[1]\n"
+            f"load = transformers.{auto}.from_pretrained\n"
+            "inputs = torch.load(folder + '/inputs.pt')\n"
+            "load(folder + '/model', trust_remote_code=True).save_pretrained(folder + '/again')\n"
+            "answer = load(folder + '/again', trust_remote_code=True)(**inputs).logits\n"
+            "torch.save(answer.detach(), folder + '/answer.pt')\n"
+            "try:\n"
+            "    load(folder + '/model', trust_remote_code=False)\n"
+            "except ValueError as error:\n"
+            "    print(error)\n"
+        )
+        done = self.run(code, tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "contains custom code" in done.stdout
+        assert torch.equal(torch.load(tmp_path / "answer.pt"), model(**inputs_of(family)).logits)
+        assert json.loads((tmp_path / "model" / "config.json").read_text())["auto_map"] == REFINED_AUTO_MAP
 
     def test_as_a_class_of_the_library_with_this_package(self, folder):
         model = transformers.BertModel.from_pretrained(folder)

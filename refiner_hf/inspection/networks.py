@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
 
-from ..encoders.models import RefinedConfig
+from ..encoder_models_refiner import RefinedConfig
 from ..utils.fitting import try_out
 from ..utils.loading import load_config, load_image_processor, load_network
 from ..utils.model_source import find_source

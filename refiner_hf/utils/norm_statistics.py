@@ -1,13 +1,13 @@
 """
-The running statistics of batch norms, re-estimated over images as if all of them were one batch.
+The running statistics of batch norms, re-estimated over images or texts as if all of them were one batch.
 
-In one large batch a norm's statistics are those of all images, where every norm before it has normalised with the
-statistics of all images, too. So the norms are settled one after the other, in the order in which they run: all
-images, in pieces, run up to a norm, and what they bring there is pooled. Layers whose norms are settled don't compute
-again: what they gave is kept for each piece.
+In one large batch a norm's statistics are those of all examples, where every norm before it has normalised with the
+statistics of all examples, too. So the norms are settled one after the other, in the order in which they run: all
+examples, in pieces, run up to a norm, and what they bring there is pooled. Layers whose norms are settled don't
+compute again: what they gave is kept for each piece.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,8 @@ from ..normalization_refiner import combine_moments
 from .modes import in_evaluation
 
 
-Inputs = dict[str, torch.Tensor]
+Inputs = Mapping[str, Any]
+Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # number of values, mean and scatter by channel
 
 _ON_DEVICE = 2 * 2**30  # bytes of what layers gave that stay where they were computed
 # Bytes of images that a CPU takes at a time: of few, the maps stay in its cache, which makes it twice as fast.
@@ -31,43 +32,50 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def reestimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor | Inputs]) -> int:
+def reestimate_norm_statistics(
+    model: nn.Module,
+    batches: Iterable[torch.Tensor | Inputs],
+    *,
+    together: Sequence[Sequence[_BatchNorm]] | None = None,
+) -> int:
     """
-    Replaces the running statistics of every batch norm by those of one batch of all images, however they are divided
+    Replaces the running statistics of every batch norm by those of one batch of all examples, however they are divided
     into `batches`, with everything else in evaluation mode: no drop path, no dropout, no token mixing, no random
     numbers drawn. Weights don't change.
 
     It takes about three forward passes of each layer that has norms. Between the layers the tokens and the map that is
-    handed on are kept for all images, about 2 MB an image for Refiner-S at 224 pixels in float32: up to 2 GB on the
+    handed on are kept for all examples, about 2 MB an image for Refiner-S at 224 pixels in float32: up to 2 GB on the
     model's device, the rest in the machine's memory.
 
     Args:
-        model (`nn.Module`): takes `pixel_values`. If its base model has `embeddings` and `layers`, they must run one
-            after the other. Its training modes are restored.
+        model (`nn.Module`): its layers must run one after the other. Its training modes are restored.
         batches (iterable of `torch.Tensor` of shape (batch, channels, height, width), or of `dict`): images prepared
-            as for evaluation, on any device, alone or as `pixel_values` with what else the model takes beside them,
-            such as `bool_masked_pos`. A few hundred images are enough.
+            as for evaluation, on any device, or all that the model takes, such as `pixel_values` with
+            `bool_masked_pos`, or `input_ids` with `attention_mask`. A few hundred examples are enough.
+        together (*optional*): groups of norms, in the order in which they run, where those of a group don't see each
+            other's statistics: a group takes one pass. By default all norms, one by one.
 
     Returns:
-        `int`: the number of images used; 0 where the model has no batch norm or there are no batches, and then
+        `int`: the number of examples used; 0 where the model has no batch norm or there are no batches, and then
         nothing changed.
     """
-    norms = [
+    norms: list[Any] = [
         module
-        for module in model.modules()
+        for module in (model.modules() if together is None else [norm for group in together for norm in group])
         if isinstance(module, _BatchNorm) and module.track_running_stats and not getattr(module, "frozen", False)
     ]
     pieces = [piece for batch in batches if norms for piece in _pieces(model, batch)]
     if not pieces:
         return 0
     before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
-    passes = _Passes(model, pieces)
+    passes = _Passes(model, norms, pieces)
     try:
         counts = {}
         with in_evaluation(model):
-            for norm in passes.order_of(norms):
-                passes.settle_before(norm)
-                counts[norm] = _settle(norm, passes.moments_at(norm))
+            for group in [[norm] for norm in passes.order_of(norms)] if together is None else together:
+                passes.settle_before(group[0])
+                for norm, moments in passes.moments_at(group).items():
+                    counts[norm] = _settle(norm, moments)
         # Within a batch norms normalise with its biased variance, and what they keep of it is the unbiased one.
         for norm, count in counts.items():
             norm.running_var.mul_((count / (count - 1).clamp(min=1)).to(norm.running_var.dtype))
@@ -78,21 +86,39 @@ def reestimate_norm_statistics(model: nn.Module, batches: Iterable[torch.Tensor 
         raise
     finally:
         passes.end()
-    return sum(len(piece["pixel_values"]) for piece in pieces)
+    return sum(map(_examples, pieces))
+
+
+def _examples(inputs: Inputs) -> int:
+    """How many there are in a batch."""
+    return len(next(value for value in inputs.values() if isinstance(value, torch.Tensor)))
 
 
 def _pieces(model: nn.Module, batch: torch.Tensor | Inputs) -> Iterator[Inputs]:
-    inputs = dict(batch) if isinstance(batch, dict) else {"pixel_values": batch}
-    images = inputs["pixel_values"]
-    count = len(images)
-    if next(model.parameters()).device.type == "cpu":
-        count = max(1, _ON_CPU * len(images) // max(images.nbytes, 1))
-    parts = {name: value.split(count) for name, value in inputs.items()}
-    for values in zip(*parts.values()):
-        yield dict(zip(parts, values))
+    inputs = {**batch} if isinstance(batch, Mapping) else {"pixel_values": batch}
+    count = size = _examples(inputs)
+    if next(model.parameters()).device.type == "cpu" and "pixel_values" in inputs:
+        size = max(1, _ON_CPU * count // max(inputs["pixel_values"].nbytes, 1))
+
+    def part(value: Any, start: int) -> Any:
+        of_each = isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == count
+        return value[start : start + size] if of_each else value
+
+    for start in range(0, count, size):
+        yield {name: part(value, start) for name, value in inputs.items()}
 
 
-def _settle(norm: _BatchNorm, moments: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+def _moments(values: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:
+    """Of the values that a norm gets, (B, C, ...), where its mask (B, 1, ...) is true."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32)).transpose(0, 1).flatten(1)
+    if mask is not None:
+        values = values[:, mask.flatten()]
+    mean = values.mean(1)
+    scatter = (values - mean[:, None]).square().sum(1)
+    return mean.new_tensor(values.shape[1], dtype=torch.float64), mean.double(), scatter.double()
+
+
+def _settle(norm: Any, moments: list[Moments]) -> torch.Tensor:
     """Mean and biased variance of all pieces; returns of how many values they are."""
     counts, means, scatters = (torch.stack(each) for each in zip(*moments))
     count, mean, _, scatter = combine_moments(counts, means, means, scatters)
@@ -101,21 +127,34 @@ def _settle(norm: _BatchNorm, moments: list[tuple[torch.Tensor, torch.Tensor, to
     return count
 
 
+def _layers_of(model: nn.Module, norms: list[_BatchNorm]) -> Sequence[nn.Module]:
+    """The list of layers to which all norms belong, or all but those of the modules before it; empty without one."""
+    base = getattr(model, "base_model", model)
+    if isinstance(layers := getattr(base, "layers", None), nn.ModuleList):
+        return layers
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return next((each for each in reversed(lists) if set(norms) <= set(each.modules())), nn.ModuleList())
+
+
 class _Passes:
     """
     Forward passes of pieces through parts of a model.
 
-    The model's own forward runs each time, as a whole. In those segments (the embeddings, and each layer) that are
-    settled, nothing is computed: they give what the last of them gave, which is all that the next one takes.
+    The model's own forward runs each time, as a whole. In those segments (a Refiner's embeddings, and each layer) that
+    are settled, nothing is computed: they give what the last of them gave, which is all that the next one takes.
     """
 
-    def __init__(self, model: nn.Module, pieces: list[Inputs]):
+    def __init__(self, model: nn.Module, norms: list[_BatchNorm], pieces: list[Inputs]):
         self.model, self.pieces = model, pieces
-        self.device = next(model.parameters()).device
-        base = getattr(model, "base_model", model)
-        layers = list(getattr(base, "layers", ()))
+        like = next(model.parameters())
+        self.device, self.dtype = like.device, like.dtype
+        self.layers = _layers_of(model, norms)
         # One module before the layers: with more, one would have to know what passes between them.
-        self.segments = [base.embeddings, *layers] if layers and hasattr(base, "embeddings") else []
+        base = getattr(model, "base_model", model)
+        stem = (
+            [base.embeddings] if getattr(base, "layers", None) is self.layers and hasattr(base, "embeddings") else []
+        )
+        self.segments = [*stem, *self.layers]
         self.settled = -1  # the last segment that needn't compute
         self.kept: list[Any] = [None] * len(pieces)
         self.kept_bytes = 0
@@ -141,28 +180,32 @@ class _Passes:
             return
         outputs, self.kept_bytes = [], 0
         for piece in range(len(self.pieces)):
-            with self._stopping_at(self.segments[last], outputs, before=False):
+            with self._stopping_at(self.segments[last], outputs):
                 self._run(piece)
             # What it is made of isn't needed any more, and two of all would be more than memory may hold.
             self.kept[piece] = self._keep(outputs.pop())
         for i in range(self.settled + 1, last + 1):
             segment = self.segments[i]
             self.forwards[segment] = segment.__dict__.get("forward")
-            segment.forward = self._first_of_kept if i == 0 else self._all_of_kept
+            segment.forward = self._all_of_kept if i > 0 or segment in self.layers else self._first_of_kept
         self.settled = last
 
-    def moments_at(self, norm: _BatchNorm) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Of what each piece brings to a norm: number of values, mean and sum of squared deviations by channel."""
-        moments: list = []
+    def moments_at(self, norms: Sequence[_BatchNorm]) -> dict[_BatchNorm, list[Moments]]:
+        """Of what each piece brings to norms."""
+        moments: dict[_BatchNorm, list[Moments]] = {norm: [] for norm in norms}
         for piece in range(len(self.pieces)):
-            arrived: list[torch.Tensor] = []
-            with self._stopping_at(norm, arrived, before=True):
+
+            def note(norm: _BatchNorm, args: tuple, piece: int = piece) -> None:
+                moments[norm].append(_moments(*args))
+                if all(len(each) > piece for each in moments.values()):
+                    raise _Reached
+
+            hooks = [norm.register_forward_pre_hook(note) for norm in norms]
+            try:
                 self._run(piece)
-            values = arrived.pop()
-            values = values.to(torch.promote_types(values.dtype, torch.float32)).transpose(0, 1).flatten(1)
-            mean = values.mean(1)
-            scatter = (values - mean[:, None]).square().sum(1)
-            moments.append((mean.new_tensor(values.shape[1], dtype=torch.float64), mean.double(), scatter.double()))
+            finally:
+                for hook in hooks:
+                    hook.remove()
         return moments
 
     def end(self) -> None:
@@ -175,21 +218,25 @@ class _Passes:
 
     def _run(self, piece: int) -> None:
         self.piece = piece
-        inputs = {name: value.to(self.device) for name, value in self.pieces[piece].items()}
         try:
-            self.model(**inputs)
+            self.model(**{name: self._moved(value) for name, value in self.pieces[piece].items()})
         except _Reached:
             pass
 
-    @contextmanager
-    def _stopping_at(self, module: nn.Module, found: list, before: bool) -> Iterator[None]:
-        """Passes end at `module`; its input, or what it gave, is in `found`."""
+    def _moved(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.to(self.device, self.dtype if value.is_floating_point() else None)
 
-        def stop(module: nn.Module, args: tuple, output: Any = None) -> None:
-            found.append(args[0] if before else output)
+    @contextmanager
+    def _stopping_at(self, module: nn.Module, found: list) -> Iterator[None]:
+        """Passes end at `module`; what it gave is in `found`."""
+
+        def stop(module: nn.Module, args: tuple, output: Any) -> None:
+            found.append(output)
             raise _Reached
 
-        hook = module.register_forward_pre_hook(stop) if before else module.register_forward_hook(stop)
+        hook = module.register_forward_hook(stop)
         try:
             yield
         finally:

@@ -1,3 +1,4 @@
+# Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
 """
 Classes of refined models: each is made of one of transformers' own when it is first needed, `RefinedViTConfig` of
 `ViTConfig` and `RefinedViTForImageClassification` of `ViTForImageClassification`.
@@ -6,6 +7,7 @@ A refined model's configuration says `"model_type": "refined"`, which model it i
 modules are refined. A process that doesn't know this package so can't load it without its refinements.
 """
 
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -13,9 +15,10 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from ..attention_refiner import RefinerMapRefinement, check_refine_implementation
-from ..configuration_refiner import RefinerConfig
-from .attention import REFINED_ATTENTION, attach_refinement
+from .attention_refiner import RefinerMapRefinement, check_refine_implementation
+from .code_refiner import named_code_beside
+from .configuration_refiner import RefinerConfig
+from .encoder_attention_refiner import REFINED_ATTENTION, attach_refinement
 
 
 class RefinedConfig(PreTrainedConfig):
@@ -55,6 +58,11 @@ class RefinedConfigMixin:
         own = {"base_model_type": self.base_model_type, "attn_implementation": REFINED_ATTENTION}
         return {**super().to_dict(), **own}  # type: ignore[misc]
 
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:  # type: ignore[override]
+        """As [`~transformers.PreTrainedConfig.save_pretrained`]; `auto_map` names the code that lies beside it."""
+        with named_code_beside(self, save_directory):
+            super().save_pretrained(save_directory, **kwargs)  # type: ignore[misc]
+
     # The library's own refuses `True` with any attention function but its eager one. Here there are always maps.
     @property
     def output_attentions(self) -> bool:
@@ -69,10 +77,7 @@ class RefinedConfigMixin:
 
     def refinement_of(self, heads: int) -> RefinerConfig:
         """The configuration of a refinement of so many heads."""
-        fields = {name: value for name, value in self.refinement_config.items() if name != "modules"}
-        return RefinerConfig(
-            hidden_size=heads, num_attention_heads=heads, num_hidden_layers=1, attention_types=["refined"], **fields
-        )
+        return refinement_config_of(self.refinement_config, heads)
 
 
 class RefinedModelMixin:
@@ -107,6 +112,14 @@ class RefinedModelMixin:
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, RefinerMapRefinement):
                 module.config.refine_implementation = refine_implementation
+
+
+def refinement_config_of(settings: dict[str, Any], heads: int) -> RefinerConfig:
+    """The configuration of a refinement of so many heads; `settings` as a refined model's `refinement_config`."""
+    fields = {name: value for name, value in settings.items() if name != "modules"}
+    return RefinerConfig(
+        hidden_size=heads, num_attention_heads=heads, num_hidden_layers=1, attention_types=["refined"], **fields
+    )
 
 
 def become_refined(model: PreTrainedModel, settings: dict[str, Any]) -> list[RefinerMapRefinement]:

@@ -1,0 +1,84 @@
+"""What a model takes as inputs, from what a user has: batches, or a data set with its processor or tokenizer."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+Inputs = Mapping[str, Any]
+
+_EXAMPLES, _BATCH = 128, 16
+
+
+def batches_of(
+    model: PreTrainedModel,
+    inputs: Inputs | Iterable[Inputs] | Sequence[Mapping[str, Any]],
+    processing_class: Any = None,
+) -> list[dict[str, Any]]:
+    """
+    Batches of a model's inputs, without labels.
+
+    Args:
+        model: takes them.
+        inputs: a batch, several, or with `processing_class` a data set: rows with a picture, or with one text or two,
+            of which some dozens are taken, spread over all of them.
+        processing_class (*optional*): the image processor or tokenizer.
+
+    Raises:
+        `ValueError`: there is nothing, or rows hold neither pictures nor texts.
+    """
+    if processing_class is not None:
+        batches = list(_prepared(model, inputs, processing_class))
+    else:
+        batches = [dict(batch) for batch in ([inputs] if isinstance(inputs, Mapping) else inputs)]
+    if not batches:
+        raise ValueError("There are no inputs to take the norms' statistics from.")
+    return [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+
+
+def _prepared(model: PreTrainedModel, rows: Any, processing_class: Any) -> Iterable[dict[str, Any]]:
+    if isinstance(rows, Mapping) or not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        raise ValueError(
+            "With a processing_class, inputs are a data set whose rows can be counted and picked, such as a split of "
+            f"the library datasets; got a {type(rows).__name__}."
+        )
+    step = max(1, len(rows) // _EXAMPLES)
+    chosen = [rows[i] for i in range(0, len(rows), step)][:_EXAMPLES]
+    for start in range(0, len(chosen), _BATCH):
+        yield dict(_prepare(model, chosen[start : start + _BATCH], processing_class))
+
+
+def _prepare(model: PreTrainedModel, rows: list[Mapping[str, Any]], processing_class: Any) -> Mapping[str, Any]:
+    if isinstance(processing_class, PreTrainedTokenizerBase):
+        columns = [name for name, value in rows[0].items() if isinstance(value, str)]
+        if not 1 <= len(columns) <= 2:
+            raise ValueError(
+                f"The rows have {len(columns)} columns of texts ({', '.join(columns) or 'none'}), not one or a pair: "
+                "choose with select_columns."
+            )
+        texts = [[row[name] for row in rows] for name in columns]
+        return processing_class(
+            *texts,
+            padding=True,
+            truncation=True,
+            max_length=longest_text(model, processing_class),
+            return_tensors="pt",
+        )
+    columns = [name for name, value in rows[0].items() if isinstance(value, Image.Image)]
+    if len(columns) != 1:
+        raise ValueError(
+            f"The rows have {len(columns)} columns of pictures ({', '.join(columns) or 'none'}), not one: choose with "
+            "select_columns."
+        )
+    return processing_class([row[columns[0]].convert("RGB") for row in rows], return_tensors="pt")
+
+
+def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many tokens a text may have. (A tokenizer that doesn't know says some number that is too large.)"""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # they count from behind their padding's number
+        positions -= config.pad_token_id + 1
+    return min(tokenizer.model_max_length, positions)

@@ -65,10 +65,11 @@ class RefinerMapRefinement(nn.Module):
         Returns:
             the refined map, of the same shape.
         """
-        if mask is not None:
-            return masked_refine(self, attention_map, scale, mask)
         name = pick_implementation(self, attention_map)
-        return REFINE_IMPLEMENTATIONS[name].refine(self, attention_map, scale)
+        if mask is None:
+            return REFINE_IMPLEMENTATIONS[name].refine(self, attention_map, scale, None)
+        attention_map = attention_map.masked_fill(~mask, 0)
+        return REFINE_IMPLEMENTATIONS[name].refine(self, attention_map, scale, mask).masked_fill(~mask, 0)
 
     # What a kind says of itself.
 
@@ -111,18 +112,15 @@ def batch_norm(config: RefinerConfig, channels: int) -> RefinerBatchNorm2d:
     return RefinerBatchNorm2d(channels, eps=config.batch_norm_eps, momentum=config.batch_norm_momentum)
 
 
-def eager_refine(refinement: RefinerMapRefinement, attention_map: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """The refinement, module by module. Runs everywhere and keeps every intermediate result for backward."""
-    refined = refinement.output_norm(refinement.refine(attention_map))
-    return refined if scale == 1 else refined * scale
-
-
-def masked_refine(
-    refinement: RefinerMapRefinement, attention_map: torch.Tensor, scale: float, mask: torch.Tensor
+def eager_refine(
+    refinement: RefinerMapRefinement,
+    attention_map: torch.Tensor,
+    scale: float = 1.0,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The same where only a part of each map is real: zero elsewhere, and not counted there."""
-    refined = refinement.refine(attention_map.masked_fill(~mask, 0), mask)
-    return (refinement.output_norm(refined, mask) * scale).masked_fill(~mask, 0)
+    """The refinement, module by module. Runs everywhere and keeps every intermediate result for backward."""
+    refined = refinement.output_norm(refinement.refine(attention_map, mask), mask)
+    return refined if scale == 1 else refined * scale
 
 
 def _why_not_blocked(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> str | None:
@@ -145,13 +143,14 @@ class RefineImplementation(NamedTuple):
     """
     A way to compute the refinement.
 
-    `refine(refinement, map, scale)` computes it. `why_not(refinement, map)` says why it can't, or `None` where it can.
+    `refine(refinement, map, scale, mask)` computes it: with a mask the map is zero where that is false, and what the
+    result is there doesn't matter. `why_not(refinement, map)` says why it can't, or `None` where it can.
     It runs on the device types `devices`, by default on all. `fastest_from` has those on which `"auto"` takes it: with
     gradients only where a layer's expanded maps have at least so many bytes. For smaller ones many small operations
     cost more than they save (see the curves in docs/benchmarks/).
     """
 
-    refine: Callable[[RefinerMapRefinement, torch.Tensor, float], torch.Tensor]
+    refine: Callable[[RefinerMapRefinement, torch.Tensor, float, torch.Tensor | None], torch.Tensor]
     why_not: Callable[[RefinerMapRefinement, torch.Tensor], str | None]
     devices: tuple[str, ...] | None = None
     fastest_from: dict[str, int] = {}

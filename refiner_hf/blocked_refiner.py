@@ -7,15 +7,19 @@ A piece is the maps of some images; if one image's maps are too large, it is som
 that the convolution needs. Expanded pieces have the channels last: the matrix product writes this layout, and
 depthwise convolutions are fastest in it.
 
-Shapes: I images and R rows of a piece, M = R N positions, E expanded heads. A piece of the maps is (I, H, R, N), an
-expanded one (I, E, R, N) with the channels last, or flat (I, M, E).
+With a mask, as for padded texts, a piece is cut to the rectangle in which its places are real, so that most padding
+costs nothing. What isn't real within the rectangle is zeroed where a convolution or a sum would see it.
+
+Shapes: I images, R rows and C columns of a piece, M = R C positions, E expanded heads. A piece of the maps is
+(I, H, R, C), an expanded one (I, E, R, C) with the channels last, or flat (I, M, E); its mask (I, M, 1).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .folding_refiner import Expansion, Folded, Local, arithmetic_type, fold, needs_training_form
 from .normalization_refiner import combine_moments
@@ -26,7 +30,9 @@ from .recomputing_refiner import BackwardInputs, Moments, recomputed_refine, sum
 _PIECE = 8 * 2**20
 
 
-def blocked_refine(refinement: nn.Module, attention_map: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+def blocked_refine(
+    refinement: nn.Module, attention_map: torch.Tensor, scale: float = 1.0, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     The refinement in pieces: with batch statistics or gradients as in [`recomputed_refine`], else with every norm
     folded into the weights before it.
@@ -35,21 +41,23 @@ def blocked_refine(refinement: nn.Module, attention_map: torch.Tensor, scale: fl
         refinement: the module that holds weights and norms.
         attention_map (`torch.Tensor` of shape (B, H, N, N)).
         scale: a factor on the result.
+        mask (`torch.BoolTensor` of shape (B, 1, N, N), *optional*): where places are real; elsewhere the map is zero.
 
     Returns:
         `torch.Tensor` of shape (B, H, N, N).
     """
     if needs_training_form(refinement, attention_map):
-        return recomputed_refine(refinement, attention_map, scale, BlockedPasses)
+        return recomputed_refine(refinement, attention_map, scale, BlockedPasses, mask)
     with torch.autocast(attention_map.device.type, enabled=False):
-        return _folded_refine(fold(refinement, arithmetic_type(attention_map), scale), attention_map)
+        return _folded_refine(fold(refinement, arithmetic_type(attention_map), scale), attention_map, mask)
 
 
-def _folded_refine(folded: Folded, attention_map: torch.Tensor) -> torch.Tensor:
-    output = torch.empty_like(attention_map, memory_format=torch.contiguous_format)
+def _folded_refine(folded: Folded, attention_map: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    new = torch.empty_like if mask is None else torch.zeros_like
+    output = new(attention_map, memory_format=torch.contiguous_format)
     identity, constant = folded.identity[:, None], folded.constant[:, None]
     kernel = 1 if folded.local is None else folded.local.weight.shape[-1]
-    for piece in _pieces(attention_map, folded.reduction.shape[1], kernel):
+    for piece in _pieces(attention_map, mask, folded.reduction.shape[1], kernel):
         hidden = piece.expand(attention_map, folded.expansion)
         if folded.local is not None:
             hidden = piece.known_rows(_convolve(hidden, folded.local)).clamp_(0, 6)
@@ -67,8 +75,8 @@ def _folded_refine(folded: Folded, attention_map: torch.Tensor) -> torch.Tensor:
 class BlockedPasses:
     """The passes of [`recomputing_refiner.Passes`] in plain torch."""
 
-    def __init__(self, attention_map: torch.Tensor, kernel_size: int):
-        self.attention_map = attention_map
+    def __init__(self, attention_map: torch.Tensor, kernel_size: int, mask: torch.Tensor | None):
+        self.attention_map, self.mask = attention_map, mask
         self.dtype = arithmetic_type(attention_map)
 
     def map_moments(self) -> Moments:
@@ -76,9 +84,11 @@ class BlockedPasses:
         counts, means, scatters = [], [], []
         for images in _images(attention_map):
             values = attention_map[images].flatten(2).to(arithmetic_type(attention_map))  # (I, H, N N)
-            mean = values.mean((0, 2))
-            centred = values - mean[:, None]
-            counts.append(values.shape[0] * values.shape[2])
+            real = None if self.mask is None else self.mask[images].flatten(2).to(values.dtype)  # (I, 1, N N)
+            count = _count(values[:, 0], real)
+            mean = values.sum((0, 2)) / max(count, 1)
+            centred = _masked(values - mean[:, None], real)
+            counts.append(count)
             means.append(mean)
             scatters.append((centred @ centred.transpose(1, 2)).sum(0))
         means = torch.stack(means)
@@ -87,13 +97,14 @@ class BlockedPasses:
     def local_moments(self, expansion: Expansion | None, weight: torch.Tensor) -> Moments:
         expansion, weight = self._cast(expansion, weight)
         counts, means, scatters = [], [], []
-        for piece in _pieces(self.attention_map, *weight.shape[::3]):
+        for piece in _pieces(self.attention_map, self.mask, *weight.shape[::3]):
             h1 = piece.expand(self.attention_map, expansion)
-            values = _flat(piece.known_rows(_convolve(h1, Local(weight, None)))).flatten(0, 1)  # (I M, E)
-            mean = values.sum(0) / len(values)
-            counts.append(len(values))
+            values = _flat(piece.known_rows(_convolve(h1, Local(weight, None))))  # (I, M, E)
+            count = _count(values[:, :, 0], piece.real)
+            mean = _masked(values, piece.real).sum((0, 1)) / max(count, 1)
+            counts.append(count)
             means.append(mean)
-            scatters.append(values.sub_(mean).square_().sum(0))
+            scatters.append(_masked(values.sub_(mean), piece.real).square_().sum((0, 1)))
         means = torch.stack(means)
         return _join(counts, means, means, scatters)
 
@@ -101,18 +112,20 @@ class BlockedPasses:
         self, expansion: Expansion | None, local: Local, reduction: torch.Tensor
     ) -> tuple[torch.Tensor, Moments]:
         expansion, local, reduction = self._cast(expansion, local, reduction)
-        reduced = torch.empty_like(self.attention_map)
+        reduced = self._new(self.attention_map)
         counts, means_z, means_a, scatters = [], [], [], []
-        for piece in _pieces(self.attention_map, *local.weight.shape[::3]):
+        for piece in _pieces(self.attention_map, self.mask, *local.weight.shape[::3]):
             h1 = piece.expand(self.attention_map, expansion)
             h2 = _flat(piece.known_rows(_convolve(h1, local)).clamp_(0, 6))
             z3 = reduction @ h2.transpose(1, 2)  # (I, H, M)
             target = piece.of(reduced)
             target.copy_(z3.view_as(target))
             own = piece.of(self.attention_map).flatten(2).to(z3.dtype)
-            mean_z, mean_a = z3.mean((0, 2)), own.mean((0, 2))
-            z3 -= mean_z[:, None]
-            counts.append(z3.shape[0] * z3.shape[2])
+            real = None if piece.real is None else piece.real.transpose(1, 2)
+            count = _count(z3[:, 0], real)
+            mean_z, mean_a = (each.sum((0, 2)) / max(count, 1) for each in (_masked(z3, real), own))
+            z3 = _masked(z3.sub_(mean_z[:, None]), real)
+            counts.append(count)
             means_z.append(mean_z)
             means_a.append(mean_a)
             scatters.append(torch.stack((z3.square().sum((0, 2)), (z3 * own).sum((0, 2)))))
@@ -139,7 +152,7 @@ class BlockedPasses:
     def reduction_backward(self, inputs: BackwardInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         (inputs,) = self._cast(inputs)
         sums = sums_of_products = weight_gradient = 0
-        for piece in _pieces(self.attention_map, *inputs.local.weight.shape[::3]):
+        for piece in _pieces(self.attention_map, self.mask, *inputs.local.weight.shape[::3]):
             h1 = piece.expand(self.attention_map, inputs.expansion)
             dn2, normalised, h2, dz3 = self._second_norm_gradient(piece, h1, inputs)
             sums = sums + _exact(dn2.sum((0, 1)))
@@ -152,14 +165,14 @@ class BlockedPasses:
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
         inputs, second_norm, weight, centre = self._cast(inputs, second_norm, weight, centre)
         (expanded, kernel), expansion = weight.shape[::3], inputs.expansion
-        part = torch.empty_like(self.attention_map, dtype=weight.dtype)
+        part = self._new(self.attention_map, dtype=weight.dtype)
         weight_gradient, sum_g, sum_ga = 0, None if expansion is None else 0, None if expansion is None else 0
-        for piece in _pieces(self.attention_map, expanded, kernel, halos=2):
+        for piece in _pieces(self.attention_map, self.mask, expanded, kernel, halos=2):
             h1 = piece.expand(self.attention_map, expansion)
             dn2, normalised, _, _ = self._second_norm_gradient(piece, h1, inputs)
             h1 = piece.known_rows(h1)
             dz2 = dn2.mul_(second_norm[0]).addcmul_(normalised, second_norm[1]).add_(second_norm[2])
-            dz2 = _unflat(dz2, h1)
+            dz2 = _unflat(_masked(dz2, piece.real), h1)
             dh1 = nn.functional.conv_transpose2d(dz2, weight, padding=kernel // 2, groups=expanded)
             piece.blank_halo(dz2)  # those rows' share of the weight's gradient belongs to other pieces
             weight_gradient = weight_gradient + _exact(
@@ -171,7 +184,7 @@ class BlockedPasses:
                 target.copy_(dh1)
                 continue
             g = _flat(_relu6_backward(dh1, piece.own_rows(h1)))  # (I, M, E)
-            own = piece.of(self.attention_map).flatten(2) - centre[:, None]  # (I, H, M)
+            own = piece.of(self.attention_map).flatten(2) - centre[:, None]  # (I, H, M); where nothing is real, g is 0
             sum_g = sum_g + _exact(g.sum((0, 1)))
             sum_ga = sum_ga + _exact((own @ g).sum(0).t())
             target.copy_((expansion.weight.t() @ g.transpose(1, 2)).view_as(target))
@@ -182,7 +195,7 @@ class BlockedPasses:
     ) -> torch.Tensor:
         coefficients, mixing = self._cast(coefficients, mixing)
         for images in _images(part):
-            part[images] += self._combination(inputs, coefficients, images, slice(None))
+            part[images] += self._combination(inputs, coefficients, images, slice(None), slice(None))
             if mixing is not None:
                 maps = self.attention_map[images].flatten(2).to(self.dtype)
                 part[images].flatten(2).baddbmm_(mixing.expand(len(maps), -1, -1), maps)
@@ -194,16 +207,22 @@ class BlockedPasses:
         """dn2, z2^ and h2, all (I, M, E), and dz3 (I, H, M), where the piece's convolution is known."""
         normalised = _flat(piece.known_rows(_convolve(h1, inputs.local)))
         h2 = torch.addcmul(inputs.offset, inputs.gain, normalised).clamp_(0, 6)
-        dz3 = self._combination(inputs, inputs.coefficients, piece.images, piece.known).flatten(2)
+        dz3 = self._combination(inputs, inputs.coefficients, piece.images, piece.known, piece.columns).flatten(2)
+        dz3 = _masked(dz3, None if piece.real is None else piece.real.transpose(1, 2))
         return _relu6_backward(dz3.transpose(1, 2) @ inputs.reduction, h2), normalised, h2, dz3
 
     def _combination(
-        self, inputs: BackwardInputs, coefficients: torch.Tensor, images: slice, rows: slice
+        self, inputs: BackwardInputs, coefficients: torch.Tensor, images: slice, rows: slice, columns: slice
     ) -> torch.Tensor:
-        """c0 d + c1 A + c2 z3 + c3 for some images and rows, (I, H, R, N)."""
+        """c0 d + c1 A + c2 z3 + c3 for some images, rows and columns, (I, H, R, C)."""
         c0, c1, c2, c3 = coefficients[:, :, None, None]
-        d, a, z3 = (maps[images, :, rows] for maps in (inputs.gradient, self.attention_map, inputs.reduced))
+        where = images, slice(None), rows, columns
+        d, a, z3 = (maps[where] for maps in (inputs.gradient, self.attention_map, inputs.reduced))
         return torch.addcmul(c3, c0, d.to(c0.dtype)).addcmul_(c1, a.to(c0.dtype)).addcmul_(c2, z3.to(c0.dtype))
+
+    def _new(self, like: torch.Tensor, **options) -> torch.Tensor:
+        """Where pieces are written; those of a mask leave places out."""
+        return (torch.empty_like if self.mask is None else torch.zeros_like)(like, **options)
 
     def _cast(self, *values) -> list:
         """Vectors and weights, also within tuples, in the type of the computation. (Maps never have a larger type.)"""
@@ -217,25 +236,31 @@ class BlockedPasses:
 
 
 class _Piece(NamedTuple):
-    """Images, and rows of them: those that are its `own`, those where a convolution is `known`, `all` it looks at."""
+    """
+    Images, and rows of them: those that are its `own`, those where a convolution is `known`, `all` it looks at. Where
+    its known rows are real says `real` (I, M, 1), and `all_real` where all are; `None` if everywhere.
+    """
 
     images: slice
     own: slice
     known: slice
     all: slice
+    columns: slice
+    real: torch.Tensor | None
+    all_real: torch.Tensor | None
 
     def of(self, maps: torch.Tensor) -> torch.Tensor:
-        """Its own rows of maps (B, H, N, N), a view (I, H, R, N)."""
-        return maps[self.images, :, self.own]
+        """Its own rows of maps (B, H, N, N), a view (I, H, R, C)."""
+        return maps[self.images, :, self.own, self.columns]
 
     def expand(self, attention_map: torch.Tensor, expansion: Expansion | None) -> torch.Tensor:
-        """h1 of all its rows, (I, E, R, N) with the channels last."""
-        maps = attention_map[self.images, :, self.all].to(arithmetic_type(attention_map))
+        """h1 of all its rows, (I, E, R, C) with the channels last."""
+        maps = attention_map[self.images, :, self.all, self.columns].to(arithmetic_type(attention_map))
         if expansion is None:
             return maps.contiguous(memory_format=torch.channels_last)
         weight = expansion.weight.t().expand(len(maps), -1, -1)
         hidden = torch.baddbmm(expansion.bias, maps.flatten(2).transpose(1, 2), weight).clamp_(0, 6)  # (I, M, E)
-        return _unflat(hidden, maps)
+        return _unflat(_masked(hidden, self.all_real), maps)
 
     def known_rows(self, hidden: torch.Tensor) -> torch.Tensor:
         """From all its rows to those where a convolution is known."""
@@ -251,19 +276,47 @@ class _Piece(NamedTuple):
         hidden[:, :, self.own.stop - self.known.start :] = 0
 
 
-def _pieces(attention_map: torch.Tensor, expanded: int, kernel: int, halos: int = 1) -> Iterator[_Piece]:
-    """All rows of all images; each piece looks at `halos` times the kernel's reach beyond its own rows."""
-    size = attention_map.shape[-1]
-    fitting = _PIECE // (expanded * size * arithmetic_type(attention_map).itemsize)  # rows of all images
-    count = max(8, fitting)
-
-    def widened(rows: slice, by: int) -> slice:
-        return slice(max(rows.start - by, 0), min(rows.stop + by, size))
-
+def _pieces(
+    attention_map: torch.Tensor, mask: torch.Tensor | None, expanded: int, kernel: int, halos: int = 1
+) -> Iterator[_Piece]:
+    """
+    All rows of all images that hold anything real; each piece looks at `halos` times the kernel's reach beyond its own
+    rows.
+    """
+    size, dtype = attention_map.shape[-1], arithmetic_type(attention_map)
+    fitting = _PIECE // (expanded * size * dtype.itemsize)  # rows of all images
     for images in _slices(len(attention_map), max(1, fitting // size)):
-        for own in _slices(size, count):
-            reach = kernel // 2
-            yield _Piece(images, own, widened(own, (halos - 1) * reach), widened(own, halos * reach))
+        rows, columns, everywhere = (slice(0, size),) * 2 + (True,) if mask is None else _real_part(mask, images)
+        count = max(8, fitting * size // max(columns.stop - columns.start, 1))
+        for own in _slices(rows.stop, count, rows.start):
+            known, seen = (
+                slice(max(own.start - by, rows.start), min(own.stop + by, rows.stop))
+                for by in ((halos - 1) * (kernel // 2), halos * (kernel // 2))
+            )
+            masks = (None, None)
+            if mask is not None and not everywhere:
+                masks = (mask[images, 0, part, columns].flatten(1)[..., None].to(dtype) for part in (known, seen))
+            yield _Piece(images, own, known, seen, columns, *masks)
+
+
+_REAL_PARTS: MutableMapping = WeakTensorKeyDictionary()  # of masks, which all layers share
+
+
+def _real_part(mask: torch.Tensor, images: slice) -> tuple[slice, slice, bool]:
+    """The rows and columns of some images that hold anything real, and whether all places there are."""
+    if mask not in _REAL_PARTS:
+        real = mask[:, 0]
+        _REAL_PARTS[mask] = (real.any(2).cpu(), real.any(1).cpu(), real.sum((1, 2)).cpu())
+    by_rows, by_columns, counts = _REAL_PARTS[mask]
+    rows, columns = (_extent(by[images].any(0)) for by in (by_rows, by_columns))
+    area = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return rows, columns, bool((counts[images] == area).all())
+
+
+def _extent(flags: torch.Tensor) -> slice:
+    """From the first to the last that is true."""
+    places = flags.nonzero()
+    return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
 
 
 def _images(maps: torch.Tensor) -> Iterator[slice]:
@@ -271,8 +324,18 @@ def _images(maps: torch.Tensor) -> Iterator[slice]:
     return _slices(len(maps), max(1, _PIECE // (maps[0].numel() * arithmetic_type(maps).itemsize)))
 
 
-def _slices(size: int, count: int) -> Iterator[slice]:
-    return (slice(start, min(start + count, size)) for start in range(0, size, count))
+def _slices(stop: int, count: int, start: int = 0) -> Iterator[slice]:
+    return (slice(first, min(first + count, stop)) for first in range(start, stop, count))
+
+
+def _count(values: torch.Tensor, real: torch.Tensor | None) -> float:
+    """How many values of one channel are real."""
+    return values.numel() if real is None else float(real.sum(dtype=torch.float64))
+
+
+def _masked(values: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
+    """Zeroes in place what isn't real."""
+    return values if real is None else values.mul_(real)
 
 
 def _convolve(hidden: torch.Tensor, local: Local) -> torch.Tensor:
@@ -300,6 +363,6 @@ def _exact(sums: torch.Tensor) -> torch.Tensor:
     return sums.to(sums_type(sums))
 
 
-def _join(counts: list[int], x: torch.Tensor, y: torch.Tensor, scatters: list[torch.Tensor]) -> Moments:
+def _join(counts: list[float], x: torch.Tensor, y: torch.Tensor, scatters: list[torch.Tensor]) -> Moments:
     counts = torch.tensor(counts, device=x.device)
     return Moments(*combine_moments(*(_exact(moment) for moment in (counts, x, y, torch.stack(scatters)))))

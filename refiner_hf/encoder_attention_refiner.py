@@ -9,10 +9,12 @@ no model is copied or changed, whatever its head.
 Shapes: B batch, H heads, N tokens, D width of a head.
 """
 
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
@@ -94,6 +96,9 @@ def attend(
     return (attention_map @ value).transpose(1, 2).contiguous(), attention_map
 
 
+_PAIRS: MutableMapping = WeakTensorKeyDictionary()  # by mask, which all layers share
+
+
 def real_pairs(attention_mask: torch.Tensor | None, attention_map: torch.Tensor) -> torch.Tensor | None:
     """
     Where a real query may look at a real key: (B, 1, N, N) of booleans, or `None` where that is everywhere.
@@ -103,13 +108,20 @@ def real_pairs(attention_mask: torch.Tensor | None, attention_map: torch.Tensor)
     """
     if attention_mask is None:
         return None
+    if torch.compiler.is_compiling():
+        return _pairs(attention_mask, attention_map)
+    version = None if attention_mask.is_inference() else attention_mask._version
+    if attention_mask not in _PAIRS or _PAIRS[attention_mask][0] != version:
+        pairs = _pairs(attention_mask, attention_map)
+        _PAIRS[attention_mask] = version, None if pairs.all() else pairs
+    return _PAIRS[attention_mask][1]
+
+
+def _pairs(attention_mask: torch.Tensor, attention_map: torch.Tensor) -> torch.Tensor:
     batch, _, tokens, _ = attention_map.shape
     pairs = visible(attention_mask).any(1, keepdim=True).expand(batch, 1, tokens, tokens)
     real = pairs.diagonal(dim1=-2, dim2=-1)
-    pairs = pairs & real[..., None] & real[..., None, :]
-    if not torch.compiler.is_compiling() and pairs.all():
-        return None
-    return pairs
+    return pairs & real[..., None] & real[..., None, :]
 
 
 def visible(mask: torch.Tensor) -> torch.Tensor:

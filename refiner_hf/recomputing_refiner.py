@@ -49,7 +49,9 @@ class Passes(Protocol):
     `None` and h1 is the map.
     """
 
-    def __init__(self, attention_map, kernel_size: int): ...
+    def __init__(self, attention_map, kernel_size: int, mask):
+        """`mask` (B, 1, N, N) of booleans, or `None`. Maps are zero where it is false; only where it is true count
+        places for sums and moments."""
 
     def map_moments(self) -> Moments:
         """x and y are (H, 1) and (1, H), the scatter (H, H)."""
@@ -108,7 +110,11 @@ def why_not_recomputed(refinement: nn.Module) -> str | None:
 
 
 def recomputed_refine(
-    refinement: nn.Module, attention_map: torch.Tensor, scale: float, passes: type[Passes]
+    refinement: nn.Module,
+    attention_map: torch.Tensor,
+    scale: float,
+    passes: type[Passes],
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     Refines maps with batch statistics or with gradients, and moves the running statistics.
@@ -118,6 +124,8 @@ def recomputed_refine(
         attention_map (`torch.Tensor` of shape (B, H, N, N)).
         scale: a factor on the result.
         passes: the class that does the passes.
+        mask (`torch.BoolTensor` of shape (B, 1, N, N), *optional*): where places are real; elsewhere the map and the
+            gradient of the result are zero.
 
     Returns:
         `torch.Tensor` of shape (B, H, N, N). Differentiable once; a second derivative raises a `RuntimeError`.
@@ -131,7 +139,7 @@ def recomputed_refine(
     for name in ("weight", "bias", "running_mean", "running_var"):
         needed = name in ("weight", "bias") or not setting.batch_statistics
         vectors += missing + [getattr(norm, name) if needed else None for norm in norms]
-    output, count, statistics = _Refine.apply(setting, attention_map.contiguous(), *weights, *vectors)
+    output, count, statistics = _Refine.apply(setting, attention_map.contiguous(), mask, *weights, *vectors)
     if setting.batch_statistics:
         track_together(norms, statistics, count)
     return output
@@ -152,12 +160,12 @@ class _Refine(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, setting: _Setting, attention_map, *parameters):
+    def forward(ctx, setting: _Setting, attention_map, mask, *parameters):
         with torch.autocast(attention_map.device.type, enabled=False):
-            return _Refine._forward(ctx, setting, attention_map, *parameters)
+            return _Refine._forward(ctx, setting, attention_map, mask, *parameters)
 
     @staticmethod
-    def _forward(ctx, setting, attention_map, *parameters):
+    def _forward(ctx, setting, attention_map, mask, *parameters):
         scale, batch, synchronizing, eps = setting[1:]
         exact = sums_type(attention_map)
         (
@@ -165,7 +173,7 @@ class _Refine(torch.autograd.Function):
             mean1, mean2, mean3, mean4, var1, var2, var3, var4,
         ) = cast_together(parameters, exact)  # fmt: skip
         w1, w3 = None if w1 is None else w1.flatten(1), w3.flatten(1)  # (E, H), (H, E)
-        passes = setting.passes(attention_map, w2.shape[-1])
+        passes = setting.passes(attention_map, w2.shape[-1], mask)
 
         def scaled(gain, variance):
             return gain * (variance + eps).rsqrt()
@@ -202,7 +210,7 @@ class _Refine(torch.autograd.Function):
 
         ctx.setting = setting
         ctx.save_for_backward(
-            attention_map, reduced, w1, w2, w3, gain1, gain2, gain3, gain4, bias1, bias2, bias3,
+            attention_map, mask, reduced, w1, w2, w3, gain1, gain2, gain3, gain4, bias1, bias2, bias3,
             mean1, mean2, mean3, mean4, var1, var2, var3, var4, count, centre, covariance, shared,
         )  # fmt: skip
         ctx.parameter_types = [None if parameter is None else parameter.dtype for parameter in parameters]
@@ -223,10 +231,10 @@ class _Refine(torch.autograd.Function):
     def _backward(ctx, gradient):
         scale, batch, synchronizing, eps = ctx.setting[1:]
         (
-            attention_map, reduced, w1, w2, w3, gain1, gain2, gain3, gain4, bias1, bias2, bias3,
+            attention_map, mask, reduced, w1, w2, w3, gain1, gain2, gain3, gain4, bias1, bias2, bias3,
             mean1, mean2, mean3, mean4, var1, var2, var3, var4, count, centre, covariance, shared,
         ) = ctx.saved_tensors  # fmt: skip
-        passes = ctx.setting.passes(attention_map, w2.shape[-1])
+        passes = ctx.setting.passes(attention_map, w2.shape[-1], mask)
         gradient = gradient.contiguous()
         heads, expanded = w3.shape
         sizes = (0 if w1 is None else expanded, expanded, heads, heads)
@@ -299,7 +307,7 @@ class _Refine(torch.autograd.Function):
             gradients = cast_together(gradients, *types)
         else:
             gradients = [None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.parameter_types)]
-        return None, d_map, *gradients
+        return None, d_map, None, *gradients
 
 
 def _folded_expansion(weight, scale, bias, mean) -> Expansion:

@@ -73,7 +73,9 @@ def why_not_triton(refinement: nn.Module, attention_map: torch.Tensor) -> str | 
     return None
 
 
-def triton_refine(refinement: nn.Module, attention_map: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+def triton_refine(
+    refinement: nn.Module, attention_map: torch.Tensor, scale: float = 1.0, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """
     The refinement by kernels: with batch statistics or gradients as in [`recomputed_refine`], else with every norm
     folded into the weights before it.
@@ -85,15 +87,16 @@ def triton_refine(refinement: nn.Module, attention_map: torch.Tensor, scale: flo
         refinement: the module that holds weights and norms.
         attention_map (`torch.Tensor` of shape (B, H, N, N)): in float32, bfloat16 or float16, H at most 16.
         scale: a factor on the result.
+        mask (`torch.BoolTensor` of shape (B, 1, N, N), *optional*): where places are real; elsewhere the map is zero.
 
     Returns:
         `torch.Tensor` of shape (B, H, N, N).
     """
     if needs_training_form(refinement, attention_map):
-        return recomputed_refine(refinement, attention_map, scale, TritonPasses)
+        return recomputed_refine(refinement, attention_map, scale, TritonPasses, mask)
     attention_map = attention_map.contiguous()
     output = torch.empty_like(attention_map)
-    passes = TritonPasses(attention_map, refinement.local_attention.kernel_size[0])
+    passes = TritonPasses(attention_map, refinement.local_attention.kernel_size[0], mask)
     folded = _fold(refinement, scale)
     vectors = (folded.reduction, folded.identity, folded.constant)
     passes.run_projection(folded.expansion, folded.local, *vectors, output, None, None, None)
@@ -126,8 +129,8 @@ def _fold(refinement: nn.Module, scale: float) -> Folded:
 class TritonPasses:
     """The passes of [`recomputing_refiner.Passes`] as kernels."""
 
-    def __init__(self, attention_map: torch.Tensor, kernel_size: int):
-        self.maps, self.kernel_size = attention_map, kernel_size
+    def __init__(self, attention_map: torch.Tensor, kernel_size: int, mask: torch.Tensor | None):
+        self.maps, self.kernel_size, self.mask = attention_map, kernel_size, mask
         self.images, self.heads, self.size, _ = attention_map.shape
         self.area, self.side = self.size * self.size, self.size + kernel_size - 1
         self.padded_heads = max(16, _power_of_two(self.heads + 1))  # 16 is a product's smallest side

@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from refiner_hf.attention_refiner import RefinerMapRefinement
+from refiner_hf import blocked_refiner
+from refiner_hf.attention_refiner import REFINE_IMPLEMENTATIONS, RefinerMapRefinement
 from refiner_hf.normalization_refiner import RefinerBatchNorm2d
 
 from .conftest import assert_close
-from .refinements import make_refinement
+from .refinements import make_maps, make_refinement, step
 
 
 SIZES = (7, 3, 5, 1)
@@ -81,6 +82,16 @@ def results(refinement, maps, refined):
     return [*refined, *(one.grad for one in maps), *parameters, *buffers]
 
 
+def choose(monkeypatch, refinement: RefinerMapRefinement, implementation: str) -> list[str]:
+    """Lets a refinement be computed in one way; what ran is noted."""
+    ran: list[str] = []
+    for name, each in REFINE_IMPLEMENTATIONS.items():
+        refine = lambda *args, name=name, each=each: ran.append(name) or each.refine(*args)  # noqa: E731
+        monkeypatch.setitem(REFINE_IMPLEMENTATIONS, name, each._replace(refine=refine))
+    refinement.config.refine_implementation = implementation
+    return ran
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("side, to, fill", [("right", 7, 0.0), ("left", 7, 0.3), ("right", 12, 5.0), ("left", 9, 0.0)])
@@ -88,6 +99,67 @@ def test_padding_makes_no_difference(kind, training, side, to, fill):
     refinement = make_refinement(refinement=kind).double().train(training)
     for ours, theirs in zip(run(refinement, side, to, fill), run_apart(refinement), strict=True):
         assert_close(ours, theirs, 1e-12)
+
+
+@pytest.mark.parametrize("piece", [2**10, 2**23], ids=["small pieces", "whole images"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("ratio, kernel", [(3, 3), (1, 5)])
+@pytest.mark.parametrize("side, to", [("right", 12), ("left", 9), ("right", 7)])
+def test_nor_in_pieces(ratio, kernel, training, side, to, piece, monkeypatch):
+    monkeypatch.setattr(blocked_refiner, "_PIECE", piece)
+    refinement = make_refinement(ratio=ratio, kernel=kernel).double().train(training)
+    expected = run(refinement, side, to, 0.0)
+    ran = choose(monkeypatch, refinement, "blocked")
+    for ours, theirs in zip(run(refinement, side, to, 0.3), expected, strict=True):
+        assert_close(ours, theirs, 1e-9)
+    assert ran == ["blocked"]
+
+
+def shapes() -> dict[str, torch.Tensor]:
+    """Masks (4, 1, 9, 9) of other shapes than squares."""
+    place = torch.arange(9)
+    band = (place[:, None] - place).abs() <= 2
+    holes = torch.rand(4, 9, generator=torch.Generator().manual_seed(7)) > 0.4
+    holes[3] = False  # a text of padding alone
+    pairs = (holes[:, :, None] & holes[:, None, :])[:, None]
+    return {"band": band.expand(4, 1, 9, 9), "holes": pairs, "band with holes": pairs & band}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("piece", [2**10, 2**23], ids=["small pieces", "whole images"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", shapes())
+@pytest.mark.parametrize("kind, ratio", [("expansion_convolution", 3), ("expansion_convolution", 1), ("expansion", 2)])
+def test_masks_of_any_shape(kind, ratio, shape, training, piece, grad, monkeypatch):
+    """In pieces as module by module."""
+    monkeypatch.setattr(blocked_refiner, "_PIECE", piece)
+    refinement = make_refinement(ratio=ratio, refinement=kind).double().train(training)
+    maps, mask = make_maps(4, dtype=torch.float64), shapes()[shape]
+    given = []
+    for name in ("eager", "blocked"):
+        choose(monkeypatch, refinement, name)
+        with torch.set_grad_enabled(grad):
+            if grad:
+                refine = lambda module, maps, scale: module(maps, scale, mask)  # noqa: E731
+                given.append(step(refine, refinement, maps))
+            else:
+                twin = copy.deepcopy(refinement)
+                given.append({"output": twin(maps, 0.7, mask), **dict(twin.named_buffers())})
+    for name in given[0]:
+        assert_close(given[1][name].double(), given[0][name].double(), 1e-9, name)
+
+
+def test_padding_is_left_out(monkeypatch):
+    """Of the padding of images that are pieces of their own, nothing is computed."""
+    monkeypatch.setattr(blocked_refiner, "_PIECE", 2**10)
+    sizes, convolve = [], blocked_refiner._convolve
+    monkeypatch.setattr(blocked_refiner, "_convolve", lambda h, local: sizes.append(h.shape[3]) or convolve(h, local))
+    refinement = make_refinement().eval()
+    choose(monkeypatch, refinement, "blocked")
+    mask = padded([torch.ones(1, n, n) for n in SIZES], "right", 30).bool()
+    with torch.no_grad():
+        refinement(padded(real_maps(), "right", 30).float(), 1.0, mask)
+    assert sorted(set(sizes), reverse=True) == sorted(SIZES, reverse=True)
 
 
 @pytest.mark.parametrize("training", [True, False])

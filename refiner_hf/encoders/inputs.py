@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Inputs = Mapping[str, Any]
 
-_EXAMPLES, _BATCH = 128, 16
+_EXAMPLES, _BATCH = 128, 8
+_PLACES = 2**21  # of all maps together: of longer texts fewer are enough
 
 
 def batches_of(
@@ -44,10 +45,15 @@ def _prepared(model: PreTrainedModel, rows: Any, processing_class: Any) -> Itera
             "With a processing_class, inputs are a data set whose rows can be counted and picked, such as a split of "
             f"the library datasets; got a {type(rows).__name__}."
         )
-    step = max(1, len(rows) // _EXAMPLES)
-    chosen = [rows[i] for i in range(0, len(rows), step)][:_EXAMPLES]
-    for start in range(0, len(chosen), _BATCH):
-        yield dict(_prepare(model, chosen[start : start + _BATCH], processing_class))
+    count = min(len(rows), _EXAMPLES)
+    chosen = [rows[i * len(rows) // count] for i in range(count)]
+    batches, places = -(-count // _BATCH), 0
+    for number in range(batches):  # each is spread over all rows, which may be sorted
+        batch = dict(_prepare(model, chosen[number::batches], processing_class))
+        yield batch
+        places += batch["input_ids"].shape[1] * batch["input_ids"].numel() if "input_ids" in batch else 0
+        if places >= _PLACES:
+            break
 
 
 def _prepare(model: PreTrainedModel, rows: list[Mapping[str, Any]], processing_class: Any) -> Mapping[str, Any]:

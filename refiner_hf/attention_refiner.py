@@ -65,7 +65,7 @@ class RefinerMapRefinement(nn.Module):
         Returns:
             the refined map, of the same shape.
         """
-        name = pick_implementation(self, attention_map)
+        name = pick_implementation(self, attention_map, masked=mask is not None)
         if mask is None:
             return REFINE_IMPLEMENTATIONS[name].refine(self, attention_map, scale, None)
         attention_map = attention_map.masked_fill(~mask, 0)
@@ -146,14 +146,15 @@ class RefineImplementation(NamedTuple):
     `refine(refinement, map, scale, mask)` computes it: with a mask the map is zero where that is false, and what the
     result is there doesn't matter. `why_not(refinement, map)` says why it can't, or `None` where it can.
     It runs on the device types `devices`, by default on all. `fastest_from` has those on which `"auto"` takes it: with
-    gradients only where a layer's expanded maps have at least so many bytes. For smaller ones many small operations
-    cost more than they save (see the curves in docs/benchmarks/).
+    gradients only where a layer's expanded maps have at least so many bytes; with a mask `fastest_masked_from` says
+    it. For smaller ones many small operations cost more than they save (see the curves in docs/benchmarks/).
     """
 
     refine: Callable[[RefinerMapRefinement, torch.Tensor, float, torch.Tensor | None], torch.Tensor]
     why_not: Callable[[RefinerMapRefinement, torch.Tensor], str | None]
     devices: tuple[str, ...] | None = None
     fastest_from: dict[str, int] = {}
+    fastest_masked_from: dict[str, int] = {}
 
     def runs_on(self, device: str) -> bool:
         """Whether there is any map on this type of device that it can refine."""
@@ -162,9 +163,18 @@ class RefineImplementation(NamedTuple):
 
 REFINE_IMPLEMENTATIONS: dict[str, RefineImplementation] = {
     "eager": RefineImplementation(eager_refine, lambda refinement, attention_map: None),
-    "blocked": RefineImplementation(blocked_refine, _why_not_blocked, fastest_from={"cpu": 16 * 2**20}),
+    "blocked": RefineImplementation(
+        blocked_refine,
+        _why_not_blocked,
+        fastest_from={"cpu": 16 * 2**20},
+        fastest_masked_from={"cpu": 2 * 2**20},
+    ),
     "triton": RefineImplementation(
-        triton_refine, _why_not_kernels, devices=("cuda",), fastest_from={"cuda": 24 * 2**20}
+        triton_refine,
+        _why_not_kernels,
+        devices=("cuda",),
+        fastest_from={"cuda": 24 * 2**20},
+        fastest_masked_from={"cuda": 24 * 2**20},
     ),
 }
 
@@ -177,7 +187,7 @@ def check_refine_implementation(name: str) -> str:
     return name
 
 
-def pick_implementation(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> str:
+def pick_implementation(refinement: RefinerMapRefinement, attention_map: torch.Tensor, masked: bool = False) -> str:
     """
     The implementation that refines this map: the chosen one, or `"eager"` where something stands against it, which a
     warning says once. `"auto"` takes the fastest for the device, and a line in the log (at level info) says once
@@ -186,6 +196,7 @@ def pick_implementation(refinement: RefinerMapRefinement, attention_map: torch.T
     Args:
         refinement: the module; its configuration's `refine_implementation` is what was asked for.
         attention_map (`torch.Tensor` of shape (B, H, N, N)).
+        masked (`bool`, *optional*): whether there is a mask.
     """
     name = check_refine_implementation(refinement.config.refine_implementation)
     if name != "auto":
@@ -193,12 +204,12 @@ def pick_implementation(refinement: RefinerMapRefinement, attention_map: torch.T
             _log_once(logger.warning_once, f"Attention maps are refined by 'eager' and not by {name!r}: {obstacle}.")
             name = "eager"
         return name
-    name, reason = _fastest(refinement, attention_map)
+    name, reason = _fastest(refinement, attention_map, masked)
     _log_once(logger.info_once, f"Attention maps are refined by {name!r}: {reason}.")
     return name
 
 
-def _fastest(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> tuple[str, str]:
+def _fastest(refinement: RefinerMapRefinement, attention_map: torch.Tensor, masked: bool) -> tuple[str, str]:
     device = attention_map.device.type
     if torch.compiler.is_compiling() or is_transformed(attention_map):
         return "eager", "the model is being compiled, traced or transformed, which does best with plain operations"
@@ -211,7 +222,7 @@ def _fastest(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> t
     # Processes that synchronize must pick alike, whatever the sizes of their batches.
     if needs_training_form(refinement, attention_map) and not refinement.output_norm.synchronizing:
         expanded = attention_map[:, 0].numel() * refinement.reduction.in_channels * attention_map.itemsize
-        least = implementation.fastest_from[device]
+        least = (implementation.fastest_masked_from if masked else implementation.fastest_from)[device]
         if expanded < least:
             return "eager", f"with gradients, expanded maps below {least >> 20} MB are quick to keep"
         return name, f"with gradients, expanded maps from {least >> 20} MB up would cost memory and time"

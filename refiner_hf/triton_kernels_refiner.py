@@ -5,7 +5,8 @@ The passes of the refinement as Triton kernels. `recomputing_refiner.py` says wh
 
 Maps are first packed: a position, that is a pair (query, key), with all its heads side by side, HP of them. Behind the
 H heads is a one, which the expansion multiplies with its bias. Around an image is a border of zeros, as wide as the
-convolution reaches: positions outside of the map need no special case, and expand to 0 as they must.
+convolution reaches: positions outside of the map need no special case, and expand to 0 as they must. So do those that
+a mask hides, which are packed as zeros, too; only sums must leave them out.
 
 A program has BLOCK lanes. A lane walks down one column of an image's map, ROWS rows of it (a strip), and all lanes
 take a step together. Expanded tiles are (BLOCK, CHANNELS) and stay in registers. A step reads one row, expands it at K
@@ -20,6 +21,7 @@ vectors in float32.
 
     maps               A, the maps to refine, (images, H, N, N)
     packed             the same, packed, (images, N + K - 1, N + K - 1, HP)
+    real               the mask, bytes (images, N, N) that are zero where a place isn't real
     reduced            z3, what the reduction gives, (images, H, N, N)
     gradient           d, that of the refined maps, (images, H, N, N)
     reduced_gradient   dz3 with its heads side by side and no border, (images, N N, HP)
@@ -46,6 +48,7 @@ and what the kernels are compiled for:
     CHANNELS, BLOCKS   expanded heads of a tile; how many tiles hold all of them
     PRECISION          of products of float32 numbers: "tf32" or "tf32x3"
     MOMENTS            whether moments are wanted, as in training
+    MASKED             whether there is a mask
 """
 
 # Annotations as text, so that a machine without triton can import this file.
@@ -74,16 +77,38 @@ def _lanes(N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @_jit
-def _counts(first, N, ROWS: tl.constexpr):
-    """How many rows of the map each lane has."""
-    return tl.minimum(tl.maximum(N - first, 0), ROWS).to(tl.float32)
+def _real(packed, p, inside, H: tl.constexpr, HP: tl.constexpr):
+    """Which of some packed positions aren't hidden by a mask: those that have a one behind their heads."""
+    return inside & (tl.load(packed + p * HP + H, mask=inside, other=0.0) != 0.0)
+
+
+@_jit
+def _counts(count, first, N, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """How many values each lane has: what it counted, or its rows of the map."""
+    if MASKED:
+        return count
+    else:
+        return tl.minimum(tl.maximum(N - first, 0), ROWS).to(tl.float32)
+
+
+@_jit
+def _counted(
+    count, complete, packed, p, step, H: tl.constexpr, HP: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr
+):
+    """Of a step: which lanes' values count, how many each has counted, and by what its mean is divided."""
+    if MASKED:
+        real = _real(packed, p, complete, H, HP)
+        count += real.to(tl.float32)
+        return real, count, tl.maximum(count, 1.0)[:, None]
+    else:
+        return complete, count, tl.maximum(step - (K - 2), 1)
 
 
 @_jit
 def _mean(means, counts):
     """How many values all lanes have, and their mean, from the lanes' own (BLOCK, channels)."""
     total = tl.sum(counts, 0)
-    return total, tl.sum(counts[:, None] * means, 0) / total
+    return total, tl.sum(counts[:, None] * means, 0) / tl.maximum(total, 1.0)
 
 
 @_jit
@@ -280,13 +305,13 @@ def fold_kernel(
 
 @_jit
 def pack_kernel(
-    maps, packed, counts, means, scatters, N,
+    maps, real, packed, counts, means, scatters, N,
     STEPS: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    MOMENTS: tl.constexpr,
+    MOMENTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """
     Writes `packed`, with a border of HALF = K // 2. With MOMENTS, of STEPS blocks of packed positions: how many lie in
-    the map (programs,), mean (programs, H) and scatter (programs, H, H).
+    the map and are real (programs,), mean (programs, H) and scatter (programs, H, H).
     """
     image, group, groups = tl.program_id(1).to(tl.int64), tl.program_id(0), tl.num_programs(0)
     area, h, side = N * N, tl.arange(0, HP), N + 2 * HALF
@@ -300,6 +325,8 @@ def pack_kernel(
     for _ in range(STEPS):
         row, column = p // side - HALF, p % side - HALF
         inside = (row >= 0) & (row < N) & (column >= 0) & (column < N)
+        if MASKED:
+            inside &= tl.load(real + image * area + row * N + column, mask=inside, other=0) != 0
         values = _load_heads(maps, h, row * N + column, inside, area, H)
         with_one = tl.where((h == H)[:, None] & inside[None, :], 1.0, values).to(packed.dtype.element_ty)
         tl.store(packed + p[None, :] * HP + h[:, None], with_one, mask=(p < side * side)[None, :])
@@ -322,7 +349,7 @@ def pack_kernel(
 def local_moments_kernel(
     packed, weight, bias, local, counts, means, scatters, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Of z2: count (programs,), mean and sum of squares about it (programs, E)."""
     image, blocks = tl.program_id(1).to(tl.int64), tl.num_programs(0)
@@ -332,15 +359,19 @@ def local_moments_kernel(
     e, halves, taps = _channel_block(tl.program_id(2), weight, bias, local, h, packed, H, E, K, EXPANDS, CHANNELS)
     rows = _no_rows(K, BLOCK, CHANNELS)
     mean, scatter = tl.zeros_like(rows[0]), tl.zeros_like(rows[0])  # of each lane alone
+    count = tl.zeros((BLOCK,), tl.float32)
     for step in range(ROWS + K - 1):
         row = first + step
-        rows = _convolved(rows, packed, halves, taps, h, row * side + column, row < side, HP, K, EXPANDS, PRECISION)
+        p = row * side + column
+        rows = _convolved(rows, packed, halves, taps, h, p, row < side, HP, K, EXPANDS, PRECISION)
         complete = _completes(step, row, side, K)
-        delta = tl.where(complete[:, None], rows[0] - mean, 0.0)
-        mean += delta / tl.maximum(step - (K - 2), 1)
+        centre = p - (K // 2) * side + K // 2
+        counted, count, so_far = _counted(count, complete, packed, centre, step, H, HP, K, MASKED)
+        delta = tl.where(counted[:, None], rows[0] - mean, 0.0)
+        mean += delta / so_far
         scatter += delta * (rows[0] - mean)
         rows = _next(rows)
-    count = _counts(first, N, ROWS)
+    count = _counts(count, first, N, ROWS, MASKED)
     total, overall_mean = _mean(mean, count)
     delta = mean - overall_mean[None, :]
     program = image * blocks + tl.program_id(0)
@@ -354,7 +385,7 @@ def project_kernel(
     packed, weight, bias, local, local_bias, reduction, identity, constant, output, counts, means, scatters, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr,
-    PRECISION: tl.constexpr, MOMENTS: tl.constexpr,
+    PRECISION: tl.constexpr, MOMENTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """
     With MOMENTS z3, and of it and the map: count (programs,), means (programs, 2, H) and, about the means, the sums of
@@ -375,6 +406,7 @@ def project_kernel(
     if MOMENTS:
         mean_z, mean_a = tl.zeros((BLOCK, HP), tl.float32), tl.zeros((BLOCK, HP), tl.float32)
         scatter_z, scatter_a = tl.zeros((BLOCK, HP), tl.float32), tl.zeros((BLOCK, HP), tl.float32)
+        count = tl.zeros((BLOCK,), tl.float32)
     for step in range(ROWS + K - 1):
         row = first + step
         p = row * side + column
@@ -393,11 +425,12 @@ def project_kernel(
             after = after + (_next(accumulators[block]),)
         accumulators = after
         complete = _completes(step, row, side, K)
-        own = _load_packed(packed, h, p - (K // 2) * side + K // 2, complete, HP).to(tl.float32)
+        centre = p - (K // 2) * side + K // 2
+        own = _load_packed(packed, h, centre, complete, HP).to(tl.float32)
         if MOMENTS:
-            delta_z = tl.where(complete[:, None], z3 - mean_z, 0.0)
-            delta_a = tl.where(complete[:, None], own - mean_a, 0.0)
-            so_far = tl.maximum(step - (K - 2), 1)
+            counted, count, so_far = _counted(count, complete, packed, centre, step, H, HP, K, MASKED)
+            delta_z = tl.where(counted[:, None], z3 - mean_z, 0.0)
+            delta_a = tl.where(counted[:, None], own - mean_a, 0.0)
             mean_z += delta_z / so_far
             mean_a += delta_a / so_far
             scatter_z += delta_z * (z3 - mean_z)
@@ -408,7 +441,7 @@ def project_kernel(
         mask = complete[:, None] & (h < H)[None, :]
         tl.store(output + h[None, :] * area + offsets[:, None], z3.to(output.dtype.element_ty), mask=mask)
     if MOMENTS:
-        count = _counts(first, N, ROWS)
+        count = _counts(count, first, N, ROWS, MASKED)
         total, overall_z = _mean(mean_z, count)
         _, overall_a = _mean(mean_a, count)
         mean_z -= overall_z[None, :]
@@ -505,15 +538,17 @@ def _combination(gradient, maps, reduced, coefficients, h, p, inside, area, H: t
 
 @_jit
 def reduced_gradient_kernel(
-    gradient, maps, reduced, coefficients, output, N,
-    H: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr,
+    gradient, maps, real, reduced, coefficients, output, N,
+    H: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """dz3 = c0 d + c1 A + c2 z3 + c3 as (images, N N, HP)."""
+    """dz3 = c0 d + c1 A + c2 z3 + c3 as (images, N N, HP), zero where nothing is real."""
     area, h = N * N, tl.arange(0, HP)
     p = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     image = tl.program_id(1).to(tl.int64)
-    start = image * H * area
-    values = _combination(gradient + start, maps + start, reduced + start, coefficients, h, p, p < area, area, H)
+    start, inside = image * H * area, p < area
+    if MASKED:
+        inside &= tl.load(real + image * area + p, mask=inside, other=0) != 0
+    values = _combination(gradient + start, maps + start, reduced + start, coefficients, h, p, inside, area, H)
     offsets = output + image * area * HP + p[None, :] * HP + h[:, None]
     tl.store(offsets, values.to(output.dtype.element_ty), mask=(p < area)[None, :])
 
@@ -566,7 +601,7 @@ def reduction_backward_kernel(
 def local_gradient_kernel(
     packed, reduced_gradient, weight, bias, local, local_bias, gain, offset, reduction, second_norm, exchange, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """
     dz2 = s0 dn2 + s1 z2^ + s2 for `second_norm` (3, E), into the inner of `exchange`, maps packed without a one:
@@ -590,7 +625,10 @@ def local_gradient_kernel(
         dn2, normalised, _ = _second_norm_gradient(rows[0], dz3, back, local_bias, gain, offset, e, E, PRECISION)
         dz2 = _vector(second_norm, e, E)[None, :] * dn2 + _vector(second_norm + E, e, E)[None, :] * normalised
         dz2 += _vector(second_norm + 2 * E, e, E)[None, :]
-        offsets = (p - (K // 2) * side + K // 2)[:, None] * width + e[None, :]
+        centre = p - (K // 2) * side + K // 2
+        if MASKED:
+            dz2 = tl.where(_real(packed, centre, complete, H, HP)[:, None], dz2, 0.0)
+        offsets = centre[:, None] * width + e[None, :]
         tl.store(exchange + offsets, dz2.to(exchange.dtype.element_ty), mask=complete[:, None])
         rows = _next(rows)
 

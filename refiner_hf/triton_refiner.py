@@ -130,7 +130,8 @@ class TritonPasses:
     """The passes of [`recomputing_refiner.Passes`] as kernels."""
 
     def __init__(self, attention_map: torch.Tensor, kernel_size: int, mask: torch.Tensor | None):
-        self.maps, self.kernel_size, self.mask = attention_map, kernel_size, mask
+        self.maps, self.kernel_size = attention_map, kernel_size
+        self.real = None if mask is None else mask.contiguous().view(torch.uint8)
         self.images, self.heads, self.size, _ = attention_map.shape
         self.area, self.side = self.size * self.size, self.size + kernel_size - 1
         self.padded_heads = max(16, _power_of_two(self.heads + 1))  # 16 is a product's smallest side
@@ -152,7 +153,7 @@ class TritonPasses:
         with _on(self.maps):
             local_moments_kernel[self.blocks, self.images, _ceil_div(expanded, _CHANNELS)](
                 self.packed, *_of(expansion), weight.contiguous(), counts, means, scatters, self.size,
-                **self._constants(expansion, weight),
+                MASKED=self.real is not None, **self._constants(expansion, weight),
             )  # fmt: skip
         count, mean, scatter = self._joined(counts, means, scatters, 1, expanded)
         return Moments(count, mean, mean, scatter)
@@ -191,8 +192,8 @@ class TritonPasses:
         self.reduced_gradient = self.maps.new_empty(self.images, self.area, self.padded_heads)
         with _on(self.maps):
             reduced_gradient_kernel[_ceil_div(self.area, _PACKED), self.images](
-                inputs.gradient, self.maps, inputs.reduced, inputs.coefficients, self.reduced_gradient, self.size,
-                H=self.heads, HP=self.padded_heads, BLOCK=_PACKED,
+                inputs.gradient, self.maps, self.real, inputs.reduced, inputs.coefficients, self.reduced_gradient,
+                self.size, H=self.heads, HP=self.padded_heads, BLOCK=_PACKED, MASKED=self.real is not None,
             )  # fmt: skip
             reduction_backward_kernel[self.blocks, self.images, _ceil_div(expanded, _CHANNELS)](
                 *self._backward_arguments(inputs, slice(None)), sums, self.size,
@@ -219,8 +220,9 @@ class TritonPasses:
                 images = slice(start, min(start + images_at_once, self.images))
                 count = images.stop - images.start
                 local_gradient_kernel[self.blocks, count, channel_blocks](
-                    *self._backward_arguments(inputs, images), second_norm, exchange, self.size, **constants
-                )
+                    *self._backward_arguments(inputs, images), second_norm, exchange, self.size,
+                    MASKED=self.real is not None, **constants,
+                )  # fmt: skip
                 of_these = slice(start * self.blocks, images.stop * self.blocks)
                 arguments = (self.packed[images], exchange, *_of(expansion))
                 local_weight_gradient_kernel[self.blocks, count, channel_blocks](
@@ -261,9 +263,9 @@ class TritonPasses:
         packed = self.maps.new_empty(self.images, self.side, self.side, self.padded_heads)
         with _on(self.maps):
             pack_kernel[self._pack_groups, self.images](
-                self.maps, packed, counts, means, scatters, self.size,
+                self.maps, self.real, packed, counts, means, scatters, self.size,
                 STEPS=_STEPS, H=self.heads, HP=self.padded_heads, HALF=self.kernel_size // 2, BLOCK=_PACKED,
-                MOMENTS=means is not None, num_warps=1 if means is not None else 4,
+                MOMENTS=means is not None, MASKED=self.real is not None, num_warps=1 if means is not None else 4,
             )  # fmt: skip
         return packed
 
@@ -272,7 +274,7 @@ class TritonPasses:
             project_kernel[self.blocks, self.images](
                 self.packed, *_of(expansion), local.weight.contiguous(), local.bias, reduction, identity, constant,
                 output, *sums, self.size,
-                BLOCKS=_ceil_div(len(local.weight), _CHANNELS), MOMENTS=identity is None,
+                BLOCKS=_ceil_div(len(local.weight), _CHANNELS), MOMENTS=identity is None, MASKED=self.real is not None,
                 **self._constants(expansion, local.weight),
             )  # fmt: skip
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 
 import pytest
 import torch
@@ -79,8 +80,48 @@ def check_half(dtype: torch.dtype, training: bool, tokens: int = 10) -> None:
     assert_no_further(step(triton_refine, refinement, maps), step(eager_refine, refinement, maps), exact)
 
 
+def lengths(images: int, tokens: int) -> torch.Tensor:
+    """A mask of texts of different lengths, the last of padding alone."""
+    real = torch.arange(tokens) < torch.linspace(tokens, 0, images).long()[:, None]
+    return (real[:, :, None] & real[:, None, :])[:, None]
+
+
+def band(images: int, tokens: int) -> torch.Tensor:
+    """A mask of neighbours, with holes."""
+    place = torch.arange(tokens)
+    real = torch.rand(images, tokens, generator=torch.Generator().manual_seed(4)) > 0.3
+    return ((real[:, :, None] & real[:, None, :]) & ((place[:, None] - place).abs() <= 3))[:, None]
+
+
+def check_masked(
+    mask: torch.Tensor, heads: int, ratio: int, kernel: int, training: bool, equal: Callable = assert_exact
+) -> None:
+    refinement = make_refinement(heads, ratio, kernel).train(training).to(DEVICE)
+    maps, mask = make_maps(len(mask), heads, mask.shape[-1]).to(DEVICE), mask.to(DEVICE)
+
+    def masked(refine: Callable) -> Callable:
+        def call(refinement, maps, scale):
+            return refine(refinement, maps.masked_fill(~mask, 0), scale, mask).masked_fill(~mask, 0)
+
+        return call
+
+    exact = step(masked(eager_refine), copy.deepcopy(refinement).double(), maps.double())
+    equal(step(masked(triton_refine), refinement, maps), exact)
+    with torch.no_grad():
+        refinement.eval()
+        exact = masked(eager_refine)(copy.deepcopy(refinement).double(), maps.double(), 0.7)
+        assert_close(masked(triton_refine)(refinement, maps, 0.7), exact)
+
+
 @kernels_run
 class TestKernels:
+    @pytest.mark.parametrize("make_mask", [lengths, band])
+    @pytest.mark.parametrize("heads, ratio, kernel, training", [(4, 3, 3, True), (3, 1, 5, True), (4, 2, 3, False)])
+    def test_masked(self, heads, ratio, kernel, training, make_mask, monkeypatch):
+        monkeypatch.setattr(triton_refiner, "_ROWS", 5)
+        monkeypatch.setattr(triton_refiner, "_LANES", 16)
+        check_masked(make_mask(3, 8), heads, ratio, kernel, training)
+
     @pytest.mark.parametrize("heads, ratio, kernel, tokens", FEW)
     def test_equal_eager(self, heads, ratio, kernel, tokens):
         check(heads, ratio, kernel, tokens)
@@ -183,6 +224,12 @@ class TestOnGpu:
     def test_equal_eager(self, heads, ratio, kernel, tokens):
         check(heads, ratio, kernel, tokens, equal=assert_exact_but_for_kinks)
 
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("make_mask", [lengths, band])
+    @pytest.mark.parametrize("ratio, tokens", [(3, 128), (1, 61), (3, 512)])
+    def test_masked(self, ratio, tokens, make_mask, training):
+        check_masked(make_mask(4, tokens), 12, ratio, 3, training, assert_exact_but_for_kinks)
+
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("training", [True, False])
     def test_half_precision(self, dtype, training):
@@ -237,6 +284,8 @@ def _compile(kernel, capability: int, maps: str, **constants) -> None:
             return "fp32"
         if kernel.__name__ == "join_kernel":
             return "*fp64" if name == "output" else "*fp32"
+        if name == "real":
+            return "*u8"
         if name in IN_MAPS_TYPE:
             return f"*{maps}"
         return "*fp64" if name in EXACT and not in_evaluation else "*fp32"
@@ -284,9 +333,12 @@ def test_compiles_for_gpus(capability, maps, heads, ratio, kernel):
     for each in kernels:
         name = each.__name__
         pixels = of._PLAIN if name in ("combine_kernel", "outer_sums_kernel") else of._LANES
-        for moments in (True, False) if name in ("project_kernel", "pack_kernel") else (True,):
+        flags = {parameter.name for parameter in each.params} & {"MOMENTS", "MASKED"}
+        for masked, moments in product((False, True) if "MASKED" in flags else (False,), (True, False)):
+            if not moments and "MOMENTS" not in flags:
+                continue
             _compile(
-                each, capability, maps,
+                each, capability, maps, MASKED=masked,
                 H=heads, HP=16 if heads < 16 else 32, HALF=kernel // 2, E=expanded, EP=128, K=kernel, TAPS=32,
                 EXPANDS=ratio > 1, MIXES=ratio > 1, STEPS=of._STEPS, ROWS=of._ROWS,
                 BLOCK=of._PACKED if name in ("pack_kernel", "reduced_gradient_kernel", "finish_kernel") else pixels,

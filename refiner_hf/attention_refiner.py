@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .blocked_convolution_refiner import blocked_convolution
 from .blocked_refiner import blocked_refine
 from .configuration_refiner import RefinerConfig
 from .folding_refiner import can_bypass, is_transformed, needs_training_form
@@ -73,6 +74,9 @@ class RefinerMapRefinement(nn.Module):
 
     # What a kind says of itself.
 
+    # On a CPU with gradients and a mask, from how many bytes of its expanded maps on pieces of them are faster.
+    masked_pieces_pay_from = 2 * 2**20
+
     @classmethod
     def describe(cls, config: RefinerConfig) -> str:
         """The kind and its sizes in a few words, for a card."""
@@ -102,7 +106,12 @@ class RefinerMapRefinement(nn.Module):
         """The learned weights, to be plotted."""
         raise NotImplementedError
 
-    def why_not_fast(self) -> str | None:
+    @property
+    def expanded_heads(self) -> int:
+        """The channels of the largest maps that its modules make."""
+        return self.config.num_attention_heads
+
+    def why_not_fast(self, masked: bool) -> str | None:
         """Why only `"eager"` can compute this kind, or `None` where others can."""
         return "this kind of refinement has only its modules"
 
@@ -123,8 +132,17 @@ def eager_refine(
     return refined if scale == 1 else refined * scale
 
 
-def _why_not_blocked(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> str | None:
-    if reason := refinement.why_not_fast():
+def _blocked(
+    refinement: RefinerMapRefinement, attention_map: torch.Tensor, scale: float = 1.0, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    blocked = blocked_convolution if hasattr(refinement, "convolution") else blocked_refine
+    return blocked(refinement, attention_map, scale, mask)
+
+
+def _why_not_blocked(
+    refinement: RefinerMapRefinement, attention_map: torch.Tensor, masked: bool = False
+) -> str | None:
+    if reason := refinement.why_not_fast(masked):
         return reason
     if not can_bypass(*refinement.children()):
         return "its modules have hooks or adapters, which only calling them runs"
@@ -132,11 +150,15 @@ def _why_not_blocked(refinement: RefinerMapRefinement, attention_map: torch.Tens
         return "what happens to the maps is recorded or transformed, which takes plain operations"
     if attention_map[:, 0].numel() < 2:
         return "there is nothing, or a single value, to refine"
-    return why_not_recomputed(refinement) if needs_training_form(refinement, attention_map) else None
+    if hasattr(refinement, "convolution") or not needs_training_form(refinement, attention_map):
+        return None
+    return why_not_recomputed(refinement)
 
 
-def _why_not_kernels(refinement: RefinerMapRefinement, attention_map: torch.Tensor) -> str | None:
-    return _why_not_blocked(refinement, attention_map) or why_not_triton(refinement, attention_map)
+def _why_not_kernels(
+    refinement: RefinerMapRefinement, attention_map: torch.Tensor, masked: bool = False
+) -> str | None:
+    return _why_not_blocked(refinement, attention_map, masked) or why_not_triton(refinement, attention_map)
 
 
 class RefineImplementation(NamedTuple):
@@ -144,17 +166,16 @@ class RefineImplementation(NamedTuple):
     A way to compute the refinement.
 
     `refine(refinement, map, scale, mask)` computes it: with a mask the map is zero where that is false, and what the
-    result is there doesn't matter. `why_not(refinement, map)` says why it can't, or `None` where it can.
+    result is there doesn't matter. `why_not(refinement, map, masked=False)` says why it can't, or `None` where it can.
     It runs on the device types `devices`, by default on all. `fastest_from` has those on which `"auto"` takes it: with
     gradients only where a layer's expanded maps have at least so many bytes; with a mask `fastest_masked_from` says
     it. For smaller ones many small operations cost more than they save (see the curves in docs/benchmarks/).
     """
 
     refine: Callable[[RefinerMapRefinement, torch.Tensor, float, torch.Tensor | None], torch.Tensor]
-    why_not: Callable[[RefinerMapRefinement, torch.Tensor], str | None]
+    why_not: Callable[..., str | None]
     devices: tuple[str, ...] | None = None
     fastest_from: dict[str, int] = {}
-    fastest_masked_from: dict[str, int] = {}
 
     def runs_on(self, device: str) -> bool:
         """Whether there is any map on this type of device that it can refine."""
@@ -162,19 +183,17 @@ class RefineImplementation(NamedTuple):
 
 
 REFINE_IMPLEMENTATIONS: dict[str, RefineImplementation] = {
-    "eager": RefineImplementation(eager_refine, lambda refinement, attention_map: None),
+    "eager": RefineImplementation(eager_refine, lambda refinement, attention_map, masked=False: None),
     "blocked": RefineImplementation(
-        blocked_refine,
+        _blocked,
         _why_not_blocked,
         fastest_from={"cpu": 16 * 2**20},
-        fastest_masked_from={"cpu": 2 * 2**20},
     ),
     "triton": RefineImplementation(
         triton_refine,
         _why_not_kernels,
         devices=("cuda",),
         fastest_from={"cuda": 24 * 2**20},
-        fastest_masked_from={"cuda": 24 * 2**20},
     ),
 }
 
@@ -200,7 +219,7 @@ def pick_implementation(refinement: RefinerMapRefinement, attention_map: torch.T
     """
     name = check_refine_implementation(refinement.config.refine_implementation)
     if name != "auto":
-        if obstacle := REFINE_IMPLEMENTATIONS[name].why_not(refinement, attention_map):
+        if obstacle := REFINE_IMPLEMENTATIONS[name].why_not(refinement, attention_map, masked):
             _log_once(logger.warning_once, f"Attention maps are refined by 'eager' and not by {name!r}: {obstacle}.")
             name = "eager"
         return name
@@ -217,12 +236,14 @@ def _fastest(refinement: RefinerMapRefinement, attention_map: torch.Tensor, mask
     if not fastest:
         return "eager", f"there is nothing faster for {device}"
     name, implementation = next(iter(fastest.items()))
-    if obstacle := implementation.why_not(refinement, attention_map):
+    if obstacle := implementation.why_not(refinement, attention_map, masked):
         return "eager", f"{name!r} doesn't fit, {obstacle}"
     # Processes that synchronize must pick alike, whatever the sizes of their batches.
     if needs_training_form(refinement, attention_map) and not refinement.output_norm.synchronizing:
-        expanded = attention_map[:, 0].numel() * refinement.reduction.in_channels * attention_map.itemsize
-        least = (implementation.fastest_masked_from if masked else implementation.fastest_from)[device]
+        expanded = attention_map[:, 0].numel() * refinement.expanded_heads * attention_map.itemsize
+        least = implementation.fastest_from[device]
+        if masked and device == "cpu":
+            least = refinement.masked_pieces_pay_from
         if expanded < least:
             return "eager", f"with gradients, expanded maps below {least >> 20} MB are quick to keep"
         return name, f"with gradients, expanded maps from {least >> 20} MB up would cost memory and time"

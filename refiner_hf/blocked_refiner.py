@@ -82,7 +82,7 @@ class BlockedPasses:
     def map_moments(self) -> Moments:
         attention_map = self.attention_map
         counts, means, scatters = [], [], []
-        for images in _images(attention_map):
+        for images in image_slices(attention_map):
             values = attention_map[images].flatten(2).to(arithmetic_type(attention_map))  # (I, H, N N)
             real = None if self.mask is None else self.mask[images].flatten(2).to(values.dtype)  # (I, 1, N N)
             count = _count(values[:, 0], real)
@@ -136,14 +136,14 @@ class BlockedPasses:
     def combine(self, coefficients: torch.Tensor, reduced: torch.Tensor) -> torch.Tensor:
         alpha, gamma, beta = coefficients.to(self.dtype)[:, :, None, None]
         output = torch.empty_like(self.attention_map)
-        for images in _images(self.attention_map):
+        for images in image_slices(self.attention_map):
             output[images] = torch.addcmul(beta, gamma, self.attention_map[images]).addcmul_(alpha, reduced[images])
         return output
 
     def outer_sums(self, gradient: torch.Tensor, reduced: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
         mean_a, mean_z = means.to(self.dtype)[:, :, None, None]
         sums = 0
-        for images in _images(self.attention_map):
+        for images in image_slices(self.attention_map):
             d = gradient[images].to(self.dtype)
             products = (d, (self.attention_map[images] - mean_a) * d, (reduced[images] - mean_z) * d)
             sums = sums + _exact(torch.stack([product.sum((0, 2, 3)) for product in products]))
@@ -194,7 +194,7 @@ class BlockedPasses:
         self, part: torch.Tensor, inputs: BackwardInputs, coefficients: torch.Tensor, mixing: torch.Tensor | None
     ) -> torch.Tensor:
         coefficients, mixing = self._cast(coefficients, mixing)
-        for images in _images(part):
+        for images in image_slices(part):
             part[images] += self._combination(inputs, coefficients, images, slice(None), slice(None))
             if mixing is not None:
                 maps = self.attention_map[images].flatten(2).to(self.dtype)
@@ -286,7 +286,7 @@ def _pieces(
     size, dtype = attention_map.shape[-1], arithmetic_type(attention_map)
     fitting = _PIECE // (expanded * size * dtype.itemsize)  # rows of all images
     for images in _slices(len(attention_map), max(1, fitting // size)):
-        rows, columns, everywhere = (slice(0, size),) * 2 + (True,) if mask is None else _real_part(mask, images)
+        rows, columns, everywhere = (slice(0, size),) * 2 + (True,) if mask is None else real_part(mask, images)
         count = max(8, fitting * size // max(columns.stop - columns.start, 1))
         for own in _slices(rows.stop, count, rows.start):
             known, seen = (
@@ -302,7 +302,7 @@ def _pieces(
 _REAL_PARTS: MutableMapping = WeakTensorKeyDictionary()  # of masks, which all layers share
 
 
-def _real_part(mask: torch.Tensor, images: slice) -> tuple[slice, slice, bool]:
+def real_part(mask: torch.Tensor, images: slice) -> tuple[slice, slice, bool]:
     """The rows and columns of some images that hold anything real, and whether all places there are."""
     if mask not in _REAL_PARTS:
         real = mask[:, 0]
@@ -319,7 +319,7 @@ def _extent(flags: torch.Tensor) -> slice:
     return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
 
 
-def _images(maps: torch.Tensor) -> Iterator[slice]:
+def image_slices(maps: torch.Tensor) -> Iterator[slice]:
     """Images whose maps make a piece together without being expanded."""
     return _slices(len(maps), max(1, _PIECE // (maps[0].numel() * arithmetic_type(maps).itemsize)))
 

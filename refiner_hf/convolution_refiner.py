@@ -29,5 +29,7 @@ class RefinerConvolution(RefinerMapRefinement):
     def weights_panels(self) -> list[WeightsPanel]:
         return [WeightsPanel("kernels", self.convolution.weight, "from head", "to head")]
 
-    def why_not_fast(self) -> str:
-        return "one full convolution has nothing to fold or to expand"
+    masked_pieces_pay_from = 10 * 2**20
+
+    def why_not_fast(self, masked: bool) -> str | None:
+        return None if masked else "without padding, one full convolution has nothing to leave out or to fold"

@@ -67,7 +67,11 @@ class RefinerExpansion(RefinerMapRefinement):
         reduction = self.reduction.weight[:, :, 0, 0].T
         return [*panels, WeightsPanel("attention reduction", reduction, "head", "expanded head")]
 
-    def why_not_fast(self) -> str | None:
+    @property
+    def expanded_heads(self) -> int:
+        return self.reduction.in_channels
+
+    def why_not_fast(self, masked: bool) -> str | None:
         return None
 
 

@@ -63,7 +63,7 @@ def why_not_triton(refinement: nn.Module, attention_map: torch.Tensor) -> str | 
         return f"the kernels take no maps in {attention_map.dtype}"
     if attention_map.shape[1] > _MAX_HEADS:
         return f"the kernels take up to {_MAX_HEADS} heads"
-    if refinement.local_attention is None:
+    if getattr(refinement, "local_attention", None) is None:
         return "the kernels are for the refinement with distributed local attention"
     # The first is CUDA's limit, the second that of the kernels' 32-bit offsets within an image, which they pad.
     side = attention_map.shape[-1] + refinement.local_attention.kernel_size[0] - 1

@@ -129,7 +129,9 @@ def shapes() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("piece", [2**10, 2**23], ids=["small pieces", "whole images"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", shapes())
-@pytest.mark.parametrize("kind, ratio", [("expansion_convolution", 3), ("expansion_convolution", 1), ("expansion", 2)])
+@pytest.mark.parametrize(
+    "kind, ratio", [("expansion_convolution", 3), ("expansion_convolution", 1), ("expansion", 2), ("convolution", 1)]
+)
 def test_masks_of_any_shape(kind, ratio, shape, training, piece, grad, monkeypatch):
     """In pieces as module by module."""
     monkeypatch.setattr(blocked_refiner, "_PIECE", piece)

@@ -38,7 +38,6 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .conversion.checkpoint import convert_checkpoint
-    from .conversion.vit import refine_vit
     from .data.digits import digits_splits
     from .data.masking import MaskPatches
     from .demo.app import build_demo
@@ -87,7 +86,6 @@ _MODULES = {
     "publish_folder": "hub.publish",
     "quantize_onnx": "export.graph",
     "refine": "encoders.refine",
-    "refine_vit": "conversion.vit",
     "refined_maps": "inspection.layer_views",
     "view_attention": "inspection.attention_views",
     "watch_layers": "inspection.layer_views",
@@ -122,7 +120,6 @@ __all__ = [
     "publish_folder",
     "quantize_onnx",
     "refine",
-    "refine_vit",
     "refined_maps",
     "view_attention",
     "watch_layers",

@@ -15,6 +15,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from . import encoder_classifier_refiner  # noqa: F401  # which makes a classifier of DINOv3 known
 from .attention_refiner import RefinerMapRefinement, check_refine_implementation
 from .code_refiner import named_code_beside
 from .configuration_refiner import RefinerConfig
@@ -140,6 +141,9 @@ def become_refined(model: PreTrainedModel, settings: dict[str, Any]) -> list[Ref
     # What a constructor notes for a class: which modules' outputs are hidden states and maps. Some versions of
     # transformers take a model for a key, and all keep a class's name.
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(model)), model._can_record_outputs)
+    # The library saves a model under the names of the files that it was loaded from, which may be an older version's.
+    # When it loads ours again, it wouldn't translate them.
+    model.__dict__["_weight_conversions"] = []
     model.set_attn_implementation(REFINED_ATTENTION)
     return attach_refinements(model)
 

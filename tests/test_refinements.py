@@ -8,12 +8,17 @@ from PIL import Image
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from refiner_hf import RefinerConfig, RefinerForImageClassification, RefinerImageProcessor, configuration_refiner
+from refiner_hf import (
+    RefinerConfig,
+    RefinerForImageClassification,
+    RefinerImageProcessor,
+    configuration_refiner,
+    refine,
+)
 from refiner_hf.attention_refiner import REFINE_IMPLEMENTATIONS, RefinerMapRefinement, WeightsPanel
 from refiner_hf.benchmarking.contenders import contender_names
 from refiner_hf.cards.architecture import describe_network
 from refiner_hf.configuration_refiner import REFINEMENT_NAMES
-from refiner_hf.conversion.vit import refine_vit
 from refiner_hf.inspection.attention_views import APPLIED, BEFORE, view_attention
 from refiner_hf.inspection.networks import Network
 from refiner_hf.inspection.pictures import plot_weights
@@ -32,7 +37,7 @@ class Scaled(RefinerMapRefinement):
     def build(self, config):
         self.scale = nn.Conv2d(config.num_attention_heads, config.num_attention_heads, 1, bias=False, groups=4)
 
-    def refine(self, attention_map):
+    def refine(self, attention_map, mask=None):
         return self.scale(attention_map)
 
     def start_as_identity(self):
@@ -100,14 +105,16 @@ def test_a_new_kind_is_described_and_drawn(model, tmp_path, monkeypatch):
     np.testing.assert_allclose(shown, seen.refinement.scale.weight.detach()[:, :, 0, 0])
 
 
-def test_a_vit_gets_a_new_kind(scaled):
+def test_an_encoder_gets_a_new_kind(scaled):
     torch.manual_seed(0)
     size = dict(image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=4)
     vit = ViTForImageClassification(ViTConfig(**size, intermediate_size=32, num_labels=3)).eval()
     images = torch.randn(8, 3, 16, 16)
-    refiner = refine_vit(vit, images, refinement="scaled")
-    assert isinstance(refiner.base_model.layers[0].attention.refinement, Scaled)
-    torch.testing.assert_close(refiner(images).logits, vit(images).logits, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        before = vit(images).logits
+        refine(vit, {"pixel_values": images}, refinement="scaled")
+        torch.testing.assert_close(vit(images).logits, before, atol=1e-5, rtol=1e-4)
+    assert sum(isinstance(module, Scaled) for module in vit.modules()) == 2
 
 
 def test_a_kind_that_is_not_listed_is_refused():

@@ -1,22 +1,40 @@
 """A network's architecture as a table."""
 
+from transformers import PreTrainedModel
+
+from ..encoder_models_refiner import RefinedConfigMixin
 from ..modeling_refiner import RefinerForImageClassification, RefinerPreTrainedModel
 from ..refinements_refiner import REFINEMENTS
 from ..utils.flops import count_flops
+from ..utils.image_config import channels_of, image_size_of, of_images
 from ..utils.markdown import markdown_table
 from ..utils.text import counted
 
 
-def describe_network(model: RefinerPreTrainedModel) -> str:
+def describe_network(model: PreTrainedModel) -> str:
     """A table of a network's architecture, its number of parameters and its cost."""
+    rows = {"parameters": f"{sum(p.numel() for p in model.parameters()):,}"}
+    if model.main_input_name == "pixel_values":
+        rows |= _images(model)
+    rows |= _refiner(model) if isinstance(model, RefinerPreTrainedModel) else _encoder(model)
+    return markdown_table(["", ""], rows.items())
+
+
+def _images(model: PreTrainedModel) -> dict[str, str]:
+    height, width = image_size_of(model.config)
+    patch = getattr(of_images(model.config), "patch_size", None)
+    sides = (patch, patch) if isinstance(patch, int) else patch
+    patches = f", patches of {' x '.join(map(str, sides))}" if sides else ""
+    return {
+        "cost of an image": f"{_giga(count_flops(model))} GFLOP (2 per multiply-add)",
+        "images": f"{height} x {width} pixels, {counted(channels_of(model.config), 'channel')}{patches}",
+    }
+
+
+def _refiner(model: RefinerPreTrainedModel) -> dict[str, str]:
     config = model.config
     types = {name: config.attention_types.count(name) for name in dict.fromkeys(config.attention_types)}
-    height, width = config.image_height_width
-    patch = " x ".join(map(str, config.patch_height_width))
     rows = {
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-        "cost of an image": f"{_giga(count_flops(model))} GFLOP (2 per multiply-add)",
-        "images": f"{height} x {width} pixels, {counted(config.num_channels, 'channel')}, patches of {patch}",
         "layers": f"{config.num_hidden_layers} ("
         + ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in types.items())
         + ")",
@@ -28,7 +46,23 @@ def describe_network(model: RefinerPreTrainedModel) -> str:
         rows |= {"dense head": "yes" if config.use_dense_head else "no", "labels": str(config.num_labels)}
     if set(config.attention_types) != {"plain"}:
         rows["refinement"] = REFINEMENTS[config.refinement].describe(config)
-    return markdown_table(["", ""], rows.items())
+    return rows
+
+
+def _encoder(model: PreTrainedModel) -> dict[str, str]:
+    config = model.config
+    rows = {"made of": f"transformers' `{type(model).__name__.removeprefix('Refined')}`"}
+    if isinstance(config, RefinedConfigMixin):
+        modules = config.refinement_config["modules"]
+        heads = [each for each in modules.values() if each is not None]
+        rows |= {
+            "layers": f"{len(modules)}, of which {len(heads)} refine their map",
+            "attention heads": ", ".join(map(str, sorted(set(heads)))),
+            "refinement": REFINEMENTS[config.refinement_config["refinement"]].describe(config.refinement_of(heads[0])),
+        }
+    if hasattr(model, "num_labels") and any(name.startswith("classifier") for name, _ in model.named_modules()):
+        rows["labels"] = str(config.num_labels)
+    return rows
 
 
 def _giga(number: float) -> str:

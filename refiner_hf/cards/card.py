@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
 
-from ..modeling_refiner import RefinerForImageClassification, RefinerPreTrainedModel
+from ..encoder_models_refiner import RefinedConfigMixin
+from ..modeling_refiner import RefinerPreTrainedModel
 from ..utils.markdown import markdown_text
 from .architecture import describe_network
 from .usage import CLASSIFICATION, CODE_TAG, usage_example
@@ -21,8 +23,9 @@ class CardContent:
     What a card says. Texts are Markdown; a section with an empty text is left out.
 
     `metrics` maps a metric's type on the Hub ("accuracy") to its name and measured value; together with the dataset
-    they become the model-index. `pictures` are pairs of a file in the folder and a caption. `co2` is the metadata's
-    `co2_eq_emissions` ("emissions" in grams, and what more the Hub knows).
+    they become the model-index. `pictures` are pairs of a file in the folder and a caption. `refines` says whether the
+    network refines its attention maps, which a card explains. `co2` is the metadata's `co2_eq_emissions` ("emissions"
+    in grams, and what more the Hub knows).
     """
 
     title: str
@@ -42,6 +45,7 @@ class CardContent:
     base_model: str | None = None
     remote_code: bool = False
     task: str = CLASSIFICATION
+    refines: bool = True
     co2: dict[str, Any] | None = None
     language: str | None = None
     tags: list[str] = field(default_factory=list)
@@ -66,7 +70,8 @@ def make_card(content: CardContent) -> ModelCard:
         for kind, (name, value) in content.metrics.items()
         if content.dataset_name  # a number without its data says nothing
     ]
-    tags = ["refiner", "vision", content.task, *content.tags, *[CODE_TAG] * content.remote_code]
+    tags = ["refiner"] * content.refines + ["vision"] * content.task.startswith("image")
+    tags += [content.task, *content.tags, *[CODE_TAG] * content.remote_code]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=content.task,
@@ -81,6 +86,7 @@ def make_card(content: CardContent) -> ModelCard:
         co2_eq_emissions=content.co2,
     )
     texts = {name: getattr(content, name) for name in _TEXTS} | {"title": markdown_text(content.title)}
+    texts["refines"] = content.refines
     return ModelCard.from_template(data, template_path=str(TEMPLATE), **texts)
 
 
@@ -89,14 +95,15 @@ def license_card(license: str) -> ModelCard:
     return make_card(CardContent(title="", summary="", usage="", limits="", license=license))
 
 
-def basic_card(model: RefinerPreTrainedModel, name: str, base_model: str | None = None) -> ModelCard:
+def basic_card(model: PreTrainedModel, name: str, base_model: str | None = None) -> ModelCard:
     """A card for a folder that has none: what the model itself shows. An adapter comes with its `base_model`."""
     task = task_of(model)
     adapts = f", as a PEFT adapter of `{base_model}`" if base_model else ""
     return make_card(
         CardContent(
             title=name.split("/")[-1],
-            summary=f"A Refiner (`{type(model).__name__}`){adapts}.",
+            summary=f"{kind_of(model)} (`{type(model).__name__}`){adapts}.",
+            refines=refines(model),
             usage=usage_example(name, False, task),
             architecture=describe_network(model),
             limits="How this model was trained, on which data, and how accurate it is was not recorded when it was "
@@ -107,9 +114,31 @@ def basic_card(model: RefinerPreTrainedModel, name: str, base_model: str | None 
     )
 
 
-def task_of(model: RefinerPreTrainedModel) -> str:
-    """The task of the pipeline for a model: a classifier classifies images, any other model gives features."""
-    return CLASSIFICATION if isinstance(model, RefinerForImageClassification) else "image-feature-extraction"
+_TASKS = {
+    "ForImageClassification": CLASSIFICATION,
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+}
+
+
+def task_of(model: PreTrainedModel) -> str:
+    """The task of the pipeline for a model; one that doesn't classify gives features."""
+    on_images = model.main_input_name == "pixel_values"
+    found = (task for part, task in _TASKS.items() if part in type(model).__name__)
+    return next(found, "image-feature-extraction" if on_images else "feature-extraction")
+
+
+def refines(model: PreTrainedModel) -> bool:
+    """Whether a model refines its attention maps."""
+    return isinstance(model, RefinerPreTrainedModel) or isinstance(model.config, RefinedConfigMixin)
+
+
+def kind_of(model: PreTrainedModel) -> str:
+    """What a model is, as the beginning of a sentence."""
+    if isinstance(model, RefinerPreTrainedModel):
+        return "A Refiner"
+    base = type(model).__name__.removeprefix("Refined").split("For")[0].removesuffix("Model")
+    return f"A refined {base}" if refines(model) else f"{'An' if base[0] in 'AEIO' else 'A'} {base}"
 
 
 def _slug(name: str | None) -> str:

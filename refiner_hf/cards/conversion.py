@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from transformers import PreTrainedModel
 
 from ..modeling_refiner import RefinerForImageClassification
 from .architecture import describe_network
-from .card import CardContent, make_card
+from .card import CardContent, make_card, task_of
 from .paper import published_network
 from .usage import usage_example
 
@@ -64,17 +65,14 @@ def converted_card(
     )
 
 
-def refined_card(
-    name: str, source: str, model: RefinerForImageClassification, *, on_pictures: bool, remote_code: bool
-) -> ModelCard:
+def refined_card(name: str, source: str, model: PreTrainedModel, *, remote_code: bool) -> ModelCard:
     """
-    The card of a Refiner that was made of a ViT.
+    The card of an encoder into which refinements were put.
 
     Args:
         name (`str`): of the model.
-        source (`str`): folder or Hub name of the ViT.
-        model ([`RefinerForImageClassification`]): the Refiner.
-        on_pictures (`bool`): whether the norms' statistics come from pictures, and not from noise.
+        source (`str`): folder or Hub name of the encoder.
+        model (`PreTrainedModel`): the refined one.
         remote_code (`bool`): whether the folder has the model's code.
     """
     is_folder = Path(source).exists()
@@ -82,16 +80,16 @@ def refined_card(
     return make_card(
         CardContent(
             title=name,
-            summary=f"A Refiner image classifier made of `{called}`: its attention maps pass a refinement that "
-            f"doesn't change them yet. In evaluation it gives the logits of `{called}`; it is meant to be fine-tuned.",
-            usage=usage_example(name, remote_code),
+            summary=f"`{called}` with refined attention maps: they pass a refinement that doesn't change them yet. In "
+            f"evaluation the model answers as `{called}`; it is meant to be trained.",
+            usage=usage_example(name, remote_code, task_of(model)),
             architecture=describe_network(model),
-            training=f"All weights except the refinement's are those of `{called}`: `refine_vit` of `refiner_hf` made "
-            "the model, and nothing was trained. The norms' statistics come from "
-            f"{'pictures' if on_pictures else 'noise'}.",
+            training=f"All weights except the refinement's are those of `{called}`: `refine` of `refiner_hf` made the "
+            "model, and nothing was trained. The norms' statistics come from some dozens of examples.",
             limits=f"The limits of `{called}` are the limits of this model. Its accuracy was not measured. The saved "
-            f"model was loaded again and gave the logits of `{called}`.",
+            f"model was loaded again and answered as `{called}`.",
             base_model=None if is_folder else source,
             remote_code=remote_code,
+            task=task_of(model),
         )
     )

@@ -8,12 +8,13 @@ from transformers import Trainer
 
 from ..data.sources import ImageData
 from ..modeling_refiner import RefinerForMaskedImageModeling
+from ..utils.image_config import label_names_of
 from ..utils.machine import device_name, versions
 from ..utils.markdown import markdown_table, markdown_text
 from ..utils.run_files import EMA_FOLDER, EMISSIONS_FILE, RUN_FILE
 from ..utils.text import counted, name_some
 from .architecture import describe_network
-from .card import CardContent, task_of
+from .card import CardContent, kind_of, refines, task_of
 from .options import public_rows, training_rows
 from .usage import CLASSIFICATION, usage_example
 
@@ -47,7 +48,10 @@ def training_content(
         arguments: a run's options by group (model, data, augmentation, training), if they are known.
         pictures: (file in the folder, caption).
     """
-    args, model = trainer.args, trainer.model
+    args, model, adapter = trainer.args, trainer.model, None
+    if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
+        adapter = next(iter(model.peft_config.values()))
+        model = model.get_base_model()
     name = Path(args.output_dir).resolve().name
     task, remote_code = task_of(model), getattr(args, "with_code", False)
     base = (arguments or {}).get("model", {}).get("model_name_or_path")
@@ -61,10 +65,11 @@ def training_content(
     metrics = {kind: (text, round(measured[key], 6)) for key, (kind, text) in _METRICS.items() if key in measured}
     emissions = _emissions(Path(args.output_dir)) if "train_runtime" in measured else None
     return CardContent(
-        title=(args.hub_model_id or f"refiner-{name}").split("/")[-1],
-        summary=f"A Refiner {kind}, trained {source}{on}.{_unfinished(trainer)}",
-        usage=usage_example(args.hub_model_id or name, remote_code, task, args.hub_revision),
-        limits=_limits(data, model.config.num_labels) if task == CLASSIFICATION else _UNMEASURED,
+        title=(args.hub_model_id or (f"refiner-{name}" if refines(model) else name)).split("/")[-1],
+        summary=f"{kind_of(model)} {kind}, trained {source}{on}.{_adapts(adapter)}{_unfinished(trainer)}",
+        refines=refines(model) or getattr(adapter, "peft_type", None) == "REFINEMENT",
+        usage=usage_example(args.hub_model_id or name, remote_code, task, args.hub_revision, adapts=adapter and base),
+        limits=_limits(data, len(label_names_of(model.config))) if task == CLASSIFICATION else _UNMEASURED,
         results=_results(trainer, measured, metrics, data),
         pictures=pictures or [],
         architecture=describe_network(model),
@@ -101,6 +106,13 @@ def last_measured(trainer: Trainer) -> dict[str, float]:
     return {key: value for entry in entries for key, value in entry.items() if key.startswith(("eval_", "train_"))}
 
 
+def _adapts(adapter: Any) -> str:
+    if adapter is None:
+        return ""
+    kind = {"REFINEMENT": "that refines attention maps"}.get(adapter.peft_type, f"({adapter.peft_type})")
+    return f" This is a PEFT adapter {kind}, with a trained head; the base model's own weights didn't change."
+
+
 def _unfinished(trainer: Trainer) -> str:
     step, steps = trainer.state.global_step, trainer.state.max_steps
     return f" **Training is still going on: step {step} of {steps}.**" if step < steps and trainer.is_in_train else ""
@@ -127,7 +139,7 @@ def _data(trainer: Trainer, data: ImageData | None) -> str:
     if data is None:
         counts = [_count(trainer.train_dataset, "training image"), _count(trainer.eval_dataset, "evaluation image")]
         return f"{', '.join(counts)}. Which ones was not recorded."
-    labels = [markdown_text(label) for label in trainer.model.config.label_names]
+    labels = [markdown_text(label) for label in label_names_of(trainer.model.config)]
     return (
         f"{markdown_text(data.name)}: {_count(data.train, 'training image')}, "
         f"{_count(data.evaluation, 'evaluation image')} ({data.evaluation_split}). Labels: {name_some(labels, 20)}."
@@ -141,7 +153,7 @@ def _training(
     emissions: dict[str, Any] | None,
 ) -> str:
     args, config = trainer.args, trainer.model.config
-    rows = training_rows(args) + public_rows(vars(config), _NETWORK_IN_CARD)
+    rows = training_rows(args) + public_rows(vars(config), [name for name in _NETWORK_IN_CARD if name in vars(config)])
     where = ""
     if arguments:
         rows += public_rows(arguments["augmentation"])

@@ -13,19 +13,33 @@ _BEGIN, _END = "<!-- usage: {task} -->", "<!-- end of usage -->"
 _MARKED = re.compile(_BEGIN.format(task=r"(?P<task>[\w-]+)") + ".*?" + _END, re.DOTALL)
 
 
-def usage_example(name: str, remote_code: bool, task: str = CLASSIFICATION, revision: str | None = None) -> str:
+def usage_example(
+    name: str,
+    remote_code: bool,
+    task: str = CLASSIFICATION,
+    revision: str | None = None,
+    adapts: str | None = None,
+) -> str:
     """
-    A block of Python that gives an image to a model in a pipeline, between markers that [`for_repository`] finds.
+    A block of Python that gives an image or a text to a model in a pipeline, between markers that [`for_repository`]
+    finds.
 
     Args:
         name (`str`): folder or Hub name.
         remote_code (`bool`): whether the model loads with code of its own, and not with this package.
         task (`str`, *optional*): of the pipeline.
         revision (`str`, *optional*): branch or tag on the Hub.
+        adapts (`str`, *optional*): the base model of a PEFT adapter for image classification.
     """
+    if adapts:
+        return _ADAPTER.format(name=name, adapts=adapts, revision=f', revision="{revision}"' if revision else "")
     options = f', revision="{revision}"' if revision else ""
     options += ", trust_remote_code=True" if remote_code else ""
-    function, arguments = ("classify", "top_k=5") if task == CLASSIFICATION else ("features", "pool=True")
+    function = "classify" if task.endswith("classification") else "features"
+    if task.startswith("image"):
+        arguments = '"photo.jpg", top_k=5' if task == CLASSIFICATION else '"photo.jpg", pool=True'
+    else:
+        arguments = '"A sentence."'
     lines = [
         _BEGIN.format(task=task),
         "```python",
@@ -33,11 +47,25 @@ def usage_example(name: str, remote_code: bool, task: str = CLASSIFICATION, revi
         "from transformers import pipeline",
         "",
         f'{function} = pipeline("{task}", model="{name}"{options})',
-        f'print({function}("photo.jpg", {arguments}))',
+        f"print({function}({arguments}))",
         "```",
         _END,
     ]
     return "\n".join(lines)
+
+
+_ADAPTER = """```python
+import refiner_hf  # registers the adapter
+from peft import PeftModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+config = AutoConfig.from_pretrained("{name}"{revision})
+base = AutoModelForImageClassification.from_pretrained("{adapts}", config=config, ignore_mismatched_sizes=True)
+model = PeftModel.from_pretrained(base, "{name}"{revision}).merge_and_unload()
+processor = AutoImageProcessor.from_pretrained("{name}"{revision})
+classify = pipeline("image-classification", model=model, image_processor=processor)
+print(classify("photo.jpg", top_k=5))
+```"""
 
 
 def for_repository(card: ModelCard, repo_id: str, remote_code: bool, revision: str | None = None) -> ModelCard:

@@ -21,11 +21,11 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("train", "Train, fine-tune or evaluate a Refiner."),
+    "train": Command("train", "Train, fine-tune or evaluate a Refiner or another image classifier."),
     "predict": Command("predict", "Classify many pictures, and write the answers into a table."),
     "demo": Command("demo", "Open a web page that shows a network's answers and maps for a picture.", "demo"),
     "convert": Command("convert", "Convert a checkpoint of the paper's code."),
-    "refine-vit": Command("refine_vit", "Turn a trained ViT or DeiT into a Refiner."),
+    "refine": Command("refine", "Put refinements into a trained encoder of transformers."),
     "export": Command("export", "Export a classifier to ONNX.", "export"),
     "visualize": Command("visualize", "Draw where a network looks in a picture."),
     "analyze": Command("analyze", "Measure a network's attention maps and features."),

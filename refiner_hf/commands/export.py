@@ -12,6 +12,7 @@ from pathlib import Path
 from ..export.exported_folder import export_folder, load_for_export
 from ..export.graph import INPUT, OUTPUT
 from ..utils.files import write_json
+from ..utils.image_config import image_shape_of
 from ..utils.new_folder import check_new
 from ..utils.text import counted
 from .options import revision_option
@@ -52,9 +53,9 @@ def main(args: ExportArguments) -> None:
             ) from error
         images = load_labelled(args.measure_on, args.max_images, model)
     files, difference = export_folder(model, processor, folder, args.int8)
-    height, width = model.config.image_height_width
+    channels, height, width = image_shape_of(model.config)
     print(
-        f"{files[0]}: {INPUT} (batch, {model.config.num_channels}, {height}, {width}) to {OUTPUT} "
+        f"{files[0]}: {INPUT} (batch, {channels}, {height}, {width}) to {OUTPUT} "
         f"(batch, {model.config.num_labels}); the largest difference from PyTorch's is {difference:.1e}."
     )
     if args.int8:

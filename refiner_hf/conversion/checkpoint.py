@@ -15,6 +15,7 @@ from ..configuration_refiner import RefinerConfig
 from ..hub.code import add_code
 from ..image_processing_refiner import RefinerImageProcessor
 from ..modeling_refiner import RefinerForImageClassification
+from ..utils.image_config import image_shape_of
 from ..utils.new_folder import check_new, new_folder
 from ..utils.same_answers import check_same_logits
 from .weights import check_tensors, read_config, rename_state_dict
@@ -93,7 +94,7 @@ def convert_checkpoint(
         )
         card.save(unfinished / "README.md")
         loaded = RefinerForImageClassification.from_pretrained(unfinished)
-        check_same_logits(model, loaded, _ROUNDING)
+        check_same_logits(model, loaded, image_shape_of(model.config), _ROUNDING)
     loaded.config.name_or_path = str(output_dir)
     return loaded
 

@@ -69,10 +69,12 @@ def refine(
     }
     check_settings(settings)
     before = type(model), type(model.config), model.config._attn_implementation
+    names = vars(model).get("_weight_conversions")
     try:
         start_as_identity(model, become_refined(model, settings), batches)
     except BaseException:
         _restore(model, *before)
+        model.__dict__["_weight_conversions"] = names
         raise
     return model
 

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..benchmarking.measure import time_in_turns
 from ..data.arguments import DataArguments
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN, ImageData, load_image_data
 from ..data.transforms import PrepareImages, evaluation_pixels, match_labels
-from ..modeling_refiner import RefinerForImageClassification
+from ..utils.image_config import label_names_of
 from ..utils.machine import describe_machine
 from ..utils.markdown import markdown_table
 from .graph import open_onnx, run_onnx
@@ -29,13 +30,13 @@ Answer = Callable[[np.ndarray], np.ndarray]  # pixels (B, C, height, width) to l
 
 
 def compare(
-    model: RefinerForImageClassification, processor: BaseImageProcessor, files: list[Path], images: ImageData
+    model: PreTrainedModel, processor: BaseImageProcessor, files: list[Path], images: ImageData
 ) -> dict[str, Any]:
     """
     Runs the model and its graphs on labelled images, and times them in turns on the CPU.
 
     Args:
-        model ([`RefinerForImageClassification`]): on the CPU.
+        model (`PreTrainedModel`): on the CPU.
         processor (`BaseImageProcessor`): its image processor.
         files (`list[Path]`): graphs made of it.
         images ([`~refiner_hf.data.sources.ImageData`]): labelled ones, of [`load_labelled`].
@@ -45,7 +46,7 @@ def compare(
         `accuracy`, `same_answers` (share in which it agrees with the model), `bytes` (of a file), and by batch size
         `images_per_second` (median of the rounds).
     """
-    prepare = PrepareImages(evaluation_pixels(processor), match_labels(images.labels, model.config.label_names))
+    prepare = PrepareImages(evaluation_pixels(processor), match_labels(images.labels, label_names_of(model.config)))
     contenders: dict[str, Answer] = {"PyTorch": partial(_answer, model)}
     contenders |= {file.name: partial(run_onnx, open_onnx(file)) for file in files}
 
@@ -74,14 +75,14 @@ def compare(
     return {"data": images.name, "images": len(labels), **describe_machine("cpu"), "contenders": results}
 
 
-def load_labelled(data: str, max_images: int | None, model: RefinerForImageClassification) -> ImageData:
+def load_labelled(data: str, max_images: int | None, model: PreTrainedModel) -> ImageData:
     """
     Images to compare on.
 
     Args:
         data (`str`): a folder with one subfolder per label, the Hub name of a dataset, or `"digits"`.
         max_images (`int`, *optional*): at most so many.
-        model ([`RefinerForImageClassification`]): must know the labels.
+        model (`PreTrainedModel`): must know the labels.
 
     Raises:
         `ValueError`, `OSError`: there are no labelled images, or labels that the model doesn't know.
@@ -91,7 +92,7 @@ def load_labelled(data: str, max_images: int | None, model: RefinerForImageClass
     place = "validation_dir" if Path(data).is_dir() else "dataset_name"
     named = DataArguments(**{} if data == DIGITS else {place: data}, max_eval_samples=max_images)
     images = load_image_data(named, need_train=False, need_evaluation=True, seed=0)
-    match_labels(images.labels, model.config.label_names)
+    match_labels(images.labels, label_names_of(model.config))
     return images
 
 
@@ -108,7 +109,7 @@ def comparison_table(compared: dict[str, Any]) -> str:
 
 
 @torch.no_grad()
-def _answer(model: RefinerForImageClassification, pixels: np.ndarray) -> np.ndarray:
+def _answer(model: PreTrainedModel, pixels: np.ndarray) -> np.ndarray:
     return model(torch.from_numpy(pixels)).logits.numpy()
 
 

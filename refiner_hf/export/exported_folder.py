@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration_refiner import RefinerConfig
-from ..modeling_refiner import RefinerForImageClassification
+from ..encoder_models_refiner import RefinedConfigMixin
 from ..utils.fitting import check_processor, try_out
 from ..utils.loading import load_classifier, load_config, load_image_processor
 from ..utils.model_source import find_source
@@ -17,22 +18,20 @@ from .pixels import copy_preprocessing
 GRAPH, QUANTIZED = "model.onnx", "model_int8.onnx"
 
 
-def load_for_export(
-    model: str, revision: str | None = None
-) -> tuple[RefinerForImageClassification, BaseImageProcessor]:
+def load_for_export(model: str, revision: str | None = None) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """
     A classifier in float32 and in evaluation mode, and its image processor.
 
     Raises:
-        `ValueError`: it isn't a Refiner with a classifier, it is quantized or damaged, or its image processor doesn't
-            fit it.
+        `ValueError`: it is neither a Refiner nor refined, or no classifier; it is quantized or damaged, or its image
+            processor doesn't fit it.
         `OSError`: there is no such model, or it has no image processor.
     """
     source = find_source(model, revision=revision)
     config = load_config(source)
-    if not isinstance(config, RefinerConfig):
+    if not isinstance(config, RefinerConfig | RefinedConfigMixin):
         raise ValueError(
-            f"{model} is a {config.model_type!r} model, not a Refiner. (Hugging Face's optimum exports others.)"
+            f"{model} is a {config.model_type!r} model without refinements. (Hugging Face's optimum exports others.)"
         )
     if getattr(config, "quantization_config", None):
         raise ValueError(
@@ -46,7 +45,7 @@ def load_for_export(
 
 
 def export_folder(
-    model: RefinerForImageClassification,
+    model: PreTrainedModel,
     processor: BaseImageProcessor,
     output_dir: str | Path,
     int8: bool = False,

@@ -13,9 +13,10 @@ import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
+from transformers import PreTrainedModel
 
-from ..modeling_refiner import RefinerForImageClassification
-from ..utils.same_answers import check_same_answers, noise_for
+from ..utils.image_config import image_shape_of
+from ..utils.same_answers import check_same_answers, noise_of
 
 
 INPUT, OUTPUT = "pixel_values", "logits"
@@ -26,7 +27,7 @@ _BATCHES = (1, 2, 5)
 class _Logits(nn.Module):
     """The model as a function of pixels alone."""
 
-    def __init__(self, model: RefinerForImageClassification):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
 
@@ -34,13 +35,13 @@ class _Logits(nn.Module):
         return self.model(pixel_values).logits
 
 
-def export_onnx(model: RefinerForImageClassification, file: str | Path) -> float:
+def export_onnx(model: PreTrainedModel, file: str | Path) -> float:
     """
     Writes a model, as it is in evaluation, as an ONNX graph from `pixel_values` (B, C, height, width) to `logits`
     (B, K), both float32, for any number B of images. Their height and width are those of the model.
 
     Args:
-        model ([`RefinerForImageClassification`]): in float32. Its mode is restored.
+        model (`PreTrainedModel`): an image classifier in float32. Its mode is restored.
         file: the `.onnx` file.
 
     Returns:
@@ -58,7 +59,7 @@ def export_onnx(model: RefinerForImageClassification, file: str | Path) -> float
         with _quiet():
             program = torch.onnx.export(
                 _Logits(model),
-                (noise_for(model.config, 2),),
+                (noise_of(image_shape_of(model.config), 2),),
                 dynamo=True,
                 verbose=False,
                 input_names=[INPUT],
@@ -73,7 +74,7 @@ def export_onnx(model: RefinerForImageClassification, file: str | Path) -> float
 
 
 @torch.no_grad()
-def check_onnx(file: str | Path, model: RefinerForImageClassification) -> float:
+def check_onnx(file: str | Path, model: PreTrainedModel) -> float:
     """
     Compares a graph's logits with the model's, for one image and several.
 
@@ -85,7 +86,7 @@ def check_onnx(file: str | Path, model: RefinerForImageClassification) -> float:
     """
     session, largest = open_onnx(file), 0.0
     for batch in _BATCHES:
-        pixels = noise_for(model.config, batch)
+        pixels = noise_of(image_shape_of(model.config), batch)
         expected, actual = model(pixels.to(model.device)).logits.cpu(), run_onnx(session, pixels.numpy())
         largest = max(largest, check_same_answers(expected, actual, TOLERANCE, f"The graph {Path(file).name}"))
     return largest

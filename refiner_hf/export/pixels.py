@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from transformers import PreTrainedConfig
 
-from ..configuration_refiner import RefinerConfig
 from ..utils.errors import explain_errors
+from ..utils.image_config import image_shape_of
 from ..utils.loading import load_image_processor
 from . import preprocess
 
@@ -17,7 +18,7 @@ from . import preprocess
 _SIZES = ((97, 41), (41, 97), (3, 80), (1, 1), (800, 600), (601, 801))
 
 
-def copy_preprocessing(folder: Path, config: RefinerConfig) -> None:
+def copy_preprocessing(folder: Path, config: PreTrainedConfig) -> None:
     """
     Puts `preprocess.py` into a folder that holds `preprocessor_config.json` and `config.json`, after it has made the
     same pixels of a few pictures as the image processor in its PIL form.
@@ -42,10 +43,10 @@ def copy_preprocessing(folder: Path, config: RefinerConfig) -> None:
     shutil.copyfile(preprocess.__file__, folder / Path(preprocess.__file__).name)
 
 
-def _pictures(config: RefinerConfig) -> Iterator[Image.Image]:
+def _pictures(config: PreTrainedConfig) -> Iterator[Image.Image]:
     """Of noise, in which every pixel counts; also of the model's own size, and one pixel wider and less high."""
-    height, width = config.image_height_width
-    channels = () if config.num_channels == 1 else (config.num_channels,)
+    count, height, width = image_shape_of(config)
+    channels = () if count == 1 else (count,)
     for wide, high in (*_SIZES, (width, height), (width + 1, max(1, height - 1))):
         noise = np.random.default_rng(0).integers(0, 256, (high, wide, *channels), np.uint8)
         yield Image.fromarray(noise)

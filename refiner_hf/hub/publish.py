@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import transformers
 import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
+from transformers import PreTrainedModel
 
-from .. import modeling_refiner
 from ..cards.card import basic_card
 from ..cards.options import public_options
 from ..cards.usage import for_repository
-from ..modeling_refiner import RefinerPreTrainedModel
+from ..configuration_refiner import RefinerConfig
+from ..encoder_models_refiner import RefinedConfigMixin
 from ..utils.files import read_json, to_json
+from ..utils.image_config import image_shape_of
 from ..utils.loading import has_image_processor, load_config, load_image_processor, load_network
 from ..utils.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_source
 from ..utils.paths import without_paths
@@ -47,7 +50,7 @@ Files = dict[str, Path | bytes]
 class Published:
     """
     Where a folder went: the repository, the commit and its page; what its model answers to one fixed picture, whether
-    it loads with code of its own, and of an adapter the base model.
+    it loads with code of its own, and of an adapter the base model; `shape` is that of its images.
     """
 
     repo_id: str
@@ -57,6 +60,7 @@ class Published:
     processed: bool
     remote_code: bool
     fingerprint: np.ndarray
+    shape: tuple[int, int, int]
     base_model: str | None = None
 
 
@@ -81,7 +85,7 @@ def publish_folder(
     token and the repository; then the upload begins. Pushing again after a failure sends only what isn't there yet.
 
     Args:
-        folder: as training, conversion or `save_pretrained` left it, or a PEFT adapter of a Refiner on the Hub. A card
+        folder: as training, conversion or `save_pretrained` left it, or a PEFT adapter of a model on the Hub. A card
             is made where it has none.
         repo_id: "name" or "namespace/name".
         private, branch, tag, token: see [`prepare_repository`].
@@ -91,7 +95,7 @@ def publish_folder(
             installed. A folder that holds the code already is published with it in any case.
 
     Raises:
-        `ValueError`: the folder holds no whole Refiner, or its card can't be read or is refused by the Hub.
+        `ValueError`: the folder holds no whole model for images, or its card can't be read or is refused by the Hub.
         [`PublishError`], `ValueError`: as [`prepare_repository`]; or the upload failed. Nothing local is lost.
     """
     folder = Path(folder)
@@ -102,6 +106,8 @@ def publish_folder(
     card = read_card(folder)
     if base_model and with_code:
         raise ValueError("An adapter carries no code: publish its base model with code, and the adapter without.")
+    if with_code and not isinstance(model.config, RefinerConfig | RefinedConfigMixin):
+        raise ValueError(f"A {type(model).__name__} is transformers' own and needs no code: leave out --with_code.")
     remote_code = base_model is None and (with_code or has_code(folder))
     if with_code:
         files |= code_for(folder)
@@ -130,6 +136,7 @@ def publish_folder(
         processed=has_image_processor(str(folder)),
         remote_code=remote_code,
         fingerprint=fingerprint,
+        shape=image_shape_of(model.config),
         base_model=base_model,
     )
 
@@ -179,19 +186,25 @@ def public_content(path: Path) -> dict[str, Any]:
     return without_paths(content)
 
 
-def check_model(folder: Path) -> RefinerPreTrainedModel:
+def check_model(folder: Path) -> PreTrainedModel:
     """
     Loads the folder's model, to be sure that others can.
 
     Raises:
-        `ValueError`: the folder's model isn't a Refiner, or its weights don't fit its configuration.
+        `ValueError`: the folder's model isn't one for images, or its weights don't fit its configuration.
     """
     source = find_source(str(folder))
     config = load_config(source)
-    name = (config.architectures or [None])[0]
-    if name not in AUTO_CLASSES:
-        raise ValueError(f"{folder} holds a {name}, not one of {', '.join(AUTO_CLASSES)}.")
-    return load_network(source, getattr(modeling_refiner, name), config=config)
+    name = (config.architectures or [""])[0]
+    kind = getattr(transformers, auto_class_for(name))
+    if type(config) not in kind._model_mapping or (isinstance(config, RefinerConfig) and name not in _OWN):
+        raise ValueError(f"{folder} holds a {name or config.model_type}, which this doesn't know.")
+    model = load_network(source, kind, config=config)
+    if model.main_input_name != "pixel_values":
+        raise ValueError(
+            f"{folder} holds a {name}, which isn't a model for images. Publish it with its own push_to_hub."
+        )
+    return model
 
 
 def is_adapter(folder: Path) -> bool:
@@ -217,7 +230,7 @@ def check_adapter(folder: Path) -> str:
     return base
 
 
-def check_fingerprint(folder: Path, model: RefinerPreTrainedModel) -> np.ndarray:
+def check_fingerprint(folder: Path, model: PreTrainedModel) -> np.ndarray:
     """
     The output of the folder's model for one fixed picture, through its image processor if it has one.
 
@@ -228,7 +241,8 @@ def check_fingerprint(folder: Path, model: RefinerPreTrainedModel) -> np.ndarray
     if not prepares:
         logger.warning(f"{folder} has no image processor: pipelines won't know how to prepare images.")
     try:
-        fingerprint = fingerprint_of(model, load_image_processor(str(folder)) if prepares else None)
+        processor = load_image_processor(str(folder)) if prepares else None
+        fingerprint = fingerprint_of(model, processor, image_shape_of(model.config))
     except Exception as error:
         raise ValueError(f"The model in {folder} doesn't work with its image processor: {error}") from error
     if not np.isfinite(fingerprint).all():
@@ -237,7 +251,13 @@ def check_fingerprint(folder: Path, model: RefinerPreTrainedModel) -> np.ndarray
 
 
 # RefinerForImageClassification -> AutoModelForImageClassification
-AUTO_CLASSES = {target.split(".")[-1]: auto for auto, target in AUTO_MAP.items() if auto != "AutoConfig"}
+_OWN = {target.split(".")[-1]: auto for auto, target in AUTO_MAP.items() if auto != "AutoConfig"}
+
+
+def auto_class_for(model_class: str) -> str:
+    """The Auto class that loads a model of this class."""
+    classifies = "ForImageClassification" in model_class
+    return _OWN.get(model_class) or ("AutoModelForImageClassification" if classifies else "AutoModel")
 
 
 def read_card(folder: Path) -> ModelCard | None:

@@ -12,7 +12,7 @@ import numpy as np
 from ..utils import same_answers
 from ..utils.same_answers import check_same_answers
 from .code import PACKAGE
-from .publish import AUTO_CLASSES, Published
+from .publish import Published, auto_class_for
 from .repository import PublishError, hub
 
 
@@ -38,7 +38,8 @@ def verify(published: Published, *, token: str | None = None) -> float:
     question = {
         "model": published.repo_id,
         "revision": published.commit,
-        "auto_class": AUTO_CLASSES[published.model_class],
+        "auto_class": auto_class_for(published.model_class),
+        "shape": published.shape,
         "remote_code": published.remote_code,
         "processed": published.processed,
         "base_model": published.base_model,

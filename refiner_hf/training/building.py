@@ -8,6 +8,7 @@ from transformers import TrainerCallback, default_data_collator
 
 from ..data.rows import TrainingOrder
 from ..data.transforms import PrepareImages, PrepareTraining, evaluation_pixels
+from ..utils.image_config import label_names_of
 from .ema import EmaCallback
 from .metrics import ClassificationMetrics, rank_labels
 from .norm_statistics_callback import NormStatisticsCallback
@@ -20,7 +21,7 @@ def build_trainer(plan: Plan) -> tuple[RefinerTrainer, ClassificationMetrics]:
     """The Trainer, and the metrics that it computes, which keep the last confusion matrix."""
     args, mixes = plan.args, plan.augmentation_args
     for_evaluation = PrepareImages(evaluation_pixels(plan.processor), plan.label_ids)
-    metrics = ClassificationMetrics(len(plan.model.config.label_names))
+    metrics = ClassificationMetrics(len(label_names_of(plan.model.config)))
     mixup = Mixup(mixes.mixup, mixes.cutmix, label_smoothing=0.0) if mixes.mixup or mixes.cutmix else None
     trainer = RefinerTrainer(
         model=plan.model,

@@ -15,14 +15,15 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch.serialization import get_unsafe_globals_in_checkpoint
-from transformers import TrainerState
+from transformers import AutoConfig, AutoModelForImageClassification, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..configuration_refiner import RefinerConfig
 from ..data.streams import StreamPosition
-from ..modeling_refiner import RefinerForImageClassification
+from ..encoder_models_refiner import RefinedConfigMixin
+from ..utils.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..utils.run_files import EMA_FOLDER
 from ..utils.text import counted
 from .arguments import RefinerTrainingArguments
@@ -129,27 +130,37 @@ def _check_state(folder: Path) -> TrainerState:
 
 
 def _check_weights(folder: Path) -> None:
+    if (folder / ADAPTER_CONFIG).exists():
+        _check_tensors(folder / ADAPTER_WEIGHTS, {})
+        return
     with _reading(folder / CONFIG_NAME):
-        config = RefinerConfig.from_dict(_json(folder / CONFIG_NAME))
+        config = AutoConfig.from_pretrained(folder)
         with init_empty_weights():
-            expected = RefinerForImageClassification(config).state_dict()
+            expected = AutoModelForImageClassification.from_config(config).state_dict()
+    if not isinstance(config, RefinerConfig | RefinedConfigMixin):
+        expected = {}  # transformers saves its own models under the names of the files that they were loaded from
     files = [folder / SAFE_WEIGHTS_NAME]
     if not files[0].exists() and (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
         with _reading(folder / SAFE_WEIGHTS_INDEX_NAME):
             files = sorted({folder / name for name in _json(folder / SAFE_WEIGHTS_INDEX_NAME)["weight_map"].values()})
     for file in files:
-        with _reading(file), safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
-                tensor, wanted = tensors.get_tensor(name), expected.pop(name, None)
-                if wanted is not None and tensor.shape != wanted.shape:
-                    raise DamagedCheckpointError(
-                        f"has {name} in the shape {tuple(tensor.shape)} and not {tuple(wanted.shape)}"
-                    )
-                if not tensor.isfinite().all():
-                    raise DamagedCheckpointError(f"holds infinite numbers or NaN in {name}")
+        _check_tensors(file, expected)
     if expected:
         with _reading(files[0]):
             raise DamagedCheckpointError(f"lacks {counted(len(expected), 'tensor')}, such as {next(iter(expected))}")
+
+
+def _check_tensors(file: Path, expected: dict[str, torch.Tensor]) -> None:
+    """Takes what is found out of `expected`."""
+    with _reading(file), safe_open(file, "pt") as tensors:
+        for name in tensors.keys():
+            tensor, wanted = tensors.get_tensor(name), expected.pop(name, None)
+            if wanted is not None and tensor.shape != wanted.shape:
+                raise DamagedCheckpointError(
+                    f"has {name} in the shape {tuple(tensor.shape)} and not {tuple(wanted.shape)}"
+                )
+            if not tensor.isfinite().all():
+                raise DamagedCheckpointError(f"holds infinite numbers or NaN in {name}")
 
 
 def _check_optimizer(file: Path) -> None:

@@ -9,14 +9,16 @@ from transformers import Trainer, pipeline
 from transformers.utils import logging
 
 from ..cards import captions
-from ..cards.card import make_card
+from ..cards.card import make_card, refines
 from ..cards.plots import plot_confusion_matrix, plot_learning_curve, plot_predictions
 from ..cards.training import training_content
 from ..data.images import decode_image
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN, ImageData
 from ..hub.code import add_code
-from ..hub.publish import public_content
+from ..hub.publish import is_adapter, public_content
 from ..utils.files import write_json
+from ..utils.image_config import label_names_of
+from ..utils.loading import load_classifier_and_processor
 from ..utils.run_files import RUN_FILE
 from .arguments import RefinerTrainingArguments
 from .map_analysis import analyze_folder
@@ -66,7 +68,7 @@ def finish_folder(
     pictures = [("learning_curve.png", captions.LEARNING_CURVE)]
     plot_learning_curve(trainer.state.log_history, folder / pictures[0][0])
     if confusion_matrix is not None:
-        plot_confusion_matrix(confusion_matrix, trainer.model.config.label_names, folder / "confusion_matrix.png")
+        plot_confusion_matrix(confusion_matrix, label_names_of(trainer.model.config), folder / "confusion_matrix.png")
         pictures.append(("confusion_matrix.png", captions.confusion_matrix(data.evaluation_split)))
     examples = predict_examples(folder, data, args.example_pictures or EXAMPLES) if data.evaluation is not None else []
     if examples and args.example_pictures:
@@ -81,7 +83,7 @@ def finish_folder(
         except (RuntimeError, OSError, ValueError) as error:  # such as too little memory: no reason to lose the rest
             logger.warning(f"The network's maps weren't measured: {error} Try refiner analyze --model {folder}.")
 
-    if args.with_code:
+    if args.with_code and refines(trainer.model):
         add_code(folder)
     facts = training_content(trainer, measured, data=data, arguments=arguments, pictures=pictures)
     make_card(facts).save(folder / "README.md")
@@ -90,7 +92,11 @@ def finish_folder(
 
 def predict_examples(folder: Path, data: ImageData, count: int) -> list[Example]:
     """What the saved folder's pipeline answers for `count` evaluation images, spread over the set."""
-    classify = pipeline("image-classification", model=str(folder), device="cpu")
+    if is_adapter(folder):
+        model, processor = load_classifier_and_processor(str(folder))
+        classify = pipeline("image-classification", model=model, image_processor=processor, device="cpu")
+    else:
+        classify = pipeline("image-classification", model=str(folder), device="cpu")
     rows = data.evaluation.spread(count)
     images = [decode_image(row[IMAGE_COLUMN]) for row in rows]
     answers = [answer[0] for answer in classify(images, top_k=1)] if images else []

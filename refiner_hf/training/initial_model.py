@@ -1,5 +1,9 @@
 """The network and the image processor that a run begins with."""
 
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
@@ -10,6 +14,7 @@ from ..image_processing_pil_refiner import RefinerImageProcessorMixin
 from ..image_processing_refiner import RefinerImageProcessor
 from ..modeling_refiner import RefinerForImageClassification
 from ..utils.fitting import try_out
+from ..utils.image_config import image_size_of, label_names_of, set_image_size
 from ..utils.loading import has_image_processor, load_config, load_image_processor, load_network
 from ..utils.model_source import Source, find_source
 from .arguments import ModelArguments
@@ -30,41 +35,63 @@ def source_of_model(args: ModelArguments) -> Source | None:
 
 def load_model(
     args: ModelArguments, source: Source | None, labels: list[str], *, keep_labels: bool
-) -> tuple[RefinerForImageClassification, list[int] | None]:
+) -> tuple[PreTrainedModel, list[int] | None]:
     """
-    A new network for `labels`, or a checkpoint's, fitted to them.
+    A new Refiner for `labels`, or a checkpoint's network, a Refiner or another, fitted to them.
 
     A checkpoint with the same labels keeps its heads and its label order, whatever order the data has. With other
-    labels its heads are replaced, with a warning, unless `keep_labels`; only then may the checkpoint lack them.
+    labels, or none, its heads are replaced, with a warning, unless `keep_labels`; only then may the checkpoint lack
+    them.
 
     Returns:
         the model, and its number of each of the data's labels (`None` where they are the same).
 
     Raises:
-        `ValueError`: the checkpoint isn't a Refiner's, or isn't whole; or, with `keep_labels`, labels that it doesn't
-            know.
+        `ValueError`: the checkpoint isn't an encoder of images that can classify, or isn't whole; or, with
+            `keep_labels`, labels that it doesn't know.
     """
-    sizes = {} if args.image_size is None else {"image_size": args.image_size}
     if source is None:
         new = getattr(RefinerConfig, args.model_size)
         names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        sizes = {} if args.image_size is None else {"image_size": args.image_size}
         config = new(**names, **args.overrides | sizes)
         config.refine_implementation = args.refine_implementation
         return RefinerForImageClassification(config), None
 
     config = load_config(source)
-    if not isinstance(config, RefinerConfig):
-        raise ValueError(
-            f"{args.model_name_or_path} is a {config.model_type!r} model, not a Refiner. (Of a ViT or DeiT "
-            "refiner refine-vit makes one.)"
-        )
-    replaced = not keep_labels and set(labels) != set(config.label_names)
-    # A head that the checkpoint's own configuration doesn't have was asked for by --config_overrides.
-    own = {"dense_classifier.": config.use_dense_head, "distillation_classifier.": config.use_distillation_head}
-    new_heads = tuple(head for head in _HEADS if replaced or not own.get(head, True))
-    for name, value in (args.overrides | sizes).items():
+    if type(config) not in AutoModelForImageClassification._model_mapping:
+        raise ValueError(f"{source} is a {config.model_type!r} model, of which there is no image classifier.")
+    had = label_names_of(config)
+    replaced = not keep_labels and set(labels) != set(had)
+    for name, value in args.overrides.items():
+        if not hasattr(config, name):
+            raise ValueError(f"--config_overrides has {name}, which the configuration of {source} doesn't have.")
         setattr(config, name, value)
-    model = load_network(
+    if args.image_size is not None:
+        set_image_size(config, args.image_size)
+    if isinstance(config, RefinerConfig):
+        model = _load_refiner(args, source, config, replaced)
+        if replaced:
+            model.reset_classifier(labels)
+    else:
+        model = _load_other(source, config, labels if replaced else None)
+        if hasattr(model, "set_refine_implementation"):
+            model.set_refine_implementation(args.refine_implementation)
+    if not replaced:
+        return model, match_labels(labels, had)
+    logger.warning(
+        f"The data's {len(labels)} labels are not the checkpoint's {len(had)}: its classifiers are replaced "
+        "by new ones."
+    )
+    return model, None
+
+
+def _load_refiner(args: ModelArguments, source: Source, config: RefinerConfig, replaced: bool) -> Any:
+    # A head that the checkpoint's own configuration doesn't have was asked for by --config_overrides.
+    own = load_config(source)
+    had = {"dense_classifier.": own.use_dense_head, "distillation_classifier.": own.use_distillation_head}
+    new_heads = tuple(head for head in _HEADS if replaced or not had.get(head, True))
+    return load_network(
         source,
         RefinerForImageClassification,
         may_lack=lambda tensor: tensor.startswith(new_heads),
@@ -73,23 +100,36 @@ def load_model(
         config=config,
         refine_implementation=args.refine_implementation,
     )
-    model_labels = model.config.label_names
-    if not replaced:
-        return model, match_labels(labels, model_labels)
-    logger.warning(
-        f"The data's {len(labels)} labels are not the checkpoint's {len(model_labels)}: its classifiers are replaced "
-        "by new ones."
+
+
+def _load_other(source: Source, config: PreTrainedConfig, labels: list[str] | None) -> PreTrainedModel:
+    """With a new head for `labels`, where there are some; in float32, in which training keeps weights."""
+    if labels is not None:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+    kind = AutoModelForImageClassification._model_mapping[type(config)]
+    body = f"{(kind[0] if isinstance(kind, tuple) else kind).base_model_prefix}."
+
+    def of_head(tensor: str) -> bool:
+        return not tensor.startswith(body)
+
+    def without_use(tensor: str) -> bool:  # for a classifier; a bare encoder's own names come without `body`
+        return "mask_token" in tensor or "pooler." in tensor or labels is not None and of_head(tensor)
+
+    return load_network(
+        source,
+        AutoModelForImageClassification,
+        may_lack=without_use if labels is None else lambda tensor: of_head(tensor) or without_use(tensor),
+        may_have=without_use,
+        config=config,
+        dtype=torch.float32,
     )
-    model.reset_classifier(labels)
-    return model, None
 
 
-def load_processor(
-    args: ModelArguments, source: Source | None, model: RefinerForImageClassification
-) -> BaseImageProcessor:
+def load_processor(args: ModelArguments, source: Source | None, model: PreTrainedModel) -> BaseImageProcessor:
     """
-    The checkpoint's image processor, or a new one, at the model's image size, tried out with the model. A Refiner that
-    was a ViT before ([`~refiner_hf.refine_vit`]) keeps the ViT's.
+    The checkpoint's image processor, or a new one, at the model's image size, tried out with the model. A model of
+    transformers keeps its own.
 
     Raises:
         `ValueError`: the checkpoint's is damaged, or makes images of another size than its network takes; `crop_pct`
@@ -101,8 +141,8 @@ def load_processor(
     return processor
 
 
-def _fitting_processor(args: ModelArguments, source: Source | None, config: RefinerConfig) -> BaseImageProcessor:
-    height, width = config.image_height_width
+def _fitting_processor(args: ModelArguments, source: Source | None, config: PreTrainedConfig) -> BaseImageProcessor:
+    height, width = image_size_of(config)
     size = {"height": height, "width": width}
     own = {"size": size} if args.crop_pct is None else {"size": size, "crop_pct": args.crop_pct}
     if source is None:

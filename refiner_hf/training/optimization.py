@@ -15,7 +15,7 @@ def layerwise_groups(groups: list[dict], model: nn.Module, decay: float) -> list
 
     Args:
         groups (`list[dict]`): groups whose `lr` is the full rate.
-        model (`nn.Module`): a Refiner with a head.
+        model (`nn.Module`): a Refiner or another transformer with a head.
         decay (`float`): above 0, at most 1.
     """
     depths = dict(_depths(model))
@@ -36,13 +36,13 @@ def _depths(model: nn.Module) -> Iterator[tuple[torch.Tensor, int]]:
     """Each parameter with the number of its layer: 0 the embeddings, then the layers, then everything after them."""
     layers = 0
     for name, parameter in model.named_parameters():
-        if layer := re.search(r"\blayers\.(\d+)\.", name):
+        if layer := re.search(r"\blayers?\.(\d+)\.", name):
             layers = max(layers, int(layer[1]) + 1)
             yield parameter, int(layer[1]) + 1
         elif re.search(r"\bembeddings\.", name):
             yield parameter, 0
     for name, parameter in model.named_parameters():
-        if not re.search(r"\blayers\.\d+\.|\bembeddings\.", name):
+        if not re.search(r"\blayers?\.\d+\.|\bembeddings\.", name):
             yield parameter, layers + 1
 
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
@@ -20,6 +20,7 @@ from ..data.sources import ImageData, load_image_data
 from ..data.unreadable import raise_if_unreadable
 from ..hub.repository import prepare_repository, with_retries
 from ..modeling_refiner import RefinerForImageClassification
+from .adapters import add_adapter
 from .arguments import ModelArguments, RefinerTrainingArguments
 from .initial_model import load_model, load_processor, source_of_model
 from .output_folder import prepare_output_folder, repository
@@ -27,6 +28,9 @@ from .same_data import check_same_data, facts_of_data
 
 
 logger = logging.get_logger(__name__)
+
+
+_FOR_STATISTICS = 128  # images, for the norms of a refinement adapter
 
 
 @dataclass
@@ -46,7 +50,7 @@ class Plan:
     args: RefinerTrainingArguments
     arguments: dict[str, dict[str, Any]]
     data: ImageData
-    model: RefinerForImageClassification
+    model: PreTrainedModel
     processor: BaseImageProcessor
     label_ids: list[int]
     augment: Augment | None
@@ -96,6 +100,9 @@ def make_plan(
     source = source_of_model(model_args)
     model, label_ids = load_model(model_args, source, data.labels, keep_labels=not args.do_train)
     processor = load_processor(model_args, source, model)
+    if args.do_train and model_args.adapter != "none":
+        assert data.train is not None
+        model = add_adapter(model, processor, data.train.sample(_FOR_STATISTICS, args.seed), model_args)
     augment = label_maps = None
     if args.do_train:
         _check_training(data, model, data_args, augmentation_args, args)
@@ -127,7 +134,7 @@ def all_options(
     training_args: RefinerTrainingArguments,
 ) -> dict[str, dict[str, Any]]:
     """All options by group, without the tokens."""
-    not_kept = ("config_overrides", "token")  # the first is in `overrides`, too
+    not_kept = ("config_overrides", "adapter_options", "token")  # the first are in `overrides` and `adapter_fields`
     return {
         "model": {name: value for name, value in vars(model_args).items() if name not in not_kept},
         "data": dict(vars(data_args)),
@@ -161,7 +168,7 @@ def _readable(
 
 def _check_training(
     data: ImageData,
-    model: RefinerForImageClassification,
+    model: PreTrainedModel,
     data_args: DataArguments,
     augmentation_args: AugmentationArguments,
     args: RefinerTrainingArguments,
@@ -178,6 +185,8 @@ def _check_training(
     mixed = augmentation_args.mixup or augmentation_args.cutmix
     if mixed and args.per_device_train_batch_size % 2:
         raise ValueError("--mixup and --cutmix need an even --per_device_train_batch_size.")
+    if data_args.label_map_dir and not isinstance(model, RefinerForImageClassification):
+        raise ValueError(f"--label_map_dir is for a Refiner; {type(model).__name__} knows no labels of patches.")
     if data_args.label_map_dir and not model.config.use_dense_head:
         logger.warning(
             "There are label maps, but no dense head for their patches: only the class token learns of them."

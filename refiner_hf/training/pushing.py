@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, ModelCard
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
@@ -18,7 +18,6 @@ from ..cards.training import last_measured, training_content
 from ..hub.code import code_for
 from ..hub.publish import CARD, Files, Published, check_adapter, commit_files, public_files, publish_folder
 from ..hub.repository import hub, prepare_repository
-from ..modeling_refiner import RefinerPreTrainedModel
 
 
 logger = logging.get_logger(__name__)
@@ -41,11 +40,14 @@ class PushingTrainer(Trainer):
       `with_code` in its arguments also the model's code. See [`~refiner_hf.hub.publish.publish_folder`];
     - never stops a training because a push failed: a warning says so, and the next push uploads everything.
 
-    An adapter around a Refiner (PEFT) is pushed the same way, with the card that PEFT makes.
+    An adapter (PEFT) is pushed the same way, with the card that PEFT makes. Its base model's configuration, which
+    knows the labels, is saved beside it.
     """
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
+        if not isinstance(self.model, PreTrainedModel) and hasattr(self.model, "peft_config"):
+            self.model.get_base_model().config.save_pretrained(output_dir or self.args.output_dir)
         # A pickle of the arguments, with paths and the token in plain text, that nothing reads.
         (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
@@ -66,7 +68,7 @@ class PushingTrainer(Trainer):
 
     def create_model_card(self, **kwargs) -> None:
         """Writes a card of what was trained and measured. Keywords as [`~transformers.Trainer.create_model_card`]."""
-        if not self._trains_a_refiner():
+        if not self._trains_a_network():
             super().create_model_card(**kwargs)
         elif self.is_world_process_zero():
             self._card(**kwargs).save(Path(self.args.output_dir) / CARD)
@@ -106,7 +108,7 @@ class PushingTrainer(Trainer):
         token = token or self.args.hub_token
 
         def push() -> Published | CommitInfo:
-            if self._trains_a_refiner():
+            if self._trains_a_network():
                 return publish_folder(
                     folder, self.hub_model_id, branch=branch, token=token, message=message, with_code=self._with_code
                 )
@@ -159,7 +161,7 @@ class PushingTrainer(Trainer):
         """The files of one push during the training."""
         saved = public_files(checkpoint)
         files = {name: path for name, path in saved.items() if name.startswith(_MODEL_FILES)}
-        if self._trains_a_refiner():
+        if self._trains_a_network():
             files |= code_for(checkpoint) if self._with_code else {}
             files[CARD] = str(self._card()).encode("utf-8")
         if self.args.hub_strategy == HubStrategy.EVERY_SAVE:
@@ -198,8 +200,8 @@ class PushingTrainer(Trainer):
     def _with_code(self) -> bool:
         return getattr(self.args, "with_code", False)
 
-    def _trains_a_refiner(self) -> bool:
-        return isinstance(self.model, RefinerPreTrainedModel)
+    def _trains_a_network(self) -> bool:
+        return isinstance(self.model, PreTrainedModel)
 
 
 def _first(values: str | list[str] | None) -> str | None:

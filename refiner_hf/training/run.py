@@ -5,16 +5,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import set_seed
+from transformers import PreTrainedConfig, set_seed
 from transformers.utils import logging
 
-from ..configuration_refiner import RefinerConfig
 from ..data.arguments import AugmentationArguments, DataArguments
 from ..data.sources import ImageData
 from ..hub.publish import Published
 from ..hub.repository import PublishError
 from ..hub.verification import verify
 from ..utils.files import write_json
+from ..utils.image_config import label_names_of
 from ..utils.run_files import RUN_FILE
 from ..utils.text import counted
 from .arguments import ModelArguments, RefinerTrainingArguments
@@ -146,8 +146,8 @@ def _publish(trainer: RefinerTrainer) -> Published | None:
     return published
 
 
-def _write_confusion_matrix(counts: list[list[int]], config: RefinerConfig, folder: str) -> None:
-    labels = config.label_names
+def _write_confusion_matrix(counts: list[list[int]], config: PreTrainedConfig, folder: str) -> None:
+    labels = label_names_of(config)
     with open(Path(folder) / CONFUSION_MATRIX, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["true label \\ predicted", *labels])

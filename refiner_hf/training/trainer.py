@@ -11,14 +11,16 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
+from ..configuration_refiner import RefinerConfig
 from ..data.seeded_sampling import SeededImages, SeededSampler
 from ..data.streams import StreamedImages, StreamPosition, collate_streamed
-from ..loss_refiner import problem_type_of
-from ..modeling_refiner import RefinerForMaskedImageModeling, RefinerPreTrainedModel
+from ..loss_refiner import image_classification_loss, problem_type_of
+from ..modeling_refiner import RefinerForMaskedImageModeling
+from ..normalization_refiner import RefinerBatchNorm2d
 from .arguments import RefinerTrainingArguments
 from .checkpoints import explain_load_errors
 from .ema import EmaCallback
@@ -94,11 +96,12 @@ class RefinerTrainer(PushingTrainer):
             self.label_names = ["bool_masked_pos"]  # without a label, an evaluation would have no loss
         if isinstance(self.args, RefinerTrainingArguments):
             self.args.check()
-            refiner = next((m for m in self.model.modules() if isinstance(m, RefinerPreTrainedModel)), None)
-            if refiner is not None and self.args.freeze_norms:
-                refiner.freeze_norms()
-            elif refiner is not None and self.args.world_size > 1 and self.args.synchronize_norms:
-                refiner.synchronize_norms()
+            for norm in (m for m in self.model.modules() if isinstance(m, RefinerBatchNorm2d)):
+                if self.args.freeze_norms:
+                    norm.frozen = True
+                    norm.eval()
+                elif self.args.world_size > 1 and self.args.synchronize_norms:
+                    norm.synchronized = True
         self._begin_average()
 
     def begin_clock(self) -> None:
@@ -131,8 +134,8 @@ class RefinerTrainer(PushingTrainer):
             raise ValueError(
                 "An average of the weights (--ema_decay) stays in float32: not with a half --*_full_eval."
             )
-        if not isinstance(self.model, RefinerPreTrainedModel):
-            raise ValueError("An average of the weights (--ema_decay) is one of a whole Refiner, not of an adapter.")
+        if not isinstance(self.model, PreTrainedModel):
+            raise ValueError("An average of the weights (--ema_decay) is one of a whole network, not of an adapter.")
 
     # ---- Data ----
 
@@ -176,11 +179,19 @@ class RefinerTrainer(PushingTrainer):
     # ---- Steps ----
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if model.training and "labels" in inputs:
-            config = self.accelerator.unwrap_model(model).config
-            problem, smoothing = problem_type_of(inputs["labels"], config), self.args.label_smoothing_factor
-            inputs = self.make_targets(inputs, config.num_labels, config.patch_grid, smoothing, problem)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        if not model.training or "labels" not in inputs:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        config = self.accelerator.unwrap_model(model).config
+        problem, smoothing = problem_type_of(inputs["labels"], config), self.args.label_smoothing_factor
+        grid = getattr(config, "patch_grid", (0, 0))  # without one there are no dense targets
+        inputs = self.make_targets(inputs, config.num_labels, grid, smoothing, problem)
+        if isinstance(config, RefinerConfig):
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        # Other models' own losses know no soft labels.
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = image_classification_loss(labels, outputs.logits, config)
+        return (loss, outputs) if kwargs.get("return_outputs") else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs) -> torch.Tensor:
         if self._position is not None:

@@ -7,6 +7,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from .errors import explain_errors
+from .image_config import channels_of, image_shape_of
 
 
 def check_processor(processor: BaseImageProcessor, config: PreTrainedConfig) -> None:
@@ -17,8 +18,7 @@ def check_processor(processor: BaseImageProcessor, config: PreTrainedConfig) -> 
     """
     with explain_errors(f"The image processor ({type(processor).__name__}) can't prepare a picture"):
         made = tuple(_pixels(processor, config).shape[1:])
-    size = config.image_size
-    wanted = (config.num_channels, *((size, size) if isinstance(size, int) else size))
+    wanted = image_shape_of(config)
     if made != wanted:
         raise ValueError(
             f"The image processor ({type(processor).__name__}) makes {made} (channels, height, width) of a picture, "
@@ -44,5 +44,5 @@ def try_out(name: str, model: PreTrainedModel, processor: BaseImageProcessor) ->
 
 
 def _pixels(processor: BaseImageProcessor, config: PreTrainedConfig) -> torch.Tensor:
-    mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+    mode = "L" if channels_of(config) == 1 else "RGB"
     return processor(Image.new(mode, (48, 32), 128), return_tensors="pt").pixel_values

@@ -15,10 +15,10 @@ import transformers
 from PIL import Image
 
 
-def noise_for(config, images: int = 1) -> torch.Tensor:
+def noise_of(shape: tuple[int, int, int], images: int = 1) -> torch.Tensor:
     """Images of noise, (images, channels, height, width), the same ones at each call."""
     generator = torch.Generator().manual_seed(images)
-    return torch.randn(images, config.num_channels, *config.image_height_width, generator=generator)
+    return torch.randn(images, *shape, generator=generator)
 
 
 def check_same_answers(expected, actual, tolerance: float, what: str) -> float:
@@ -44,12 +44,15 @@ def check_same_answers(expected, actual, tolerance: float, what: str) -> float:
 
 
 @torch.no_grad()
-def check_same_logits(model, loaded, tolerance: float) -> None:
+def check_same_logits(model, loaded, shape: tuple[int, int, int], tolerance: float) -> None:
     """
+    Args:
+        shape: channels, height and width of an image.
+
     Raises:
         `RuntimeError`: a model that was loaded again from disk answers otherwise than the one that it was made of.
     """
-    pixels = noise_for(loaded.config)
+    pixels = noise_of(shape)
     expected, actual = model.eval()(pixels).logits, loaded.eval()(pixels).logits
     check_same_answers(expected, actual, tolerance, "The saved model, loaded again,")
 
@@ -58,6 +61,7 @@ def fingerprint(
     model: str,
     auto_class: str,
     processed: bool,
+    shape: tuple[int, int, int],
     revision: str | None = None,
     remote_code: bool = False,
     base_model: str | None = None,
@@ -69,6 +73,7 @@ def fingerprint(
         model: folder or Hub name.
         auto_class: of `transformers`, by name.
         processed: whether the picture goes through the model's image processor, or is made of its pixels at once.
+        shape: channels, height and width of an image.
         base_model: where `model` is a PEFT adapter, of what.
     """
     options = {"revision": revision or "main", "trust_remote_code": remote_code}
@@ -86,19 +91,19 @@ def fingerprint(
             if base_model is None:
                 raise
             processor = transformers.AutoImageProcessor.from_pretrained(base_model)  # the adapter has none of its own
-    return fingerprint_of(network, processor)
+    return fingerprint_of(network, processor, shape)
 
 
 @torch.no_grad()
-def fingerprint_of(network, processor) -> np.ndarray:
+def fingerprint_of(network, processor, shape: tuple[int, int, int]) -> np.ndarray:
     """The same of a model and a processor that are loaded already; without a processor the pixels are noise."""
     if processor is not None:
-        height, width = network.config.image_height_width
+        _, height, width = shape
         generator = torch.Generator().manual_seed(0)
         picture = torch.randint(0, 256, (height + 16, width + 32, 3), generator=generator, dtype=torch.uint8)
         pixels = processor(Image.fromarray(picture.numpy()), return_tensors="pt").pixel_values
     else:
-        pixels = noise_for(network.config)
+        pixels = noise_of(shape)
     outputs = network.eval()(pixels, return_dict=False)
     tensors = [part for output in outputs for part in (output if isinstance(output, tuple) else (output,))]
     return torch.cat([tensor.float().flatten() for tensor in tensors]).numpy()

@@ -50,7 +50,7 @@ LINES = {
     "export": "export --model {model} --output_dir {out}",
     "push": "push --folder {model} --repo_id alice/model",
     "label_maps": "label-maps --teacher {model} --train_dir {photos} --num_workers 0 --output_dir {out}",
-    "refine_vit": "refine-vit --model {model} --images {photos} --output_dir {out}",
+    "refine": "refine --model {model} --data {photos} --output_dir {out}",
     "fine_tune": "train --model_name_or_path {model} --train_dir {photos} --max_steps 1 --use_cpu --report_to none "
     "--output_dir {out}",
     "evaluate": "train --model_name_or_path {model} --validation_dir {photos} --do_eval --report_to none --use_cpu "
@@ -170,7 +170,7 @@ def test_in_words(command, defect, sound, photos, tmp_path):
         assert not [file.name for file in out.rglob("*") if file.is_file()]
 
 
-@pytest.mark.parametrize("command", [name for name in LINES if name not in ("push", "refine_vit")])
+@pytest.mark.parametrize("command", [name for name in LINES if name not in ("push", "refine")])
 def test_sound(command, sound, photos, tmp_path):
     """The commands above do run."""
     run(LINES[command], model=sound, photos=photos, out=tmp_path / "out")

@@ -45,8 +45,8 @@ def test_no_such_command(words, said, capsys):
 
 def test_names_may_have_underscores(capsys):
     with pytest.raises(SystemExit):
-        main(["refine_vit", "--help"])
-    assert capsys.readouterr().out.startswith("usage: refiner refine-vit ")
+        main(["label_maps", "--help"])
+    assert capsys.readouterr().out.startswith("usage: refiner label-maps ")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

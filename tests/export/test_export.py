@@ -200,7 +200,7 @@ def test_what_cannot_be_exported(saved, photos, tmp_path):
     ViTForImageClassification(ViTConfig(hidden_size=24, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(
         tmp_path / "vit"
     )
-    fails("--model", str(tmp_path / "vit"), says="'vit' model, not a Refiner")
+    fails("--model", str(tmp_path / "vit"), says="'vit' model without refinements")
     fails("--model", str(tmp_path / "nowhere"), says="nowhere")
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()

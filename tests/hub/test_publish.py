@@ -15,7 +15,7 @@ from refiner_hf import (
     RefinerForImageClassification,
     RefinerForMaskedImageModeling,
     RefinerModel,
-    refine_vit,
+    refine,
 )
 from refiner_hf.commands.push import main
 from refiner_hf.hub.code import CODE_FILES, add_code
@@ -428,11 +428,10 @@ class TestVerification:
         assert verify(published, token=token) < 1e-6
 
     def test_with_the_image_processor_of_a_vit(self, hub, token, tmp_path):
-        """As a refined ViT has: beside our code it stays what it is."""
+        """A refined ViT has it: beside our code it stays what it is."""
         size = dict(image_size=16, patch_size=8, hidden_size=24, num_hidden_layers=2, num_attention_heads=2)
-        refine_vit(ViTForImageClassification(ViTConfig(**size, intermediate_size=48))).save_pretrained(
-            tmp_path / "vit"
-        )
+        vit = ViTForImageClassification(ViTConfig(**size, intermediate_size=48))
+        refine(vit, {"pixel_values": torch.randn(4, 3, 16, 16)}).save_pretrained(tmp_path / "vit")
         ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
         published = publish_folder(tmp_path / "vit", "alice/model", token=token, with_code=True)
         assert verify(published, token=token) < 1e-6

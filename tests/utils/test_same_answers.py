@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from refiner_hf.utils.same_answers import check_same_answers, noise_for
+from refiner_hf.utils.image_config import image_shape_of
+from refiner_hf.utils.same_answers import check_same_answers, noise_of
 
 
 def test_the_largest_difference_is_given():
@@ -29,6 +30,6 @@ def test_what_is_not_the_same(expected, actual):
 
 def test_noise_is_the_same_each_time(tiny_config):
     config = tiny_config(image_size=[16, 24], num_channels=1)
-    assert noise_for(config, 3).shape == (3, 1, 16, 24)
+    assert noise_of(image_shape_of(config), 3).shape == (3, 1, 16, 24)
     torch.randn(5)
-    assert torch.equal(noise_for(config, 3), noise_for(config, 3))
+    assert torch.equal(noise_of(image_shape_of(config), 3), noise_of(image_shape_of(config), 3))

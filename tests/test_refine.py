@@ -82,6 +82,52 @@ class TestEveryFamily:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    "family, head",
+    [(family, False) for family in ENCODERS]
+    + [(f, True) for f, kinds in ENCODERS.items() if "For" in (kinds[3] or "")],
+)
+def test_loaded_from_files_of_older_names(family, head, tmp_path):
+    """transformers saves a model under the names that it was loaded by; a refined one must be found again."""
+    make_encoder(family, head).save_pretrained(tmp_path / "source")
+    model = type(make_encoder(family, head)).from_pretrained(tmp_path / "source").eval()
+    inputs = inputs_of(family)
+    disturb(refine(model, inputs))
+    model.save_pretrained(tmp_path / "refined")
+    task = "Image" if "pixel_values" in inputs else "Sequence"
+    auto = getattr(transformers, f"AutoModelFor{task}Classification" if head else "AutoModel")
+    loaded, info = auto.from_pretrained(tmp_path / "refined", output_loading_info=True)
+    assert not any(info.values())
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs)[0], model(**inputs)[0])
+
+
+def test_dinov3_as_a_classifier(tmp_path):
+    """transformers has none."""
+    inputs = inputs_of("dinov3")
+    make_encoder("dinov3").save_pretrained(tmp_path / "encoder")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "encoder", num_labels=3).eval()
+    bare = AutoModel.from_pretrained(tmp_path / "encoder")
+    with torch.no_grad():
+        tokens = bare(**inputs).last_hidden_state
+        features = torch.cat((tokens[:, 0], tokens[:, 5:].mean(1)), 1)  # without four registers
+        logits = model(**inputs).logits
+        assert_close(logits, model.classifier(features), 1e-6)
+    loss = model(**inputs, labels=torch.tensor([0, 1, 2])).loss
+    assert_close(loss, torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2])), 1e-6)
+    model.save_pretrained(tmp_path / "classifier")
+    for auto, answer in ((AutoModelForImageClassification, logits), (AutoModel, tokens)):
+        with torch.no_grad():
+            assert torch.equal(auto.from_pretrained(tmp_path / "classifier")(**inputs)[0], answer)
+    refine(model, inputs)
+    with torch.no_grad():
+        assert_close(model(**inputs).logits, logits, 1e-5)
+    model.save_pretrained(tmp_path / "refined")
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "refined")
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
 @pytest.mark.parametrize("family", ENCODERS)
 def test_the_map_that_weighted_the_values(family, monkeypatch):
     """`output_attentions` gives the refined maps, and what is no real pair is zero in them."""
@@ -432,6 +478,26 @@ class TestWithAHead:
         for answers, scores in zip(classify(texts, batch_size=2), expected):
             given = {answer["label"]: answer["score"] for answer in answers}
             assert_close(torch.tensor([given[f"LABEL_{i}"] for i in range(3)]), scores, 1e-5)
+
+    def test_words_are_classified_in_a_pipeline(self, tmp_path):
+        config = make_encoder("bert", num_labels=3).config
+        model = transformers.BertForTokenClassification(config).eval()
+        inputs = inputs_of("bert")
+        before = model(**inputs).logits
+        refine(model, inputs)
+        assert_close(model(**inputs).logits[real_tokens(inputs)], before[real_tokens(inputs)], 1e-5)
+        disturb(model)
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "a", "very"]
+        tokenizer = transformers.BertTokenizerFast(vocab={word: i for i, word in enumerate(words)})
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        tag = pipeline("token-classification", model=str(tmp_path), device="cpu", ignore_labels=[])
+        texts = ["a good film", "a very very very bad film"]
+        expected = model(**tokenizer(texts, padding=True, return_tensors="pt")).logits.softmax(-1)
+        for found, scores, text in zip(tag(texts, batch_size=2), expected, texts):
+            assert [each["word"] for each in found] == text.split()
+            best = scores[1 : 1 + len(found)].max(-1).values
+            assert_close(torch.tensor([float(each["score"]) for each in found]), best, 1e-5)
 
     def test_an_image_classifier_in_a_pipeline(self, tmp_path):
         model = make_encoder("dinov2", head=True, num_labels=3)

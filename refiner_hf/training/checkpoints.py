@@ -20,9 +20,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 from transformers.trainer_pt_utils import safe_globals
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..configuration_refiner import RefinerConfig
 from ..data.streams import StreamPosition
-from ..encoder_models_refiner import RefinedConfigMixin
 from ..utils.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..utils.run_files import EMA_FOLDER
 from ..utils.text import counted
@@ -134,11 +132,10 @@ def _check_weights(folder: Path) -> None:
         _check_tensors(folder / ADAPTER_WEIGHTS, {})
         return
     with _reading(folder / CONFIG_NAME):
+        _json(folder / CONFIG_NAME)
         config = AutoConfig.from_pretrained(folder)
         with init_empty_weights():
             expected = AutoModelForImageClassification.from_config(config).state_dict()
-    if not isinstance(config, RefinerConfig | RefinedConfigMixin):
-        expected = {}  # transformers saves its own models under the names of the files that they were loaded from
     files = [folder / SAFE_WEIGHTS_NAME]
     if not files[0].exists() and (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
         with _reading(folder / SAFE_WEIGHTS_INDEX_NAME):

@@ -54,6 +54,7 @@ class RefinerTrainer(PushingTrainer):
       [`~refiner_hf.training.ema.EmaCallback`] among its callbacks is evaluated, saved and restored;
     - a loss that isn't finite stops the training before it is saved over anything, and a checkpoint that can't be
       written leaves no half of it. Logs have the images per second;
+    - a checkpoint has the names that continuing from it looks for, also of models whose names were others once;
     - pushing to the Hub as [`~refiner_hf.training.pushing.PushingTrainer`] does it.
 
     Args:
@@ -92,6 +93,9 @@ class RefinerTrainer(PushingTrainer):
     def _prepare_model(self) -> None:
         """What the arguments, as they are now, want of the model that there is now."""
         self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
+        # transformers saves a model under the names of the files that it was loaded from, which may be an older
+        # version's. Continuing from a checkpoint, a Trainer looks for the modules' own, and only warns without them.
+        self.model.__dict__["_weight_conversions"] = []
         if isinstance(self.model, RefinerForMaskedImageModeling) and self.args.label_names is None:
             self.label_names = ["bool_masked_pos"]  # without a label, an evaluation would have no loss
         if isinstance(self.args, RefinerTrainingArguments):

@@ -14,8 +14,14 @@ from .modes import in_evaluation
 @torch.no_grad()
 def count_flops(model: PreTrainedModel) -> int:
     """Floating-point operations for one image of the model's own size in evaluation, 2 per multiply-add."""
-    shapes_only = {name: tensor.to("meta") for name, tensor in chain(model.named_parameters(), model.named_buffers())}
-    image = torch.empty(1, *image_shape_of(model.config), device="meta", dtype=model.dtype)
-    with in_evaluation(model), FlopCounterMode(display=False) as counter:
-        functional_call(model, shapes_only, (image,))
+    shape = (1, *image_shape_of(model.config))
+    with in_evaluation(model):
+        try:
+            tensors = chain(model.named_parameters(), model.named_buffers())
+            only_shapes = {name: tensor.to("meta") for name, tensor in tensors}
+            with FlopCounterMode(display=False) as counter:
+                functional_call(model, only_shapes, (torch.empty(shape, device="meta", dtype=model.dtype),))
+        except RuntimeError:  # it looks at numbers, as BEiT does
+            with FlopCounterMode(display=False) as counter:
+                model(torch.zeros(shape, device=model.device, dtype=model.dtype))
     return counter.get_total_flops()

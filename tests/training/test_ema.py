@@ -146,7 +146,7 @@ def test_where_there_can_be_no_average(tiny_model, tmp_path):
     adapted = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["v_proj"]))
     for model, fields, says in (
         (tiny_model(), dict(bf16_full_eval=True), "stays in float32"),
-        (adapted, {}, "one of a whole Refiner, not of an adapter"),
+        (adapted, {}, "one of a whole network, not of an adapter"),
     ):
         with pytest.raises(ValueError, match=f"An average of the weights .*{says}"):
             RefinerTrainer(model, arguments(tmp_path, ema_decay=0.5, **fields), train_dataset=Images())

@@ -367,12 +367,12 @@ class TestFineTuning:
         assert new.config.image_size == 24 and new.refiner.embeddings.position_embeddings.shape == (1, 37, 24)
         assert dict(AutoImageProcessor.from_pretrained(tmp_path / "out").size) == {"height": 24, "width": 24}
 
-    def test_what_is_no_refiner(self, tmp_path, photos):
-        from transformers import ViTConfig
+    def test_what_can_not_classify_images(self, tmp_path, photos):
+        from transformers import BertConfig
 
-        ViTConfig().save_pretrained(tmp_path / "vit")
-        with pytest.raises(SystemExit, match="'vit' model, not a Refiner"):
-            self.fine_tune(tmp_path / "vit", photos, tmp_path / "out")
+        BertConfig().save_pretrained(tmp_path / "bert")
+        with pytest.raises(SystemExit, match="'bert' model, of which there is no image classifier"):
+            self.fine_tune(tmp_path / "bert", photos, tmp_path / "out")
 
 
 class TestMoreData:

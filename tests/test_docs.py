@@ -134,6 +134,9 @@ def check_refine(names: dict) -> None:
     assert_close(names["read_after"], names["read_before"], 1e-5)
     assert_close(names["alone"], names["read_after"][:1], 1e-5)
     assert type(names["reader"]).__name__ == "RefinedBertForSequenceClassification"
+    assert_close(names["adapted_logits"], names["before"], 1e-5)
+    assert_close(names["whole_logits"], names["before"], 1e-5)
+    assert type(names["whole"]).__name__ == "RefinedViTForImageClassification"
     best = names["classify"](names["pictures"][0])[0]
     assert abs(best["score"] - names["after"][0].softmax(-1).max().item()) < 1e-4
 

@@ -7,6 +7,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.image_sample import decoded
 from ..data.rows import Rows
+from ..normalization_refiner import RefinerBatchNorm2d
 from ..utils.errors import explain_errors
 from .arguments import ModelArguments
 
@@ -33,6 +34,8 @@ def add_adapter(model: PreTrainedModel, processor: BaseImageProcessor, images: R
     config: Any
     with explain_errors(f"There can't be such an adapter ({args.adapter})"):
         if args.adapter == "lora":
+            for norm in (module for module in model.modules() if isinstance(module, RefinerBatchNorm2d)):
+                norm.frozen = True  # the adapter doesn't hold their statistics
             options = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **args.adapter_fields}
             config = LoraConfig(**options, modules_to_save=head, exclude_modules=head)
         else:

@@ -7,9 +7,11 @@ that using a model doesn't (`pip install 'refiner_hf[train]'` and the like).
 """
 
 from importlib import import_module
+from importlib.metadata import version as version_of
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from packaging.version import Version
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -65,7 +67,7 @@ AutoImageProcessor.register(
     image_processor_classes={"torchvision": RefinerImageProcessor, "pil": RefinerImageProcessorPil},
 )
 
-if find_spec("peft"):  # PEFT then knows adapters of refinements
+if find_spec("peft") and Version(version_of("peft")) >= Version("0.21"):  # PEFT then knows adapters of refinements
     from .encoders import adapter  # noqa: F401
 
 # Where each name lies that is imported when it is first asked for.

@@ -15,11 +15,13 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from . import encoder_classifier_refiner  # noqa: F401  # which makes a classifier of DINOv3 known
 from .attention_refiner import RefinerMapRefinement, check_refine_implementation
 from .code_refiner import named_code_beside
 from .configuration_refiner import RefinerConfig
 from .encoder_attention_refiner import REFINED_ATTENTION, attach_refinement
+
+# Importing it makes a classifier of DINOv3 known.
+from .encoder_classifier_refiner import DINOv3ViTForImageClassification  # noqa: F401
 
 
 class RefinedConfig(PreTrainedConfig):

@@ -8,6 +8,7 @@ plain network with as many steps as the refined one's time allows, by a measurem
 linear model. Writes a table, a plot and a JSON of all results; started again, it goes on.
 
     python scripts/study_refine.py --output_dir outputs/refine                      # about two hours on 2 cores
+    python scripts/study_refine.py --output_dir outputs/refine_sweep --tasks sweep  # the paper's ablations; as long
     python scripts/study_refine.py --output_dir trial --seeds 1 --share_of_steps 0.02 --tasks bbc
 """
 
@@ -393,6 +394,22 @@ TASKS = {
             "LoRA and refinement": both,
         },
     ),
+    "sweep": Task(
+        "Textiles: ratios and kernels of the refinement, and its relatives",
+        textiles, lambda data, args, seed: (new_vit(64, 8, 3), pictures_of), 600, (1e-3,),
+        {
+            PLAIN: as_it_is,
+            **{
+                f"ratio {ratio}, kernel {kernel}": partial(whole, expansion_ratio=ratio, refinement_kernel_size=kernel)
+                for ratio in (1, 2, 3, 4) for kernel in (1, 3, 5)
+            },
+            "ratio 3, no convolution": partial(whole, refinement="expansion"),
+            "one convolution, kernel 3": partial(whole, refinement="convolution"),
+            "one convolution, kernel 1 (re-attention)": partial(
+                whole, refinement="convolution", refinement_kernel_size=1
+            ),
+        },
+    ),
 }  # fmt: skip
 
 
@@ -517,7 +534,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/refine"))
     parser.add_argument("--data_dir", type=Path, default=Path("outputs/refine_data"), help="for what is downloaded")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    tasks = [name for name in TASKS if name != "sweep"]
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=tasks, help="all but the sweep by default")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--share_of_steps", type=float, default=1.0, help="for a trial")
     parser.add_argument("--source_steps", type=int, default=1000, help="to train the ViT of the task digits")

@@ -34,6 +34,7 @@ OVERRIDDEN = {
     },
     "ViTConfig": {"model_type": None},
     "ViTModel": {"config_class": None},
+    "DINOv3ViTPreTrainedModel": {"config_class": None},
     "BackboneConfigMixin": {"out_features": None, "out_indices": None, "to_dict": ""},
     "PreTrainedModel": {
         "_can_compile_fullgraph": None,

@@ -22,7 +22,7 @@ from refiner_hf.configuration_refiner import REFINEMENT_NAMES
 from refiner_hf.inspection.attention_views import APPLIED, BEFORE, view_attention
 from refiner_hf.inspection.networks import Network
 from refiner_hf.inspection.pictures import plot_weights
-from refiner_hf.refinements_refiner import REFINEMENTS
+from refiner_hf.refinements_refiner import REFINEMENTS, make_refinement
 
 from .conftest import assert_close
 
@@ -115,6 +115,19 @@ def test_an_encoder_gets_a_new_kind(scaled):
         refine(vit, {"pixel_values": images}, refinement="scaled")
         torch.testing.assert_close(vit(images).logits, before, atol=1e-5, rtol=1e-4)
     assert sum(isinstance(module, Scaled) for module in vit.modules()) == 2
+
+
+def test_re_attention():
+    """DeepViT's Norm(Theta^T A), the heads mixed by a matrix, is one convolution that looks at no neighbour."""
+    config = RefinerConfig(
+        hidden_size=16, num_attention_heads=4, refinement="convolution", refinement_kernel_size=1
+    )  # fmt: skip
+    refinement = make_refinement(config).train()
+    maps = torch.randn(3, 4, 7, 7).softmax(-1)
+    theta = refinement.convolution.weight[:, :, 0, 0].T
+    mixed = torch.einsum("hg,bhqk->bgqk", theta, maps)
+    norm = nn.BatchNorm2d(4, eps=config.batch_norm_eps)
+    torch.testing.assert_close(refinement(maps), norm(mixed), atol=1e-5, rtol=1e-4)
 
 
 def test_a_kind_that_is_not_listed_is_refused():

@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from transformers import PreTrainedModel
 
+from .. import modeling_refiner
 from ..cards.card import basic_card
 from ..cards.options import public_options
 from ..cards.usage import for_repository
@@ -196,9 +197,10 @@ def check_model(folder: Path) -> PreTrainedModel:
     source = find_source(str(folder))
     config = load_config(source)
     name = (config.architectures or [""])[0]
-    kind = getattr(transformers, auto_class_for(name))
-    if type(config) not in kind._model_mapping or (isinstance(config, RefinerConfig) and name not in _OWN):
-        raise ValueError(f"{folder} holds a {name or config.model_type}, which this doesn't know.")
+    auto = getattr(transformers, auto_class_for(name))
+    if type(config) not in auto._model_mapping or (isinstance(config, RefinerConfig) and name not in _OWN):
+        raise ValueError(f"{folder} holds a {name or config.model_type}, not one of {', '.join(_OWN)} or the like.")
+    kind = getattr(modeling_refiner, name) if isinstance(config, RefinerConfig) else auto
     model = load_network(source, kind, config=config)
     if model.main_input_name != "pixel_values":
         raise ValueError(

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForImageClassification, DINOv3ViTConfig, DINOv3ViTModel, DINOv3ViTPreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+from transformers.utils.generic import can_return_tuple
 
 
 class DINOv3ViTForImageClassification(DINOv3ViTPreTrainedModel):
@@ -27,6 +28,7 @@ class DINOv3ViTForImageClassification(DINOv3ViTPreTrainedModel):
         self.classifier = nn.Linear(2 * config.hidden_size, config.num_labels)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs
     ) -> ImageClassifierOutput:

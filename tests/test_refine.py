@@ -113,6 +113,7 @@ def test_dinov3_as_a_classifier(tmp_path):
         features = torch.cat((tokens[:, 0], tokens[:, 5:].mean(1)), 1)  # without four registers
         logits = model(**inputs).logits
         assert_close(logits, model.classifier(features), 1e-6)
+        assert torch.equal(model(**inputs, return_dict=False)[0], logits)
     loss = model(**inputs, labels=torch.tensor([0, 1, 2])).loss
     assert_close(loss, torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2])), 1e-6)
     model.save_pretrained(tmp_path / "classifier")

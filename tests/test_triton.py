@@ -13,11 +13,12 @@ from itertools import product
 import pytest
 import torch
 
-from refiner_hf import triton_refiner
+from refiner_hf import refine, triton_refiner
 from refiner_hf.attention_refiner import REFINE_IMPLEMENTATIONS, eager_refine
 from refiner_hf.triton_refiner import triton_refine
 
 from .conftest import assert_close
+from .encoders import disturb, inputs_of, make_encoder, real_tokens
 from .refinements import (
     assert_exact,
     assert_exact_but_for_kinks,
@@ -125,6 +126,27 @@ class TestKernels:
     @pytest.mark.parametrize("heads, ratio, kernel, tokens", FEW)
     def test_equal_eager(self, heads, ratio, kernel, tokens):
         check(heads, ratio, kernel, tokens)
+
+    @pytest.mark.parametrize("family", ["vit", "bert"])
+    def test_in_a_refined_encoder(self, family):
+        """With the padding of its texts; in training, with gradients and running statistics."""
+        model = make_encoder(family).to(DEVICE)
+        inputs = {name: value.to(DEVICE) for name, value in inputs_of(family).items()}
+        disturb(refine(model, inputs))
+        found = []
+        for name in ("eager", "triton"):
+            twin = copy.deepcopy(model).train()
+            twin.set_refine_implementation(name)
+            output = twin(**inputs).last_hidden_state[real_tokens(inputs)]
+            torch.manual_seed(3)
+            (output * torch.randn(output.shape).to(output)).sum().backward()
+            refined = {n: p.grad for n, p in twin.named_parameters() if ".refinement." in n}
+            found.append({"output": output.detach(), **refined, **dict(twin.named_buffers())})
+        # Next to what is large: some gradients are nothing but rounding, as those of a bias before a norm.
+        largest = max(each.abs().max().item() for each in found[0].values())
+        for name, expected in found[0].items():
+            difference = (found[1][name].float() - expected.float()).abs().max().item()
+            assert difference <= 1e-3 * expected.abs().max().item() + 1e-6 * largest, name
 
     def test_in_evaluation_with_gradients(self):
         check(4, 3, 3, 7, training=False)

@@ -34,7 +34,7 @@ class PushArguments:
         default=False, metadata={"help": "Open a pull request instead, also in somebody else's repository."}
     )
     tag: str | None = field(default=None, metadata={"help": "Tag to put on the commit. Must be new."})
-    message: str = field(default="Upload a Refiner with refiner_hf", metadata={"help": "Message of the commit."})
+    message: str = field(default="Upload with refiner_hf", metadata={"help": "Message of the commit."})
     token: str | None = field(default=None, metadata={"help": "By default that of `hf auth login` or HF_TOKEN."})
     with_code: bool = field(
         default=False,

@@ -74,7 +74,7 @@ def publish_folder(
     tag: str | None = None,
     create_pr: bool = False,
     token: str | None = None,
-    message: str = "Upload a Refiner with refiner_hf",
+    message: str = "Upload with refiner_hf",
     with_code: bool = False,
 ) -> Published:
     """

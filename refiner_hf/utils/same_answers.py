@@ -80,9 +80,8 @@ def fingerprint(
     load = getattr(transformers, auto_class).from_pretrained
     if base_model is None:
         network = load(model, **options)
-    else:  # given the adapter's name alone, transformers would look for the base model at the adapter's revision
-        network = load(base_model)
-        network.load_adapter(model, adapter_kwargs={"revision": options["revision"]})
+    else:
+        network = _adapted(load, model, base_model, revision or "main")
     processor = None
     if processed:
         try:
@@ -92,6 +91,20 @@ def fingerprint(
                 raise
             processor = transformers.AutoImageProcessor.from_pretrained(base_model)  # the adapter has none of its own
     return fingerprint_of(network, processor, shape)
+
+
+def _adapted(load, adapter: str, base_model: str, revision: str):
+    """The base model, with the adapter's labels where it says them, and the adapter in it."""
+    from peft import PeftModel
+
+    labels = {}
+    try:
+        config = transformers.AutoConfig.from_pretrained(adapter, revision=revision)
+        labels = {"config": config, "ignore_mismatched_sizes": True}
+    except (OSError, ValueError):  # it has no configuration of its own
+        pass
+    network = load(base_model, **labels)
+    return PeftModel.from_pretrained(network, adapter, revision=revision).merge_and_unload()
 
 
 @torch.no_grad()

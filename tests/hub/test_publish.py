@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, snapshot_download
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from refiner_hf import (
+    RefinementAdapterConfig,
     RefinerBackbone,
     RefinerForImageClassification,
     RefinerForMaskedImageModeling,
@@ -24,6 +26,7 @@ from refiner_hf.hub.repository import TRIES, PublishError, prepare_repository
 from refiner_hf.hub.verification import verify
 
 from ..conftest import assert_close, load_json, save_with_processor
+from ..encoders import disturb, inputs_of, make_encoder
 
 
 @pytest.fixture
@@ -435,6 +438,36 @@ class TestVerification:
         ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
         published = publish_folder(tmp_path / "vit", "alice/model", token=token, with_code=True)
         assert verify(published, token=token) < 1e-6
+
+    @pytest.mark.parametrize("family", ["vit", "dinov3"])
+    def test_a_classifier_of_transformers(self, hub, token, tmp_path, family):
+        """As `refiner train` leaves it."""
+        make_encoder(family).save_pretrained(tmp_path / "bare")
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / "bare", num_labels=3)
+        model.save_pretrained(tmp_path / "model")
+        ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+        with pytest.raises(ValueError, match="is transformers' own and needs no code"):
+            publish_folder(tmp_path / "model", "alice/model", token=token, with_code=True)
+        published = publish_folder(tmp_path / "model", "alice/model", token=token)
+        assert verify(published, token=token) < 1e-6
+        card = hub.repositories["alice/model"].files()["README.md"].decode()
+        assert "refiner" not in card.split("---")[1] and "image-classification" in card
+
+    def test_a_refinement_adapter(self, hub, token, tmp_path):
+        base = make_encoder("vit", head=True)
+        base.push_to_hub("alice/base", token=token)
+        base.name_or_path = "alice/base"
+        inputs = {"pixel_values": torch.randn(4, 3, 32, 32)}
+        adapted = get_peft_model(base, RefinementAdapterConfig(inputs=inputs, modules_to_save=["classifier"]))
+        disturb(adapted)
+        adapted.save_pretrained(tmp_path / "adapter")
+        published = publish_folder(tmp_path / "adapter", "alice/adapter", token=token)
+        assert published.base_model == "alice/base" and verify(published, token=token) < 1e-6
+
+    def test_a_model_of_texts_is_pushed_by_itself(self, token, tmp_path):
+        refine(make_encoder("bert"), inputs_of("bert")).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="isn't a model for images. Publish it with its own push_to_hub"):
+            publish_folder(tmp_path, "alice/model", token=token)
 
     def test_other_weights_are_found_out(self, hub, token, folder):
         published = publish_folder(folder, "alice/model", token=token)

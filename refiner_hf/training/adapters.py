@@ -9,6 +9,7 @@ from ..data.image_sample import decoded
 from ..data.rows import Rows
 from ..normalization_refiner import RefinerBatchNorm2d
 from ..utils.errors import explain_errors
+from ..utils.heads import head_modules
 from .arguments import ModelArguments
 
 
@@ -30,7 +31,7 @@ def add_adapter(model: PreTrainedModel, processor: BaseImageProcessor, images: R
 
     from ..encoders.adapter import RefinementAdapterConfig
 
-    head = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    head = head_modules(model.config, model)
     config: Any
     with explain_errors(f"There can't be such an adapter ({args.adapter})"):
         if args.adapter == "lora":

@@ -14,6 +14,7 @@ from ..image_processing_pil_refiner import RefinerImageProcessorMixin
 from ..image_processing_refiner import RefinerImageProcessor
 from ..modeling_refiner import RefinerForImageClassification
 from ..utils.fitting import try_out
+from ..utils.heads import head_modules
 from ..utils.image_config import image_size_of, label_names_of, set_image_size
 from ..utils.loading import has_image_processor, load_config, load_image_processor, load_network
 from ..utils.model_source import Source, find_source
@@ -107,23 +108,23 @@ def _load_other(source: Source, config: PreTrainedConfig, labels: list[str] | No
     if labels is not None:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
-    kind = AutoModelForImageClassification._model_mapping[type(config)]
-    body = f"{(kind[0] if isinstance(kind, tuple) else kind).base_model_prefix}."
+    new: tuple[str, ...] = () if labels is None else tuple(f"{name}." for name in head_modules(config))
 
-    def of_head(tensor: str) -> bool:
-        return not tensor.startswith(body)
+    def without_use(tensor: str) -> bool:  # parts that some models are saved with, and others without
+        return "mask_token" in tensor or "pooler." in tensor
 
-    def without_use(tensor: str) -> bool:  # for a classifier; a bare encoder's own names come without `body`
-        return "mask_token" in tensor or "pooler." in tensor or labels is not None and of_head(tensor)
-
-    return load_network(
+    model = load_network(
         source,
         AutoModelForImageClassification,
-        may_lack=without_use if labels is None else lambda tensor: of_head(tensor) or without_use(tensor),
+        may_lack=lambda tensor: tensor.startswith(new) or without_use(tensor),
         may_have=without_use,
         config=config,
         dtype=torch.float32,
     )
+    for name, module in model.named_modules():
+        if f"{name}.".startswith(new) and hasattr(module, "reset_parameters"):
+            module.reset_parameters()  # it may be for as many other labels
+    return model
 
 
 def load_processor(args: ModelArguments, source: Source | None, model: PreTrainedModel) -> BaseImageProcessor:

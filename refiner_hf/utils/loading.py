@@ -60,8 +60,8 @@ def load_network(
     Args:
         name: folder or Hub name, of a network or of a PEFT adapter, or what [`find_source`] found there.
         kind: class with `from_pretrained`, an Auto class or a model's own.
-        may_lack, may_have (`Callable`, *optional*): whether a tensor of this name may be missing (the caller makes a
-            new one, or never uses it) or left over.
+        may_lack, may_have (`Callable`, *optional*): whether a tensor of this name may be missing or of another shape
+            (the caller makes a new one, or never uses it), or left over.
         options: for `from_pretrained`.
 
     Raises:

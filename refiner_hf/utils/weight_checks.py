@@ -61,7 +61,8 @@ def check_tensors(
         name (`str`): of the weights, for an error.
         model (`PreTrainedModel`): the network that they were loaded into.
         loading (`dict`): transformers' loading information.
-        may_lack, may_have (`Callable`): whether a tensor of this name may be missing or left over.
+        may_lack, may_have (`Callable`): whether a tensor of this name may be missing (or of another shape), or left
+            over.
 
     Raises:
         `ValueError`: tensors are missing, left over or misshapen; the message names them.
@@ -74,12 +75,11 @@ def check_tensors(
     ]
     # Many published classifiers have a pooler, which they never use.
     unexpected = [key for key in unexpected if "pooler." not in key and not may_have(key)]
+    misshapen = [key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]]
     problems = {
         "lack": [key for key in loading["missing_keys"] if not may_lack(key)],
         "have tensors that don't belong to the network:": unexpected,
-        "have another shape than the network's in": [
-            key[0] if isinstance(key, tuple) else key for key in loading["mismatched_keys"]
-        ],
+        "have another shape than the network's in": [key for key in misshapen if not may_lack(key)],
     }
     told = [f"{what} {name_some(sorted(keys), NAMED)}" for what, keys in problems.items() if keys]
     if told:

@@ -7,14 +7,22 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForImageClassification, ViTImageProcessorPil
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    SiglipConfig,
+    SiglipForImageClassification,
+    ViTImageProcessorPil,
+)
 
 from refiner_hf import predict
 from refiner_hf.commands import main
+from refiner_hf.utils.heads import head_modules
 from refiner_hf.utils.loading import load_classifier
 
 from ..conftest import assert_close
-from ..encoders import make_encoder
+from ..encoders import IMAGE, make_encoder
 from ..images import write_folder
 
 
@@ -55,6 +63,36 @@ def test_an_encoder_gets_a_head(family, photos, tmp_path):
          "--output_dir", str(tmp_path / "again"), "--report_to", "none", "--use_cpu"]
     )  # fmt: skip
     assert metrics(tmp_path / "again")["eval_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("labels", [3, 7])
+@pytest.mark.parametrize("family", ["vit", "dinov2", "deit"])
+def test_a_classifier_of_other_labels(family, labels, photos, tmp_path):
+    """As many or not: its head begins anew."""
+    model = make_encoder(family, head=True, num_labels=labels)
+    with torch.no_grad():
+        model.classifier.weight.fill_(100.0)
+    model.save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    train(tmp_path / "model", photos, tmp_path / "out")
+    trained = load_classifier(str(tmp_path / "out"))
+    assert trained.classifier.weight.shape[0] == 3 and trained.classifier.weight.abs().max() < 10
+
+
+def test_two_towers_in_one_configuration(photos, tmp_path):
+    """SigLIP's classifier has no module for the whole encoder; what its head is shows in what labels change."""
+    size = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, vocab_size=100)
+    config = SiglipConfig(vision_config=IMAGE, text_config=size, num_labels=5)
+    assert head_modules(config) == ["classifier"]
+    SiglipForImageClassification(config).save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
+    train(tmp_path / "model", photos, tmp_path / "out", "--adapter", "refinement")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    del weights[next(name for name in weights if "vision_model" in name and "fc1.weight" in name)]
+    save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SystemExit, match="they lack vision_model.*fc1.weight"):
+        train(tmp_path / "model", photos, tmp_path / "other")
 
 
 @pytest.mark.parametrize("adapter", ["refinement", "lora"])

@@ -126,9 +126,8 @@ def _pairs(attention_mask: torch.Tensor, attention_map: torch.Tensor) -> torch.T
 
 def visible(mask: torch.Tensor) -> torch.Tensor:
     """Where queries may look, as booleans."""
-    return (
-        mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    )  # far below biases of positions
+    # The bound is far below biases of positions.
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def attach_refinement(module: nn.Module, config: RefinerConfig) -> RefinerMapRefinement:

@@ -113,10 +113,8 @@ class RefinementLayer(nn.Module, BaseTunerLayer):
         return refined.to(attention_map.dtype)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        like = self._like[0]
-        return like.device, torch.promote_types(
-            like.dtype, torch.float32
-        )  # statistics of half a float's are too coarse
+        # Half precision is too coarse for the norms' statistics.
+        return self._like[0].device, torch.promote_types(self._like[0].dtype, torch.float32)
 
 
 class RefinementTuner(BaseTuner):

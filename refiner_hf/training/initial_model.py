@@ -118,6 +118,7 @@ def _load_other(source: Source, config: PreTrainedConfig, labels: list[str] | No
         AutoModelForImageClassification,
         may_lack=lambda tensor: tensor.startswith(new) or without_use(tensor),
         may_have=without_use,
+        may_differ=lambda tensor: tensor.startswith(new),
         config=config,
         dtype=torch.float32,
     )

@@ -52,6 +52,7 @@ def load_network(
     *,
     may_lack: Callable[[str], bool] = lambda tensor: False,
     may_have: Callable[[str], bool] = lambda tensor: False,
+    may_differ: Callable[[str], bool] = lambda tensor: False,
     **options: Any,
 ) -> PreTrainedModel:
     """
@@ -60,8 +61,8 @@ def load_network(
     Args:
         name: folder or Hub name, of a network or of a PEFT adapter, or what [`find_source`] found there.
         kind: class with `from_pretrained`, an Auto class or a model's own.
-        may_lack, may_have (`Callable`, *optional*): whether a tensor of this name may be missing or of another shape
-            (the caller makes a new one, or never uses it), or left over.
+        may_lack, may_have, may_differ (`Callable`, *optional*): whether a tensor of this name may be missing, left
+            over, or of another shape (the caller makes a new one, or never uses it).
         options: for `from_pretrained`.
 
     Raises:
@@ -74,8 +75,8 @@ def load_network(
         options["config"] = load_config(source)
     new = source.new_in_adapter()
 
-    def absent(tensor: str) -> bool:
-        return may_lack(tensor) or any(f".{part}." in f".{tensor}" for part in new)
+    def in_adapter(tensor: str) -> bool:
+        return any(f".{part}." in f".{tensor}" for part in new)
 
     with explain_errors(f"The weights of {source} are damaged, or don't fit its {CONFIG_NAME}"):
         # Misshapen tensors: our own words name them.
@@ -86,7 +87,14 @@ def load_network(
             **source.weights.hub,
             **options,
         )
-    check_tensors(source.name, model, loading, absent, may_have)
+    check_tensors(
+        source.name,
+        model,
+        loading,
+        lambda tensor: may_lack(tensor) or in_adapter(tensor),
+        may_have,
+        lambda tensor: may_differ(tensor) or in_adapter(tensor),
+    )
     if source.adapter is not None:
         model = _with_adapter(model, source.adapter)
     check_finite(source.name, model)

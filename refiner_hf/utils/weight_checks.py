@@ -55,14 +55,15 @@ def check_tensors(
     loading: dict[str, Any],
     may_lack: Callable[[str], bool],
     may_have: Callable[[str], bool],
+    may_differ: Callable[[str], bool],
 ) -> None:
     """
     Args:
         name (`str`): of the weights, for an error.
         model (`PreTrainedModel`): the network that they were loaded into.
         loading (`dict`): transformers' loading information.
-        may_lack, may_have (`Callable`): whether a tensor of this name may be missing (or of another shape), or left
-            over.
+        may_lack, may_have, may_differ (`Callable`): whether a tensor of this name may be missing, left over, or of
+            another shape.
 
     Raises:
         `ValueError`: tensors are missing, left over or misshapen; the message names them.
@@ -79,7 +80,7 @@ def check_tensors(
     problems = {
         "lack": [key for key in loading["missing_keys"] if not may_lack(key)],
         "have tensors that don't belong to the network:": unexpected,
-        "have another shape than the network's in": [key for key in misshapen if not may_lack(key)],
+        "have another shape than the network's in": [key for key in misshapen if not may_differ(key)],
     }
     told = [f"{what} {name_some(sorted(keys), NAMED)}" for what, keys in problems.items() if keys]
     if told:

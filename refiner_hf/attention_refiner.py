@@ -168,8 +168,9 @@ class RefineImplementation(NamedTuple):
     `refine(refinement, map, scale, mask)` computes it: with a mask the map is zero where that is false, and what the
     result is there doesn't matter. `why_not(refinement, map, masked=False)` says why it can't, or `None` where it can.
     It runs on the device types `devices`, by default on all. `fastest_from` has those on which `"auto"` takes it: with
-    gradients only where a layer's expanded maps have at least so many bytes; with a mask `fastest_masked_from` says
-    it. For smaller ones many small operations cost more than they save (see the curves in docs/benchmarks/).
+    gradients only where a layer's expanded maps have at least so many bytes; with a mask a kind's
+    `masked_pieces_pay_from` says it. For smaller ones many small operations cost more than they save (see the curves
+    in docs/benchmarks/).
     """
 
     refine: Callable[[RefinerMapRefinement, torch.Tensor, float, torch.Tensor | None], torch.Tensor]
@@ -204,6 +205,14 @@ def check_refine_implementation(name: str) -> str:
         choices = ", ".join(map(repr, ["auto", *REFINE_IMPLEMENTATIONS]))
         raise ValueError(f"refine_implementation is {name!r}; choose among {choices}.")
     return name
+
+
+def set_refine_implementation(model: nn.Module, name: str) -> None:
+    """Lets every refinement in a model be computed in this way; raises as [`check_refine_implementation`]."""
+    check_refine_implementation(name)
+    for module in model.modules():
+        if isinstance(module, RefinerMapRefinement):
+            module.config.refine_implementation = name
 
 
 def pick_implementation(refinement: RefinerMapRefinement, attention_map: torch.Tensor, masked: bool = False) -> str:

@@ -15,7 +15,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .attention_refiner import RefinerMapRefinement, check_refine_implementation
+from .attention_refiner import RefinerMapRefinement, set_refine_implementation
 from .code_refiner import named_code_beside
 from .configuration_refiner import RefinerConfig
 from .encoder_attention_refiner import REFINED_ATTENTION, attach_refinement
@@ -111,10 +111,7 @@ class RefinedModelMixin:
 
     def set_refine_implementation(self, refine_implementation: str) -> None:
         """As [`RefinerPreTrainedModel.set_refine_implementation`]. It isn't saved."""
-        check_refine_implementation(refine_implementation)
-        for module in self.modules():  # type: ignore[attr-defined]
-            if isinstance(module, RefinerMapRefinement):
-                module.config.refine_implementation = refine_implementation
+        set_refine_implementation(self, refine_implementation)  # type: ignore[arg-type]
 
 
 def refinement_config_of(settings: dict[str, Any], heads: int) -> RefinerConfig:

@@ -14,7 +14,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
-from ..attention_refiner import RefinerMapRefinement, check_refine_implementation
+from ..attention_refiner import set_refine_implementation
 from ..encoder_attention_refiner import REFINED_ATTENTION
 from ..encoder_models_refiner import become_refined, refinement_config_of
 from ..refinements_refiner import make_refinement
@@ -176,10 +176,7 @@ class RefinementTuner(BaseTuner):
 
     def set_refine_implementation(self, refine_implementation: str) -> None:
         """As [`RefinerPreTrainedModel.set_refine_implementation`]."""
-        check_refine_implementation(refine_implementation)
-        for module in self.model.modules():
-            if isinstance(module, RefinerMapRefinement):
-                module.config.refine_implementation = refine_implementation
+        set_refine_implementation(self.model, refine_implementation)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None

@@ -63,12 +63,11 @@ def refine_to_folder(
     source = find_source(model, revision=revision)
     network = load_as_saved(source)
     processor = load_processing_class(source)
-    batch = batches_of(network, data, processor)[0]
-    expected = _answers(network, batch)
+    batches = batches_of(network, data, processor)
+    expected = _answers(network, batches[0])
     refine(
         network,
-        data,
-        processor,
+        batches,
         layers=layers,
         refinement=refinement,
         expansion_ratio=expansion_ratio,
@@ -81,7 +80,7 @@ def refine_to_folder(
             add_code(unfinished)
         refined_card(output_dir.name, model, network, remote_code=with_code).save(unfinished / "README.md")
         loaded = load_network(str(unfinished), type(network))
-        check_same_answers(expected, _answers(loaded, batch), _ROUNDING, "The saved model, loaded again,")
+        check_same_answers(expected, _answers(loaded, batches[0]), _ROUNDING, "The saved model, loaded again,")
     loaded.config.name_or_path = str(output_dir)
     return loaded
 

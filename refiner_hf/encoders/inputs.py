@@ -6,8 +6,8 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..utils.norm_statistics import Inputs
 
-Inputs = Mapping[str, Any]
 
 _EXAMPLES, _BATCH = 128, 8
 _PLACES = 2**21  # of all maps together: of longer texts fewer are enough

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..configuration_refiner import RefinerConfig
-from ..encoder_models_refiner import RefinedModelMixin, is_loadable
+from ..encoder_models_refiner import RefinedModelMixin, is_loadable, refinement_config_of
 from ..modeling_refiner import RefinerPreTrainedModel
 from ..utils.errors import explain_errors
 from .probe import find_attention
@@ -43,12 +42,11 @@ def choose_modules(
     return {name: seen.heads if number in chosen else None for number, (name, seen) in enumerate(found.items())}
 
 
-def check_settings(settings: Mapping[str, Any]) -> None:
+def check_settings(settings: dict[str, Any]) -> None:
     """Raises a `ValueError` where there is no refinement with those fields of a [`RefinerConfig`]."""
     heads = next(iter(settings["modules"].values())) or 1
-    fields = {name: value for name, value in settings.items() if name != "modules"}
     with explain_errors("There is no such refinement"):
-        RefinerConfig(hidden_size=heads, num_attention_heads=heads, **fields)
+        refinement_config_of(settings, heads)
 
 
 def check_loadable(model: PreTrainedModel) -> None:

@@ -1,5 +1,6 @@
 """The network and the image processor that a run begins with."""
 
+import copy
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def load_model(
     config = load_config(source)
     if type(config) not in AutoModelForImageClassification._model_mapping:
         raise ValueError(f"{source} is a {config.model_type!r} model, of which there is no image classifier.")
-    had = label_names_of(config)
+    own, had = copy.deepcopy(config), label_names_of(config)
     replaced = not keep_labels and set(labels) != set(had)
     for name, value in args.overrides.items():
         if not hasattr(config, name):
@@ -71,7 +72,7 @@ def load_model(
     if args.image_size is not None:
         set_image_size(config, args.image_size)
     if isinstance(config, RefinerConfig):
-        model = _load_refiner(args, source, config, replaced)
+        model = _load_refiner(args, source, config, own, replaced)
         if replaced:
             model.reset_classifier(labels)
     else:
@@ -87,9 +88,10 @@ def load_model(
     return model, None
 
 
-def _load_refiner(args: ModelArguments, source: Source, config: RefinerConfig, replaced: bool) -> Any:
+def _load_refiner(
+    args: ModelArguments, source: Source, config: RefinerConfig, own: RefinerConfig, replaced: bool
+) -> Any:
     # A head that the checkpoint's own configuration doesn't have was asked for by --config_overrides.
-    own = load_config(source)
     had = {"dense_classifier.": own.use_dense_head, "distillation_classifier.": own.use_distillation_head}
     new_heads = tuple(head for head in _HEADS if replaced or not had.get(head, True))
     return load_network(

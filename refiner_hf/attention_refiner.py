@@ -40,6 +40,7 @@ class RefinerMapRefinement(nn.Module):
     """
     Refines attention maps (section 3 of the paper). This is what all kinds share: a batch norm at the end, and the
     choice of an implementation. A kind is a subclass with the methods below; `refinements_refiner.py` lists them.
+    Most do what they do to the map; a kind may also change the scores before the softmax, and the values.
 
     Args:
         config ([`RefinerConfig`]): gives the heads, the kind of refinement and its sizes; at each call its
@@ -50,7 +51,7 @@ class RefinerMapRefinement(nn.Module):
         super().__init__()
         self.config = config
         self.build(config)
-        self.output_norm = batch_norm(config, config.num_attention_heads)
+        self.output_norm = batch_norm(config, self.refined_heads(config)) if self.has_output_norm else None
 
     def forward(
         self, attention_map: torch.Tensor, scale: float = 1.0, mask: torch.Tensor | None = None
@@ -64,7 +65,7 @@ class RefinerMapRefinement(nn.Module):
                 when it is refined.
 
         Returns:
-            the refined map, of the same shape.
+            the refined map, (B, [`refined_heads`], N, N).
         """
         name = pick_implementation(self, attention_map, masked=mask is not None)
         if mask is None:
@@ -72,7 +73,20 @@ class RefinerMapRefinement(nn.Module):
         attention_map = attention_map.masked_fill(~mask, 0)
         return REFINE_IMPLEMENTATIONS[name].refine(self, attention_map, scale, mask).masked_fill(~mask, 0)
 
+    def refine_scores(self, scores: torch.Tensor) -> torch.Tensor:
+        """The scores that the softmax gets, before any mask, (B, H, N, N) -> (B, H, N, N)."""
+        return scores
+
+    def refine_values(self, value: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        The values that the refined map weights, (B, H, N, D) -> (B, [`refined_heads`], N, ...), together of the same
+        width. `mask` as in [`forward`].
+        """
+        return value
+
     # What a kind says of itself.
+
+    has_output_norm = True
 
     # On a CPU with gradients and a mask, from how many bytes of its expanded maps on pieces of them are faster.
     masked_pieces_pay_from = 2 * 2**20
@@ -89,8 +103,9 @@ class RefinerMapRefinement(nn.Module):
     def refine(self, attention_map: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """
         The refinement module by module, without the output norm: the naive reference that every implementation must
-        equal. (B, H, N, N) -> (B, H, N, N). With a mask the map is zero where that is false; norms get the mask too,
-        and what a convolution over places sees must be zero there. What the result is there doesn't matter.
+        equal. (B, H, N, N) -> (B, [`refined_heads`], N, N). With a mask the map is zero where that is false; norms get
+        the mask too, and what a convolution over places sees must be zero there. What the result is there doesn't
+        matter.
         """
         raise NotImplementedError
 
@@ -105,6 +120,11 @@ class RefinerMapRefinement(nn.Module):
     def weights_panels(self) -> list[WeightsPanel]:
         """The learned weights, to be plotted."""
         raise NotImplementedError
+
+    @classmethod
+    def refined_heads(cls, config: RefinerConfig) -> int:
+        """The channels of the refined map."""
+        return config.num_attention_heads
 
     @property
     def expanded_heads(self) -> int:
@@ -128,7 +148,9 @@ def eager_refine(
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The refinement, module by module. Runs everywhere and keeps every intermediate result for backward."""
-    refined = refinement.output_norm(refinement.refine(attention_map, mask), mask)
+    refined = refinement.refine(attention_map, mask)
+    if refinement.output_norm is not None:
+        refined = refinement.output_norm(refined, mask)
     return refined if scale == 1 else refined * scale
 
 

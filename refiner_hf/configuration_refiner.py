@@ -26,7 +26,10 @@ from .code_refiner import named_code_beside
 
 
 ATTENTION_TYPES = ("plain", "refined", "shared_refined")
-REFINEMENT_NAMES = ["expansion_convolution", "convolution", "expansion"]  # their classes: refinements_refiner.py
+# Their classes are in refinements_refiner.py.
+REFINEMENT_NAMES = [
+    "expansion_convolution", "convolution", "expansion", "no_reduction", "talking_heads", "feature_convolution",
+]  # fmt: skip
 _MOST_LAYERS = 10_000  # far above any network; below it a mistake is found before anything long begins
 
 
@@ -89,11 +92,14 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
         refinement (`str`, *optional*, defaults to `"expansion_convolution"`):
             `"expansion_convolution"`: attention expansion, distributed local attention, attention reduction.
             `"expansion"`: the same without the spatial convolution. `"convolution"`: one full convolution over the
-            maps, from all heads to all heads.
+            maps, from all heads to all heads. To compare with: `"no_reduction"`, the paper's without attention
+            reduction (needs `accumulate_attention=False`, and an `expansion_ratio` that divides a head's width),
+            `"talking_heads"` (needs layers that make their own scores), which mixes the heads before and after the
+            softmax, and `"feature_convolution"`, over the values in place of the maps.
         expansion_ratio (`int`, *optional*, defaults to 3):
-            Expanded heads per head. With 1 nothing is expanded. Unused by `"convolution"`.
+            Expanded heads per head. With 1 nothing is expanded. Unused where nothing is.
         refinement_kernel_size (`int`, *optional*, defaults to 3):
-            Side of the spatial kernel over the maps (odd). Unused by `"expansion"`.
+            Side of the spatial kernel over the maps (odd), or tokens in a kernel over features. Unused without one.
         use_dense_head (`bool`, *optional*, defaults to `False`):
             A second classifier on the patch tokens.
         dense_loss_weight (`float`, *optional*, defaults to 0.5):
@@ -124,7 +130,8 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Raises:
         `StrictDataclassError` (of `huggingface_hub.errors`): sizes that don't fit each other, an unknown attention
-        type or refinement, a `shared_refined` layer with no map before it, a value of the wrong type.
+        type or refinement, a `shared_refined` layer with no map before it, a refinement that doesn't fit the layers,
+        a value of the wrong type.
 
     Example:
 
@@ -351,6 +358,26 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(
                 f"refinement_kernel_size must be odd (the refined map has the map's size), "
                 f"got {self.refinement_kernel_size}."
+            )
+        if self.refinement == "talking_heads" and "shared_refined" in self.attention_types:
+            raise ValueError(
+                "refinement='talking_heads' mixes scores, and 'shared_refined' layers have none: they refine the map "
+                "of another layer. Give attention_types of 'plain' and 'refined' only."
+            )
+        if self.refinement == "no_reduction":
+            self._validate_no_reduction()
+
+    def _validate_no_reduction(self):
+        if self.accumulate_attention or "shared_refined" in self.attention_types:
+            raise ValueError(
+                "refinement='no_reduction' makes more maps than there are heads, so the next layer can't go on with "
+                "them. Set accumulate_attention=False, with attention_types of 'plain' and 'refined' only."
+            )
+        width = self.hidden_size // self.num_attention_heads
+        if width % self.expansion_ratio:
+            raise ValueError(
+                f"refinement='no_reduction' divides a head's width ({width}) among its expanded maps, so "
+                f"expansion_ratio must divide it, got {self.expansion_ratio}."
             )
 
     def validate_numbers(self):

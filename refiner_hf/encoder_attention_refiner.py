@@ -50,7 +50,8 @@ def refined_attention(
         position_bias (`torch.Tensor`, *optional*): is added to the scores as well.
 
     Returns:
-        the output (B, N, H, D), and the map that weighted the values (B, H, N, N).
+        the output (B, N, H, D), and the map that weighted the values (B, H, N, N), or (B, E, N, N) where that has E
+            heads.
 
     Raises:
         `RuntimeError`: the module has no such attribute: a refined model was loaded as another class.
@@ -69,7 +70,7 @@ AttentionMaskInterface.register(REFINED_ATTENTION, eager_mask)  # without it, mo
 
 def attend(
     module: nn.Module,
-    refinement: nn.Module | None,
+    refinement: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -85,6 +86,8 @@ def attend(
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if position_bias is not None:
         scores = scores + position_bias
+    if refinement is not None:
+        scores = refinement.refine_scores(scores)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
@@ -92,8 +95,10 @@ def attend(
     attention_map = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     attention_map = nn.functional.dropout(attention_map, dropout, module.training)
     if refinement is not None:
-        attention_map = refinement(attention_map, mask=real_pairs(attention_mask, attention_map))
-    return (attention_map @ value).transpose(1, 2).contiguous(), attention_map
+        mask = real_pairs(attention_mask, attention_map)
+        attention_map, value = refinement(attention_map, mask=mask), refinement.refine_values(value, mask)
+    output = (attention_map @ value).transpose(1, 2)  # (B, N, H, D); of more maps than heads, each has less than D
+    return output.reshape(*output.shape[:2], query.shape[1], -1).contiguous(), attention_map
 
 
 _PAIRS: MutableMapping = WeakTensorKeyDictionary()  # by mask, which all layers share

@@ -31,8 +31,8 @@ class RefinedConfig(PreTrainedConfig):
 
     - `base_model_type` (`str`): the model type of that model.
     - `refinement_config` (`dict`): `refinement`, `expansion_ratio` and `refinement_kernel_size` as in
-      [`RefinerConfig`], and `modules`: the name of every attention module with its number of heads where it is
-      refined, else `None`.
+      [`RefinerConfig`], and `modules`: the name of every attention module with its `num_attention_heads` and
+      `hidden_size` where it is refined, else `None`.
     """
 
     model_type = "refined"
@@ -78,9 +78,9 @@ class RefinedConfigMixin:
     def validate_output_attentions(self) -> None:
         pass
 
-    def refinement_of(self, heads: int) -> RefinerConfig:
-        """The configuration of a refinement of so many heads."""
-        return refinement_config_of(self.refinement_config, heads)
+    def refinement_of(self, sizes: "Sizes") -> RefinerConfig:
+        """The configuration of the refinement of an attention module of such sizes."""
+        return refinement_config_of(self.refinement_config, sizes)
 
 
 class RefinedModelMixin:
@@ -114,12 +114,15 @@ class RefinedModelMixin:
         set_refine_implementation(self, refine_implementation)  # type: ignore[arg-type]
 
 
-def refinement_config_of(settings: dict[str, Any], heads: int) -> RefinerConfig:
-    """The configuration of a refinement of so many heads; `settings` as a refined model's `refinement_config`."""
-    fields = {name: value for name, value in settings.items() if name != "modules"}
-    return RefinerConfig(
-        hidden_size=heads, num_attention_heads=heads, num_hidden_layers=1, attention_types=["refined"], **fields
-    )
+Sizes = dict[str, int]  # of an attention module: `num_attention_heads` and `hidden_size`
+
+
+def refinement_config_of(settings: dict[str, Any], sizes: Sizes) -> RefinerConfig:
+    """
+    The configuration of the refinement of one attention module; `settings` as a refined model's `refinement_config`.
+    """
+    fields = {name: value for name, value in settings.items() if name != "modules"} | sizes
+    return RefinerConfig(num_hidden_layers=1, attention_types=["refined"], accumulate_attention=False, **fields)
 
 
 def become_refined(model: PreTrainedModel, settings: dict[str, Any]) -> list[RefinerMapRefinement]:
@@ -150,12 +153,12 @@ def become_refined(model: PreTrainedModel, settings: dict[str, Any]) -> list[Ref
 def attach_refinements(model: Any) -> list[RefinerMapRefinement]:
     """Gives the attention modules of a model the refinements that its configuration names; returns these."""
     found = []
-    for name, heads in model.config.refinement_config["modules"].items():
+    for name, sizes in model.config.refinement_config["modules"].items():
         module = _submodule(model, name)
-        if heads is None:
+        if sizes is None:
             module.refinement = None  # it weights its values with its own map
         else:
-            found.append(attach_refinement(module, model.config.refinement_of(heads)))
+            found.append(attach_refinement(module, model.config.refinement_of(sizes)))
     return found
 
 

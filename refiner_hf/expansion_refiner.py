@@ -30,11 +30,15 @@ class RefinerExpansion(RefinerMapRefinement):
             self.expansion = nn.Conv2d(heads, expanded, 1, bias=False)
             self.expansion_norm = batch_norm(config, expanded)
         self.build_local_attention(config, expanded)
-        self.reduction = nn.Conv2d(expanded, heads, 1, bias=False)
-        self.reduction_norm = batch_norm(config, heads)
+        self.build_reduction(config, expanded)
 
     def build_local_attention(self, config: RefinerConfig, expanded: int) -> None:
         """Makes what comes between expansion and reduction: here nothing."""
+
+    def build_reduction(self, config: RefinerConfig, expanded: int) -> None:
+        """Makes the reduction and its norm, `reduction_norm`."""
+        self.reduction = nn.Conv2d(expanded, config.num_attention_heads, 1, bias=False)
+        self.reduction_norm = batch_norm(config, config.num_attention_heads)
 
     def refine(self, attention_map: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         return self.reduction_norm(self.reduction(self.expanded_maps(attention_map, mask)), mask) + attention_map
@@ -64,12 +68,16 @@ class RefinerExpansion(RefinerMapRefinement):
             panels.append(
                 WeightsPanel("attention expansion", self.expansion.weight[:, :, 0, 0], "head", "expanded head")
             )
+        return [*panels, *self.reduction_panels()]
+
+    def reduction_panels(self) -> list[WeightsPanel]:
+        """Those of the weights that [`build_reduction`] made."""
         reduction = self.reduction.weight[:, :, 0, 0].T
-        return [*panels, WeightsPanel("attention reduction", reduction, "head", "expanded head")]
+        return [WeightsPanel("attention reduction", reduction, "head", "expanded head")]
 
     @property
     def expanded_heads(self) -> int:
-        return self.reduction.in_channels
+        return self.config.num_attention_heads * self.config.expansion_ratio
 
     def why_not_fast(self, masked: bool) -> str | None:
         return None
@@ -95,7 +103,7 @@ class RefinerExpansionConvolution(RefinerExpansion):
         return "after distributed local attention", self.expanded_maps(attention_map)
 
     def weights_panels(self) -> list[WeightsPanel]:
-        heads = self.reduction.out_channels
+        heads = self.config.num_attention_heads
         assert self.local_attention is not None
         kernels = self.local_attention.weight[:, 0].unflatten(0, (-1, heads))  # (E / H, H, k, k)
         return [WeightsPanel("distributed local attention, by expanded head", kernels), *super().weights_panels()]

@@ -44,7 +44,7 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_refiner import check_refine_implementation
+from .attention_refiner import RefinerMapRefinement, check_refine_implementation
 from .configuration_refiner import RefinerConfig
 from .embeddings_refiner import RefinerEmbeddings, patches_to_pixels
 from .folding_refiner import is_transformed
@@ -119,6 +119,8 @@ class RefinerAttention(nn.Module):
             where they aren't needed and the values could be weighted without ever making one.
         """
         value = self._heads(self.v_proj(hidden_states))
+        if self.attention_type != "plain":
+            value = self.refinement.refine_values(value)
         if self.attention_type == "shared_refined":
             attention_map, passed_on = self.refinement(previous_map, self.scaling), previous_map
         else:
@@ -133,6 +135,8 @@ class RefinerAttention(nn.Module):
     def _own_map(self, query: torch.Tensor, key: torch.Tensor, previous_map: torch.Tensor | None) -> torch.Tensor:
         """(B, H, N, D / H), the same, (B, H, N, N) -> (B, H, N, N)."""
         scores = (query * self.scaling) @ key.transpose(-2, -1)
+        if self.attention_type == "refined":
+            scores = self.refinement.refine_scores(scores)
         attention_map = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
         if self._accumulates(previous_map):
             # Nobody else has this map yet; but softmax's backward pass needs its own result, and a record is the same
@@ -239,6 +243,8 @@ class RefinerPreTrainedModel(PreTrainedModel):
                 init.trunc_normal_(module.distillation_token, std=self.config.initializer_range)
             if module.mask_token is not None:
                 init.zeros_(module.mask_token)
+        elif isinstance(module, RefinerMapRefinement) and not module.has_output_norm:
+            module.start_as_identity()  # no norm would mend the size of what random weights give
         elif isinstance(module, RefinerLayerScale):
             init.constant_(module.lambda1, self.config.layerscale_value)
 

@@ -5,12 +5,16 @@ from .attention_refiner import RefinerMapRefinement
 from .configuration_refiner import RefinerConfig
 from .convolution_refiner import RefinerConvolution
 from .expansion_refiner import RefinerExpansion, RefinerExpansionConvolution
+from .relatives_refiner import RefinerFeatureConvolution, RefinerNoReduction, RefinerTalkingHeads
 
 
 REFINEMENTS: dict[str, type[RefinerMapRefinement]] = {
     "expansion_convolution": RefinerExpansionConvolution,
     "convolution": RefinerConvolution,
     "expansion": RefinerExpansion,
+    "no_reduction": RefinerNoReduction,
+    "talking_heads": RefinerTalkingHeads,
+    "feature_convolution": RefinerFeatureConvolution,
 }
 
 

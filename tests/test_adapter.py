@@ -289,5 +289,6 @@ class TestOtherProcesses:
     def test_what_is_saved(self, folder):
         content = json.loads((folder / "adapter" / "adapter_config.json").read_text())
         assert content["peft_type"] == "REFINEMENT" and content["modules_to_save"] == ["classifier"]
-        assert content["modules"] == {f"bert.encoder.layer.{i}.attention.self": 4 for i in (0, 1)}
+        sizes = {"num_attention_heads": 4, "hidden_size": 32}
+        assert content["modules"] == {f"bert.encoder.layer.{i}.attention.self": sizes for i in (0, 1)}
         assert not {"inputs", "processing_class"} & content.keys()

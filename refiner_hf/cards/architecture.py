@@ -54,11 +54,12 @@ def _encoder(model: PreTrainedModel) -> dict[str, str]:
     rows = {"made of": f"transformers' `{type(model).__name__.removeprefix('Refined')}`"}
     if isinstance(config, RefinedConfigMixin):
         modules = config.refinement_config["modules"]
-        heads = [each for each in modules.values() if each is not None]
+        refined = [sizes for sizes in modules.values() if sizes is not None]
+        kind = REFINEMENTS[config.refinement_config["refinement"]]
         rows |= {
-            "layers": f"{len(modules)}, of which {len(heads)} refine their map",
-            "attention heads": ", ".join(map(str, sorted(set(heads)))),
-            "refinement": REFINEMENTS[config.refinement_config["refinement"]].describe(config.refinement_of(heads[0])),
+            "layers": f"{len(modules)}, of which {len(refined)} refine their map",
+            "attention heads": ", ".join(map(str, sorted({sizes["num_attention_heads"] for sizes in refined}))),
+            "refinement": kind.describe(config.refinement_of(refined[0])),
         }
     if hasattr(model, "num_labels") and any(name.startswith("classifier") for name, _ in model.named_modules()):
         rows["labels"] = str(config.num_labels)

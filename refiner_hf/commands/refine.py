@@ -35,7 +35,8 @@ class RefineArguments:
     refinement: str = field(
         default="expansion_convolution",
         metadata={
-            "help": "The paper's, the same without spatial convolution, or one full convolution.",
+            "help": "The paper's, one full convolution, the paper's without its convolution or its reduction, or a "
+            "relative to compare it with.",
             "choices": REFINEMENT_NAMES,
         },
     )
@@ -55,7 +56,7 @@ def main(args: RefineArguments) -> None:
     options["data"] = load_sample(args.data)
     model = refine_to_folder(**options)
     modules = model.config.refinement_config["modules"]
-    refined = [name for name, heads in modules.items() if heads is not None]
+    refined = [name for name, sizes in modules.items() if sizes is not None]
     new = sum(p.numel() for name, p in model.named_parameters() if ".refinement." in name)
     print(
         f"{len(refined)} of {counted(len(modules), 'layer')} refine their map, with {new:,} new parameters beside "

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..attention_refiner import set_refine_implementation
 from ..encoder_attention_refiner import REFINED_ATTENTION
-from ..encoder_models_refiner import become_refined, refinement_config_of
+from ..encoder_models_refiner import Sizes, become_refined, refinement_config_of
 from ..refinements_refiner import make_refinement
 from .identity_start import start_as_identity
 from .inputs import batches_of
@@ -48,7 +48,7 @@ class RefinementAdapterConfig(PeftConfig):
         refinement, expansion_ratio, refinement_kernel_size (*optional*): as in [`RefinerConfig`].
         modules_to_save (`list[str]`, *optional*): modules that are trained and saved whole beside the adapter, such as
             `["classifier"]`.
-        modules (`dict`, *optional*): is found out: every attention module's name, with its heads where it is refined.
+        modules (`dict`, *optional*): is found out: every attention module's name, with its sizes where it is refined.
 
     Example:
 
@@ -69,7 +69,7 @@ class RefinementAdapterConfig(PeftConfig):
     expansion_ratio: int = 3
     refinement_kernel_size: int = 3
     modules_to_save: list[str] | None = None
-    modules: dict[str, int | None] | None = None
+    modules: dict[str, Sizes | None] | None = None
     target_modules: list[str] | None = field(default=None, init=False)  # PEFT wants it; these are `modules`
 
     def __post_init__(self):
@@ -103,14 +103,31 @@ class RefinementLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, attention_map: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """Shapes as [`RefinerMapRefinement.forward`]'s."""
-        if self.disable_adapters:
-            return attention_map
         refined = attention_map
-        for name in self.active_adapters:
-            if name in self.adapters:
-                refinement: Any = self.adapters[name]
-                refined = refinement(refined.to(refinement.output_norm.weight.dtype), mask=mask)
+        for refinement in self._active():
+            if refined.shape[1] != attention_map.shape[1]:
+                raise ValueError(
+                    "The maps of refinement='no_reduction' are more than there are heads: no other adapter can refine "
+                    "them. Make it the last of the active adapters, or the only one."
+                )
+            refined = refinement(refined.to(next(refinement.parameters()).dtype), mask=mask)
         return refined.to(attention_map.dtype)
+
+    def refine_scores(self, scores: torch.Tensor) -> torch.Tensor:
+        """As [`RefinerMapRefinement.refine_scores`]."""
+        for refinement in self._active():
+            scores = refinement.refine_scores(scores)
+        return scores
+
+    def refine_values(self, value: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """As [`RefinerMapRefinement.refine_values`]."""
+        for refinement in self._active():
+            value = refinement.refine_values(value, mask)
+        return value
+
+    def _active(self) -> list[Any]:
+        names = () if self.disable_adapters else self.active_adapters
+        return [self.adapters[name] for name in names if name in self.adapters]
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         # Half precision is too coarse for the norms' statistics.
@@ -167,7 +184,7 @@ class RefinementTuner(BaseTuner):
         layers: list[Any] = list(_layers(model, adapter_name).values())
         active = [layer._active_adapter for layer in layers]
         for layer in layers:
-            layer._active_adapter = [*layer.active_adapters, adapter_name]
+            layer._active_adapter = [*(name for name in layer.active_adapters if name != adapter_name), adapter_name]
         try:
             start_as_identity(model, [layer.adapters[adapter_name] for layer in layers], batches)
         finally:
@@ -245,7 +262,7 @@ class RefinementTuner(BaseTuner):
         return key.replace(f".refinement.adapters.{adapter_name}.", ".refinement.adapters.", 1)
 
 
-def _check_modules(model: nn.Module, modules: dict[str, int | None]) -> None:
+def _check_modules(model: nn.Module, modules: dict[str, Sizes | None]) -> None:
     there = {name for name, _ in model.named_modules()}
     if missing := [name for name in modules if name not in there]:
         raise ValueError(

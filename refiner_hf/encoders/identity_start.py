@@ -30,14 +30,14 @@ def start_as_identity(
     # first norm of one doesn't see that of another.
     norms = ([m for m in r.modules() if isinstance(m, RefinerBatchNorm2d)] for r in refinements)
     together: list[Any] = list(zip(*norms, strict=True))
-    passes = [r.output_norm.register_forward_hook(lambda norm, inputs, output: inputs[0]) for r in refinements]
+    output_norms: list[Any] = [r.output_norm for r in refinements if r.output_norm is not None]
+    passes = [norm.register_forward_hook(lambda norm, inputs, output: inputs[0]) for norm in output_norms]
     try:
         reestimate_norm_statistics(model, batches, together=together)
     finally:
         for each in passes:
             each.remove()
-    norm: Any  # its statistics are tensors
-    for norm in (refinement.output_norm for refinement in refinements):
+    for norm in output_norms:
         if not norm.running_var.isfinite().all():
             raise ValueError("The model's maps of these inputs aren't finite: inputs or weights hold NaN or infinity.")
         norm.weight.copy_((norm.running_var + norm.eps).sqrt())

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..encoder_models_refiner import RefinedModelMixin, is_loadable, refinement_config_of
+from ..encoder_models_refiner import RefinedModelMixin, Sizes, is_loadable, refinement_config_of
 from ..modeling_refiner import RefinerPreTrainedModel
 from ..utils.errors import explain_errors
 from .probe import find_attention
@@ -14,9 +14,9 @@ from .probe import find_attention
 
 def choose_modules(
     model: PreTrainedModel, inputs: Mapping[str, Any], layers: Iterable[int] | None
-) -> dict[str, int | None]:
+) -> dict[str, Sizes | None]:
     """
-    Every attention module by name, with its heads where it shall be refined, else with `None`.
+    Every attention module by name, with its sizes where it shall be refined, else with `None`.
 
     Args:
         model: runs once.
@@ -39,14 +39,20 @@ def choose_modules(
     for number, (name, seen) in enumerate(found.items()):
         if seen.obstacle is not None and number in chosen:
             raise ValueError(f"The maps of {name} can't be refined: {seen.obstacle}.")
-    return {name: seen.heads if number in chosen else None for number, (name, seen) in enumerate(found.items())}
+    return {
+        name: {"num_attention_heads": seen.heads, "hidden_size": seen.heads * seen.head_width}
+        if number in chosen
+        else None
+        for number, (name, seen) in enumerate(found.items())
+    }
 
 
 def check_settings(settings: dict[str, Any]) -> None:
     """Raises a `ValueError` where there is no refinement with those fields of a [`RefinerConfig`]."""
-    heads = next(iter(settings["modules"].values())) or 1
     with explain_errors("There is no such refinement"):
-        refinement_config_of(settings, heads)
+        for sizes in settings["modules"].values():
+            if sizes is not None:
+                refinement_config_of(settings, sizes)
 
 
 def check_loadable(model: PreTrainedModel) -> None:

@@ -25,10 +25,11 @@ _KNOWN = {"scaling", "dropout", "position_bias"}
 
 
 class SeenAttention(NamedTuple):
-    """An attention module that ran: its heads, and why its maps can't be refined, or `None`."""
+    """An attention module that ran: its heads, their width, and why its maps can't be refined, or `None`."""
 
     module: nn.Module
     heads: int
+    head_width: int
     obstacle: str | None
 
 
@@ -72,7 +73,8 @@ def _probe(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _seen.get().append(SeenAttention(module, query.shape[1], _obstacle(module, query, key, attention_mask, kwargs)))
+    obstacle = _obstacle(module, query, key, attention_mask, kwargs)
+    _seen.get().append(SeenAttention(module, query.shape[1], value.shape[3], obstacle))
     known = {name: value for name, value in kwargs.items() if name in _KNOWN}
     return attend(module, getattr(module, "refinement", None), query, key, value, attention_mask, **known)
 

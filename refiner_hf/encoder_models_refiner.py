@@ -196,6 +196,13 @@ def is_loadable(model: PreTrainedModel) -> bool:
     return any(type(model) in _tuple(mapping[config]) for mapping in _auto_mappings() if config in mapping)
 
 
+def class_as_saved(config: PreTrainedConfig) -> Any:
+    """The class of the model that was saved with a configuration, or `None` where no Auto class loads it."""
+    kind, names = type(config), config.architectures or []
+    models = (model for mapping in _auto_mappings() if kind in mapping for model in _tuple(mapping[kind]))
+    return next((model for model in models if model.__name__ in names), None)
+
+
 def _auto_mappings() -> list[Any]:
     """Of each Auto class, the models by configuration."""
     autos: list[Any] = [each for each in vars(modeling_auto).values() if isinstance(each, type)]

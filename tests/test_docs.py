@@ -124,8 +124,12 @@ def check_export(names: dict) -> None:
 
 
 def check_look_inside(names: dict) -> None:
-    """Grad-CAM: a number for each patch, and not nothing."""
+    """Grad-CAM: a number for each patch, and not nothing. Texts: refined and not yet trained, the numbers are the same."""
     assert names["cam"].shape == names["model"].config.patch_grid and names["gradient"][0, 1:].abs().max() > 0
+    refined, plain = json.loads(Path("read/analysis.json").read_text())["networks"]
+    assert refined["texts"] == plain["texts"] == 4 and "before" in refined and "before" not in plain
+    entropies = (torch.tensor(each["applied"]["entropy"]["mean"]) for each in (refined, plain))
+    assert_close(*entropies, 1e-4)
 
 
 def check_refine(names: dict) -> None:

@@ -1,6 +1,6 @@
 """
-What our classes override of transformers' and evaluate's is as it was when we wrote it. A new release that changes it
-breaks this test, and not a user's network. (Those of the Trainer: `training/test_trainer_hooks.py`.)
+What our classes override of transformers', PEFT's and evaluate's is as it was when we wrote it. A new release that
+changes it breaks this test, and not a user's network. (Those of the Trainer: `training/test_trainer_hooks.py`.)
 """
 
 import importlib
@@ -14,13 +14,18 @@ import refiner_hf
 from refiner_hf.encoder_models_refiner import refined_config_class, refined_model_class
 
 
-LIBRARIES = ("transformers", "evaluate")
+LIBRARIES = ("transformers", "evaluate", "peft")
 _STEPS = (
     "images do_resize size resample do_center_crop crop_size do_rescale rescale_factor do_normalize image_mean "
     "image_std do_pad pad_size"
 )
-# What transformers itself notes at a class while it runs, as other tests have it do.
-NOTED = {"_auto_class", "_can_set_attn_implementation_cached_value", "_can_set_experts_implementation_cached_value"}
+# What Python and transformers note at a class themselves, the latter while it runs, as other tests have it do.
+NOTED = {
+    "_abc_impl",
+    "_auto_class",
+    "_can_set_attn_implementation_cached_value",
+    "_can_set_experts_implementation_cached_value",
+}
 # What is overridden, by the library's class that has it: a method with its parameters, or None for an attribute.
 OVERRIDDEN = {
     "PreTrainedConfig": {
@@ -80,6 +85,19 @@ OVERRIDDEN = {
         "process_image": "image do_convert_rgb input_data_format device kwargs",
         "resize": "image size resample antialias kwargs",
     },
+    "BaseTuner": {
+        "_check_merge_allowed": "",
+        "_check_target_module_exists": "key",
+        "_create_and_replace": "peft_config adapter_name target target_name parent current_key parameter_name",
+        "_prepare_adapter_config": "peft_config model_config",
+        "_remove_adapter_name_from_key": "key adapter_name",
+        "_replace_module": "parent child_name new_module child",
+        "inject_adapter": "model adapter_name autocast_adapter_dtype low_cpu_mem_usage state_dict",
+        "merge_and_unload": "progressbar safe_merge adapter_names",
+        "unload": "",
+    },
+    "BaseTunerLayer": {"_get_base_layer_device_and_dtype": "base_layer", "adapter_layer_names": None},
+    "PeftConfigMixin": {"to_dict": ""},
     "EvaluationModule": {"_compute": "predictions references kwargs", "_info": ""},
 }
 

@@ -5,19 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..cards.conversion import refined_card
-from ..encoder_classifier_refiner import DINOv3ViTForImageClassification
+from ..encoder_models_refiner import class_as_saved
 from ..hub.code import add_code
-from ..utils.errors import explain_errors
-from ..utils.loading import has_image_processor, load_config, load_image_processor, load_network
+from ..utils.loading import has_image_processor, load_config, load_image_processor, load_network, load_tokenizer
+from ..utils.model_inputs import moved
 from ..utils.model_source import Source, find_source
 from ..utils.new_folder import check_new, new_folder
 from ..utils.same_answers import check_same_answers
 from .inputs import batches_of
-from .modules import moved
 from .refine import refine
 
 
@@ -90,15 +88,13 @@ def load_as_saved(source: Source) -> PreTrainedModel:
     A model of the class that it was saved as, in float32.
 
     Raises:
-        `ValueError`: its configuration doesn't say which, or one that transformers doesn't have; or as
-            [`load_network`].
+        `ValueError`: its configuration doesn't say which, or one that no Auto class loads; or as [`load_network`].
     """
     config = load_config(source)
-    name = (config.architectures or [""])[0]
-    own = {"DINOv3ViTForImageClassification": DINOv3ViTForImageClassification}
-    kind = own.get(name) or getattr(transformers, name, None)
+    kind = class_as_saved(config)
     if kind is None:
-        raise ValueError(f"{source} is a {name}, which transformers doesn't have.")
+        names = " or ".join(config.architectures or ["model of a class that its configuration doesn't say"])
+        raise ValueError(f"{source} is a {names}, and no Auto class of transformers loads that.")
     unused = ("pooler.", "mask_token")  # parts that some models are saved with, and others without
     return load_network(
         source,
@@ -114,13 +110,12 @@ def load_processing_class(source: Source) -> Any:
     """The image processor of a model, or its tokenizer."""
     if has_image_processor(source):
         return load_image_processor(source)
-    with explain_errors(f"{source} has no image processor, and its tokenizer can't be loaded"):
-        return AutoTokenizer.from_pretrained(source.weights.name, **source.weights.hub)
+    return load_tokenizer(source)
 
 
 @torch.no_grad()
 def _answers(model: PreTrainedModel, batch: dict[str, Any]) -> torch.Tensor:
     """What a batch gives, where tokens are real."""
-    output = model(**{name: moved(model, value) for name, value in batch.items()}).to_tuple()[0]
+    output = model(**moved(model, batch)).to_tuple()[0]
     mask = batch.get("attention_mask")
     return output[mask.bool()] if mask is not None and output.shape[:2] == mask.shape else output

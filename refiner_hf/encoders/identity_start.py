@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from ..attention_refiner import RefinerMapRefinement
 from ..normalization_refiner import RefinerBatchNorm2d
-from ..utils.norm_statistics import Inputs, reestimate_norm_statistics
+from ..utils.model_inputs import Inputs
+from ..utils.norm_statistics import reestimate_norm_statistics
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..utils.norm_statistics import Inputs
+from ..utils.model_inputs import Inputs
 
 
 _EXAMPLES, _BATCH = 128, 8

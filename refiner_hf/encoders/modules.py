@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from ..encoder_models_refiner import RefinedModelMixin, Sizes, is_loadable, refinement_config_of
 from ..modeling_refiner import RefinerPreTrainedModel
 from ..utils.errors import explain_errors
+from ..utils.model_inputs import moved
 from .probe import find_attention
 
 
@@ -26,7 +26,7 @@ def choose_modules(
     Raises:
         `ValueError`: there are none, or one that is chosen can't be refined, or isn't there.
     """
-    found = find_attention(model, {name: moved(model, value) for name, value in inputs.items()})
+    found = find_attention(model, moved(model, inputs))
     if not found:
         raise ValueError(
             f"The attention of a {type(model).__name__} doesn't go through transformers' interface for attention "
@@ -79,10 +79,3 @@ def detach(model: PreTrainedModel, modules: Iterable[str]) -> None:
     for module in map(model.get_submodule, modules):
         if hasattr(module, "refinement"):
             del module.refinement
-
-
-def moved(model: PreTrainedModel, value: Any) -> Any:
-    """An input on the model's device, and in its type."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.to(model.device, model.dtype if value.is_floating_point() else None)

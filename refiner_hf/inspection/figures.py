@@ -21,7 +21,7 @@ _PANELS = {
     "cosine": ("maps of a layer and the one before", "cosine"),
     "effective_rank": ("directions in a map", "effective rank"),
     "entropy": ("how widely a query looks", "entropy / that of an even row"),
-    "tokens": ("similarity between the patches' tokens", "cosine"),
+    "tokens": ("similarity between tokens", "cosine"),
     "head_correlation": ("heads, each row's mean taken off", "correlation"),
     "correlation": ("layers, each row's mean taken off", "correlation"),
     "effective_rank_centred": ("directions, each row's mean taken off", "effective rank"),
@@ -33,8 +33,8 @@ _PANELS = {
 @literal_text
 def plot_curves(analyses: list[Analysis], path: Path) -> None:
     """
-    Properties of each layer's maps and tokens, a line for each network. Bands are the standard deviation over images;
-    for CKA, the standard error. Where a layer refines its map, a hollow dot shows the map before refinement.
+    Properties of each layer's maps and tokens, a line for each network. Bands are the standard deviation over the
+    examples; for CKA, the standard error. Where a layer refines its map, a hollow dot shows the map before refinement.
 
     Args:
         analyses: from [`~refiner_hf.inspection.analysis.analyze`].
@@ -61,6 +61,9 @@ def plot_curves(analyses: list[Analysis], path: Path) -> None:
     if any("before" in analysis for analysis in analyses):
         handles.append(Line2D([], [], color="grey", marker="o", ls="", mfc="none", label="before refinement"))
     for panel, (title, unit) in zip(panels.values(), _PANELS.values()):
+        if not panel.lines:  # texts have no distance between patches
+            panel.set_axis_off()
+            continue
         panel.set_title(title, fontsize=10)
         panel.set_ylabel(unit, fontsize=9)
         panel.set_xlabel("layer", fontsize=9)
@@ -89,7 +92,7 @@ def plot_layers(analyses: list[Analysis], path: Path) -> None:
         for axis, (title, (values, first, colours, low)) in zip(axes, squares.items()):
             axis.set_title(title, fontsize=10)
             if values is None:
-                axis.text(0.5, 0.5, "too few images", ha="center", transform=axis.transAxes)
+                axis.text(0.5, 0.5, "too few examples", ha="center", transform=axis.transAxes)
                 axis.set_axis_off()
                 continue
             mean = np.array(values["mean"], dtype=float)

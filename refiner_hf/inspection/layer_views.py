@@ -1,7 +1,7 @@
 """The attention maps of a network, layer by layer while it runs: they needn't all be in memory at once."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..attention_refiner import RefinerMapRefinement
 from ..modeling_refiner import RefinerAttention, RefinerPreTrainedModel
-from .networks import classes_of_layers, patch_grid
+from .networks import classes_of_layers, patch_grid, reads_texts
 
 
 # The call of `watch_layers` to which the forward pass in this thread belongs.
@@ -43,7 +43,9 @@ class LayerView:
 
 
 @torch.no_grad()
-def watch_layers(model: PreTrainedModel, pixel_values: torch.Tensor, look: Callable[[LayerView], None]) -> Any:  # noqa: C901 - its hooks count
+def watch_layers(  # noqa: C901 - its hooks count
+    model: PreTrainedModel, inputs: torch.Tensor | Mapping[str, torch.Tensor], look: Callable[[LayerView], None]
+) -> Any:
     """
     Runs a network and calls `look` after each layer. Nothing is kept, unless `look` keeps it.
 
@@ -51,9 +53,9 @@ def watch_layers(model: PreTrainedModel, pixel_values: torch.Tensor, look: Calla
     only the layers of its own forward pass.
 
     Args:
-        model: a Refiner, or one of transformers' vision transformers with `attn_implementation="eager"`; in
-            evaluation.
-        pixel_values (`torch.Tensor` of shape (B, C, height, width)): images as the processor prepares them.
+        model: a Refiner, or one of transformers' encoders with `attn_implementation="eager"`; in evaluation.
+        inputs (`torch.Tensor` of shape (B, C, height, width), or `dict`): images as the processor prepares them, or
+            all that the model takes, such as `input_ids` with `attention_mask`.
         look: called with each [`LayerView`], first layer first.
 
     Returns:
@@ -74,7 +76,8 @@ def watch_layers(model: PreTrainedModel, pixel_values: torch.Tensor, look: Calla
         return in_this_call
 
     layer_class, attention_class = classes_of_layers(model)
-    grid = patch_grid(model, pixel_values)
+    inputs = inputs if isinstance(inputs, Mapping) else {"pixel_values": inputs}
+    patches = 0 if reads_texts(model) else math.prod(patch_grid(model, inputs["pixel_values"]))
     seen: dict[str, torch.Tensor] = {}
     count = 0
 
@@ -95,7 +98,7 @@ def watch_layers(model: PreTrainedModel, pixel_values: torch.Tensor, look: Calla
                 f"The layers of a {type(model).__name__} show no maps from all tokens to all. Load it with "
                 "attn_implementation='eager', or take another model."
             )
-        if applied.shape[-1] < math.prod(grid):
+        if applied.shape[-1] < patches:
             raise ValueError(
                 f"A {type(model).__name__} has fewer tokens than patches: its maps can't be laid over an image."
             )
@@ -117,7 +120,7 @@ def watch_layers(model: PreTrainedModel, pixel_values: torch.Tensor, look: Calla
     before = _watching.set(this_call)
     try:
         # Even if the configuration asks for them: transformers would keep all maps in memory.
-        return model(pixel_values, output_attentions=False, output_hidden_states=False)
+        return model(**inputs, output_attentions=False, output_hidden_states=False)
     finally:
         _watching.reset(before)
         for hook in hooks:

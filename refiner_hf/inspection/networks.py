@@ -1,15 +1,17 @@
-"""Vision transformers whose maps can be shown: Refiners and those of transformers."""
+"""Encoders whose maps can be looked at: Refiners and those of transformers, for images or texts."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForImageClassification, BaseImageProcessor, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel
 
-from ..encoder_models_refiner import RefinedConfig
-from ..utils.fitting import try_out
-from ..utils.loading import load_config, load_image_processor, load_network
+from ..encoder_models_refiner import RefinedConfig, class_as_saved
+from ..encoders.inputs import longest_text
+from ..utils.fitting import try_out, try_out_on_text
+from ..utils.loading import load_config, load_image_processor, load_network, load_tokenizer
 from ..utils.model_source import find_source
 
 
@@ -27,37 +29,61 @@ def short_names(names: list[str]) -> list[str]:
 
 @dataclass
 class Network:
-    """A vision transformer in evaluation mode, its image processor, and its name in reports."""
+    """An encoder in evaluation mode, its image processor or tokenizer, and its name in reports."""
 
     name: str
     model: PreTrainedModel
-    processor: BaseImageProcessor
+    processor: Any
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def reads_texts(self) -> bool:
+        """Whether it takes texts, not images."""
+        return reads_texts(self.model)
+
     def grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         """Number of patches, down and across, of images (B, C, height, width)."""
         return patch_grid(self.model, pixel_values)
 
+    def tokens_of(self, text: str | dict[str, str]) -> dict[str, torch.Tensor]:
+        """
+        What the model takes of one text, or of a pair as `text` and `text_pair`, cut to what it has places for.
 
-def open_network(name: str, device: str = "cpu", revision: str | None = None) -> Network:
+        Raises:
+            `ValueError`: the text is a single token, which has nothing to attend to.
+        """
+        text = {"text": text} if isinstance(text, str) else text
+        longest = longest_text(self.model, self.processor)
+        inputs = self.processor(**text, truncation=True, max_length=longest, return_tensors="pt").to(self.device)
+        if inputs["input_ids"].shape[1] < 2:
+            raise ValueError(f"The text {text['text']!r} is a single token, which has nothing to attend to.")
+        return dict(inputs)
+
+
+def open_network(name: str, device: str = "cpu", revision: str | None = None, *, texts: bool = False) -> Network:
     """
     Args:
         name (`str`): folder or Hub name of a Refiner, or of a transformer in transformers whose layers attend to all
-            patches: ViT, DeiT, DINOv2, BEiT and others.
+            patches or tokens: ViT, DeiT, DINOv2, BEiT, BERT and others.
         device (`str`, *optional*, defaults to `"cpu"`): where it shall run.
         revision (`str`, *optional*): branch, tag or commit of a model on the Hub.
+        texts (`bool`, *optional*, defaults to `False`): whether it shall be one for texts, not for images.
 
     Raises:
-        `ValueError`, `OSError`: there is no such model, it is damaged, or it gives no such maps.
+        `ValueError`, `OSError`: there is no such model, it is damaged, it takes something else, or it gives no such
+            maps.
     """
     source = find_source(name, revision=revision)
     config = load_config(source)
-    # With its classifier, where it has one: otherwise transformers warns about weights that aren't used.
-    classifies = any("ForImageClassification" in kind for kind in config.architectures or [])
-    kind = AutoModelForImageClassification if classifies else AutoModel
+    # With its head, where it has one: otherwise transformers warns about weights that aren't used.
+    if texts:
+        kind = class_as_saved(config) or AutoModel
+    else:
+        classifies = any("ForImageClassification" in name for name in config.architectures or [])
+        kind = AutoModelForImageClassification if classifies else AutoModel
     # Always in float32: in half precision, rounding errors would raise the effective rank of a smooth map.
     options = {"config": config, "dtype": torch.float32}
     if config.model_type != RefinedConfig.model_type:  # a refined model's own attention always makes its maps
@@ -69,11 +95,20 @@ def open_network(name: str, device: str = "cpu", revision: str | None = None) ->
         may_have=lambda tensor: tensor.endswith("mask_token"),  # of masked image modelling
         **options,
     )
+    if reads_texts(model) != texts:
+        takes, other = ("texts", "images") if reads_texts(model) else ("images", "texts")
+        raise ValueError(f"{name} is a {type(model).__name__}, which takes {takes}, not {other}.")
     classes_of_layers(model)
-    network = Network(short_names([name])[0], model, load_image_processor(source))
-    try_out(name, model, network.processor)
+    processor: Any = load_tokenizer(source) if texts else load_image_processor(source)
+    network = Network(short_names([name])[0], model, processor)
+    (try_out_on_text if texts else try_out)(name, model, processor)
     model.to(device)
     return network
+
+
+def reads_texts(model: PreTrainedModel) -> bool:
+    """Whether a model takes texts, not images."""
+    return model.main_input_name == "input_ids"
 
 
 def patch_grid(model: PreTrainedModel, pixel_values: torch.Tensor) -> tuple[int, int]:
@@ -93,10 +128,10 @@ def classes_of_layers(model: PreTrainedModel) -> tuple[type[nn.Module], type[nn.
     recorded = getattr(model, "_can_record_outputs", None) or {}
     layer, attention = recorded.get("hidden_states"), recorded.get("attentions")
     patches_last = hasattr(model.config, "patch_size") and not hasattr(model.config, "num_detection_tokens")
-    on_pixels = model.main_input_name == "pixel_values"
-    if isinstance(layer, type) and isinstance(attention, type) and on_pixels and patches_last:
+    on_patches = model.main_input_name == "pixel_values" and patches_last
+    if isinstance(layer, type) and isinstance(attention, type) and (on_patches or reads_texts(model)):
         return layer, attention
     raise ValueError(
-        f"A {type(model).__name__} isn't a transformer over patches whose layers give their maps. Take a Refiner, a "
-        "ViT, DeiT, DINOv2 or the like."
+        f"A {type(model).__name__} isn't a transformer over patches or tokens whose layers give their maps. Take a "
+        "Refiner, a ViT, DeiT, DINOv2, BERT or the like."
     )

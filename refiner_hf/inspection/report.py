@@ -40,7 +40,7 @@ def write_analyses(analyses: list[Analysis], facts: dict[str, Any], folder: Path
 
 
 def facts_of(data: str, seed: int, batch_size: int, device: str) -> dict[str, Any]:
-    """About a measurement: the images, the device and the versions."""
+    """About a measurement: the examples, the device and the versions."""
     return {
         "data": data,
         "seed": seed,
@@ -51,14 +51,17 @@ def facts_of(data: str, seed: int, batch_size: int, device: str) -> dict[str, An
 
 
 def summary_table(analyses: list[Analysis]) -> str:
-    """Markdown: a row for each network, means over layers (maps as they weight the values) and images."""
+    """Markdown: a row for each network, means over layers (maps as they weight the values) and examples."""
+    columns = {
+        name: (stage, metric) for name, (stage, metric) in _COLUMNS.items() if metric in analyses[0][stage]
+    }  # texts have no distance
     rows = []
     for analysis in analyses:
-        cells = [_mean(analysis[stage][metric]["mean"]) for stage, metric in _COLUMNS.values()]
+        cells = [_mean(analysis[stage][metric]["mean"]) for stage, metric in columns.values()]
         square = np.array(analysis["layers"]["cosine"]["mean"], dtype=float)
         cells.append(_mean(square[~np.eye(len(square), dtype=bool)].tolist()))
         rows.append([analysis["name"], analysis["num_tokens"], *cells])
-    return markdown_table(["", "tokens", *_COLUMNS, "layers' maps alike (cosine)"], rows)
+    return markdown_table(["", "tokens", *columns, "layers' maps alike (cosine)"], rows)
 
 
 def _mean(values: list[float | None]) -> str:

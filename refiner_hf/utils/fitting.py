@@ -1,8 +1,10 @@
 """Whether a network and its image processor fit each other, before anything long begins."""
 
+from typing import Any
+
 import torch
 from PIL import Image
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
@@ -40,6 +42,20 @@ def try_out(name: str, model: PreTrainedModel, processor: BaseImageProcessor) ->
         raise ValueError(
             f"{name} answers with numbers that aren't finite: its weights are damaged, its training broke, or its "
             f"{IMAGE_PROCESSOR_NAME} is wrong."
+        )
+
+
+@torch.no_grad()
+def try_out_on_text(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """As [`try_out`], for a network that reads texts."""
+    with explain_errors(f"The network of {name} can't take what its tokenizer makes of a text"):
+        embeddings: Any = model.get_input_embeddings()
+        if len(tokenizer) > (size := embeddings.num_embeddings):
+            raise ValueError(f"the tokenizer knows {len(tokenizer):,} tokens, and the network {size:,}.")
+        answer = model(**tokenizer("a text", return_tensors="pt").to(model.device)).to_tuple()[0]
+    if not answer.isfinite().all():
+        raise ValueError(
+            f"{name} answers with numbers that aren't finite: its weights are damaged, or its training broke."
         )
 
 

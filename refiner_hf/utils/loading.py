@@ -1,5 +1,5 @@
 """
-A network and its image processor from a folder or the Hub: whole and sound, or an error in words.
+A network and its image processor or tokenizer from a folder or the Hub: whole and sound, or an error in words.
 
 Every command loads its network here. transformers itself initialises missing weights at random and continues. A folder
 or repository may also hold only a PEFT adapter: the network is then its base model with the adapter merged into it.
@@ -15,8 +15,10 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
+    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import CONFIG_NAME
@@ -27,6 +29,10 @@ from .fitting import try_out
 from .model_source import ADAPTER_WEIGHTS, Place, Source, find_source
 from .text import name_some
 from .weight_checks import NAMED, check_finite, check_sizes, check_tensors, shapes_in
+
+
+# What a tokenizer is saved as; the first by all of today's.
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")
 
 
 def load_config(name: str | Source, **hub: Any) -> PreTrainedConfig:
@@ -134,6 +140,23 @@ def load_image_processor(name: str | Source, **options: Any) -> BaseImageProcess
     place = find_source(name).place_of(PROCESSOR_NAME)
     with explain_errors(f"The {PROCESSOR_NAME} of {name} is damaged"):
         return AutoImageProcessor.from_pretrained(place.name, **place.hub, **options)
+
+
+def load_tokenizer(name: str | Source) -> PreTrainedTokenizerBase:
+    """
+    A network's tokenizer.
+
+    Raises:
+        `ValueError`: it is damaged.
+        `OSError`: there is none. (transformers makes an empty one then.)
+    """
+    source = find_source(name)
+    file = next(filter(source.has, _TOKENIZER_FILES), None)
+    if file is None:
+        raise OSError(f"{name} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there.")
+    place = source.place_of(file)
+    with explain_errors(f"The tokenizer of {name} can't be loaded"):
+        return AutoTokenizer.from_pretrained(place.name, **place.hub)
 
 
 def has_image_processor(name: str | Source) -> bool:

@@ -16,10 +16,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..normalization_refiner import combine_moments
+from .model_inputs import Inputs, moved
 from .modes import in_evaluation
 
 
-Inputs = Mapping[str, Any]
 Moments = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # number of values, mean and scatter by channel
 
 _ON_DEVICE = 2 * 2**30  # bytes of what layers gave that stay where they were computed
@@ -146,8 +146,7 @@ class _Passes:
 
     def __init__(self, model: nn.Module, norms: list[_BatchNorm], pieces: list[Inputs]):
         self.model, self.pieces = model, pieces
-        like = next(model.parameters())
-        self.device, self.dtype = like.device, like.dtype
+        self.device = next(model.parameters()).device
         self.layers = _layers_of(model, norms)
         # One module before the layers: with more, one would have to know what passes between them.
         base = getattr(model, "base_model", model)
@@ -219,14 +218,9 @@ class _Passes:
     def _run(self, piece: int) -> None:
         self.piece = piece
         try:
-            self.model(**{name: self._moved(value) for name, value in self.pieces[piece].items()})
+            self.model(**moved(self.model, self.pieces[piece]))
         except _Reached:
             pass
-
-    def _moved(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        return value.to(self.device, self.dtype if value.is_floating_point() else None)
 
     @contextmanager
     def _stopping_at(self, module: nn.Module, found: list) -> Iterator[None]:

@@ -43,7 +43,7 @@ def no_page(monkeypatch):
 
 # By name, a command line around a model's folder, the photos and a place to write to.
 LINES = {
-    "analyze": "analyze --model {model} --data {photos} --max_images 4 --output_dir {out}",
+    "analyze": "analyze --model {model} --data {photos} --max_examples 4 --output_dir {out}",
     "visualize": "visualize --model {model} --image {photos}/red/0.png --output_dir {out}",
     "demo": "demo --model {model}",
     "predict": "predict --model {model} --images {photos} --num_workers 0 --output_file {out}/answers.csv",

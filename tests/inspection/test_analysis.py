@@ -201,7 +201,8 @@ class TestNumbers:
 class TestBatches:
     def test_images_go_through_in_turns_where_maps_would_fill_memory(self, refiner, monkeypatch):
         network, images, sizes = refiner(), photos(6), []
-        network.model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        count = lambda module, args, inputs: sizes.append(len(inputs["pixel_values"]))  # noqa: E731
+        network.model.register_forward_pre_hook(count, with_kwargs=True)
         whole = analyze(network, images, batch_size=4)
         assert sizes == [4, 2]
         sizes.clear()
@@ -215,7 +216,8 @@ class TestBatches:
 
     def test_all_maps_of_a_turn_fit(self, refiner, monkeypatch):
         network, sizes = refiner(), []
-        network.model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        count = lambda module, args, inputs: sizes.append(len(inputs["pixel_values"]))  # noqa: E731
+        network.model.register_forward_pre_hook(count, with_kwargs=True)
         monkeypatch.setattr(analysis, "_KEPT", 3 * 4 * 4 * 25**2 * 4)  # of three images: layers, heads, map, bytes
         analyze(network, photos(8), batch_size=8)
         assert sizes == [3, 3, 2]
@@ -363,7 +365,7 @@ class TestFigures:
                 same(panel.images[0].get_array(), values["mean"])
                 assert panel.images[0].get_extent() == [0.5, depth + 0.5, 0.5, depth + 0.5]
             if each["cka"] is None:
-                assert not cka.images and cka.texts[0].get_text() == "too few images"
+                assert not cka.images and cka.texts[0].get_text() == "too few examples"
             else:
                 same(cka.images[0].get_array(), each["cka"]["mean"])
                 assert cka.images[0].get_extent() == [-0.5, depth + 0.5, -0.5, depth + 0.5]

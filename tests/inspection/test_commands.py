@@ -137,7 +137,7 @@ class TestAnalyze:
         twin = tmp_path / "twin"
         twin.mkdir()
         models = ["--model", refiner(), vit, "--model", refiner("twin/refiner", attention_types=LAYOUTS["plain"])]
-        self.run(*models, "--data", photos, "--max_images", 6, "--batch_size", 4, "--output_dir", tmp_path / "out")
+        self.run(*models, "--data", photos, "--max_examples", 6, "--batch_size", 4, "--output_dir", tmp_path / "out")
         found = json.loads((tmp_path / "out" / "analysis.json").read_text())
         names = [network["name"] for network in found["networks"]]
         assert names == [f"{tmp_path.name}/refiner", "vit", "twin/refiner"]
@@ -148,14 +148,14 @@ class TestAnalyze:
         assert str(tmp_path) not in (tmp_path / "out" / "analysis.json").read_text()
 
     def test_digits_by_default(self, refiner, tmp_path):
-        self.run("--model", refiner(), "--max_images", 4, "--output_dir", tmp_path / "out")
+        self.run("--model", refiner(), "--max_examples", 4, "--output_dir", tmp_path / "out")
         found = json.loads((tmp_path / "out" / "analysis.json").read_text())
         assert found["data"] == "scikit-learn digits"
 
     @pytest.mark.parametrize(
         "words, message",
         [
-            (["--max_images", "0"], "max_images must be at least 1"),
+            (["--max_examples", "0"], "max_examples must be at least 1"),
             (["--batch_size", "3"], "at least 4 images"),
             (["--data", "/nowhere/at/all"], "no folder /nowhere/at/all"),
             (["--model", "/nowhere/at/all"], "no folder /nowhere/at/all"),
@@ -163,7 +163,7 @@ class TestAnalyze:
     )
     def test_bad_choices(self, refiner, tmp_path, words, message):
         with pytest.raises(SystemExit, match=message):
-            self.run("--model", refiner(), "--max_images", 4, "--output_dir", tmp_path / "out", *words)
+            self.run("--model", refiner(), "--max_examples", 4, "--output_dir", tmp_path / "out", *words)
 
     def test_an_unreadable_image_is_named(self, refiner, photos, tmp_path):
         (tmp_path / "photos" / "red" / "0.png").write_text("no")

@@ -124,7 +124,7 @@ def check_export(names: dict) -> None:
 
 
 def check_look_inside(names: dict) -> None:
-    """Grad-CAM: a number for each patch, and not nothing. Texts: refined and not yet trained, the numbers are the same."""
+    """Grad-CAM: a number for each patch, and not nothing. Texts: before training, refinement changes no number."""
     assert names["cam"].shape == names["model"].config.patch_grid and names["gradient"][0, 1:].abs().max() > 0
     refined, plain = json.loads(Path("read/analysis.json").read_text())["networks"]
     assert refined["texts"] == plain["texts"] == 4 and "before" in refined and "before" not in plain

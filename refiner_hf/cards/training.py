@@ -37,6 +37,7 @@ def training_content(
     data: ImageData | None = None,
     arguments: dict[str, dict[str, Any]] | None = None,
     pictures: list[tuple[str, str]] | None = None,
+    beside: dict[str, float] | None = None,
 ) -> CardContent:
     """
     What a trained model's card says.
@@ -47,6 +48,7 @@ def training_content(
         data: what it was trained and evaluated on, if it is known.
         arguments: a run's options by group (model, data, augmentation, training), if they are known.
         pictures: (file in the folder, caption).
+        beside: the accuracy of other models on the same images, by what they are.
     """
     args, model, adapter = trainer.args, trainer.model, None
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
@@ -70,7 +72,7 @@ def training_content(
         refines=refines(model) or getattr(adapter, "peft_type", None) == "REFINEMENT",
         usage=usage_example(args.hub_model_id or name, remote_code, task, args.hub_revision, adapts=adapter and base),
         limits=_limits(data, len(label_names_of(model.config))) if task == CLASSIFICATION else _UNMEASURED,
-        results=_results(trainer, measured, metrics, data),
+        results=_results(trainer, measured, metrics, data, beside or {}),
         pictures=pictures or [],
         architecture=describe_network(model),
         data=_data(trainer, data),
@@ -118,13 +120,16 @@ def _unfinished(trainer: Trainer) -> str:
     return f" **Training is still going on: step {step} of {steps}.**" if step < steps and trainer.is_in_train else ""
 
 
-def _results(trainer: Trainer, measured: dict[str, float], metrics: dict, data: ImageData | None) -> str:
+def _results(
+    trainer: Trainer, measured: dict[str, float], metrics: dict, data: ImageData | None, beside: dict[str, float]
+) -> str:
     if "eval_loss" not in measured:
         return ""
     rows = [(text, f"{value:.2%}") for text, value in metrics.values()]
     for key, (_, text) in _METRICS.items():
         if (averaged := measured.get(key.replace("eval_", "eval_ema_"))) is not None:
             rows.append((f"{text} of the averaged weights, in the folder `{EMA_FOLDER}`", f"{averaged:.2%}"))
+    rows += [(markdown_text(name), f"{accuracy:.2%}") for name, accuracy in beside.items()]
     masked = isinstance(trainer.model, RefinerForMaskedImageModeling)
     name = "Mean absolute difference of the hidden pixels, in the scale of the processor" if masked else "Loss"
     rows.append((name, f"{measured['eval_loss']:.4f}"))

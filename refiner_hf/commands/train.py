@@ -15,6 +15,7 @@ The same command continues an interrupted run.
 
 from ..data.arguments import AugmentationArguments, DataArguments
 from ..training.arguments import ModelArguments, RefinerTrainingArguments
+from ..training.baseline import Baseline
 from ..training.run import RunResult, run
 from ..utils.text import printable
 from .running import command, if_interrupted
@@ -45,10 +46,11 @@ def report(result: RunResult, data_args: DataArguments) -> None:
         print(f" (top-5 {top5:.2%})" if top5 is not None else "")
         if (averaged := result.metrics.get("eval_ema_accuracy")) is not None:
             print(f"That of the averaged weights (in the folder ema): {averaged:.2%}")
+        if result.baseline is not None:
+            _compare(result.metrics["eval_accuracy"], result.baseline)
         if data_args.embedded:
-            from ..data.digits import accuracy_seen, logistic_regression_accuracy
+            from ..data.digits import accuracy_seen
 
-            print(f"Logistic regression on the same split: {logistic_regression_accuracy():.2%}")
             print(accuracy_seen())
     if not result.trained:
         print(f"Results: {result.folder}")
@@ -61,3 +63,14 @@ def report(result: RunResult, data_args: DataArguments) -> None:
     print(f"\nThe finished folder, with model, card and pictures: {result.folder.resolve()}")
     if result.published:
         print(f"Published: {result.published.url} (commit {result.published.commit[:8]})")
+
+
+def _compare(accuracy: float, baseline: Baseline) -> None:
+    sides = f"trained on {baseline.trained_on:,} of the same images, measured on {baseline.measured_on:,}"
+    print(f"{str(baseline).capitalize()}, {sides}: {baseline.accuracy:.2%}")
+    if accuracy < baseline.accuracy:
+        print(
+            "The network is behind this linear model. Try more --num_train_epochs; less augmentation "
+            "(--crop_min_scale 0.8, without --auto_augment and --random_erasing); or a network that has learned from "
+            "other pictures (the recipe fine_tune with --model_name_or_path)."
+        )

@@ -4,10 +4,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import train_test_split
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 
 NAME = "scikit-learn digits"
@@ -27,14 +24,6 @@ def digits_splits() -> tuple[Dataset, Dataset]:
         images = [PILImage.fromarray(level) for level in levels]
         splits.append(Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features))
     return tuple(splits)
-
-
-def logistic_regression_accuracy() -> float:
-    """Test accuracy of logistic regression on the pixels, on the same split: what a simple model reaches."""
-    (train_pixels, train_labels), (test_pixels, test_labels) = _split()
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
-    model.fit(train_pixels.reshape(len(train_pixels), -1), train_labels)
-    return float(model.score(test_pixels.reshape(len(test_pixels), -1), test_labels))
 
 
 def accuracy_seen() -> str:

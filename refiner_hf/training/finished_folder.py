@@ -20,7 +20,9 @@ from ..utils.files import write_json
 from ..utils.image_config import label_names_of
 from ..utils.loading import load_classifier_and_processor
 from ..utils.run_files import RUN_FILE
+from ..utils.text import counted
 from .arguments import RefinerTrainingArguments
+from .baseline import Baseline
 from .map_analysis import analyze_folder
 
 
@@ -47,6 +49,7 @@ def finish_folder(
     arguments: dict[str, dict[str, Any]],
     measured: dict[str, float],
     confusion_matrix: list[list[int]] | None,
+    baseline: Baseline | None,
 ) -> list[Example]:
     """
     Writes pictures, code (with `--with_code`) and card into the Trainer's output folder.
@@ -57,6 +60,7 @@ def finish_folder(
         arguments: the run's options by group: model, data, augmentation, training.
         measured: all measured numbers, named as the Trainer does.
         confusion_matrix: that of the evaluation, if there was one.
+        baseline: what a linear model reaches, if it was measured.
 
     Returns:
         what the saved model answers for a few evaluation pictures.
@@ -85,7 +89,12 @@ def finish_folder(
 
     if args.with_code and refines(trainer.model):
         add_code(folder)
-    facts = training_content(trainer, measured, data=data, arguments=arguments, pictures=pictures)
+    beside = (
+        {}
+        if baseline is None
+        else {f"{str(baseline).capitalize()}, trained on {counted(baseline.trained_on, 'image')}": baseline.accuracy}
+    )
+    facts = training_content(trainer, measured, data=data, arguments=arguments, pictures=pictures, beside=beside)
     make_card(facts).save(folder / "README.md")
     return examples
 

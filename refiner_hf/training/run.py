@@ -18,6 +18,7 @@ from ..utils.image_config import label_names_of
 from ..utils.run_files import RUN_FILE
 from ..utils.text import counted
 from .arguments import ModelArguments, RefinerTrainingArguments
+from .baseline import Baseline, linear_baseline
 from .building import build_trainer
 from .finished_folder import CONFUSION_MATRIX, Example, finish_folder
 from .metrics import ClassificationMetrics
@@ -37,7 +38,8 @@ UNREADABLE_FILE = "_unreadable_images.txt"  # names with _ in front are never pu
 class RunResult:
     """
     What a run leaves: the folder, the measured metrics (`eval_accuracy` and so on), the data it was run on, and after
-    training what the saved model answers for a few evaluation pictures, and where it was published.
+    training what the saved model answers for a few evaluation pictures, what a linear model reaches on the same
+    images, and where it was published.
     """
 
     folder: Path
@@ -45,6 +47,7 @@ class RunResult:
     data: ImageData
     trained: bool
     examples: list[Example]
+    baseline: Baseline | None = None
     published: Published | None = None
 
 
@@ -74,9 +77,11 @@ def run(
         _begin_folder(plan)
         trainer, metrics = build_trainer(plan)
         measured = _train_and_evaluate(trainer, plan)
-        examples = _finish(trainer, plan, measured, metrics)
+        baseline = _measure_baseline(trainer, plan)
+        examples = _finish(trainer, plan, measured, metrics, baseline)
         published = _publish(trainer) if plan.args.push_to_hub else None
-    return RunResult(Path(plan.args.output_dir), measured, plan.data, plan.args.do_train, examples, published)
+    folder = Path(plan.args.output_dir)
+    return RunResult(folder, measured, plan.data, plan.args.do_train, examples, baseline, published)
 
 
 def _begin_folder(plan: Plan) -> None:
@@ -113,8 +118,22 @@ def _train_and_evaluate(trainer: RefinerTrainer, plan: Plan) -> dict[str, float]
     return measured
 
 
+def _measure_baseline(trainer: RefinerTrainer, plan: Plan) -> Baseline | None:
+    """What a linear model reaches, in the first process, and where the network was trained and evaluated."""
+    if not (plan.args.do_train and plan.args.do_eval and trainer.is_world_process_zero()):
+        return None
+    baseline = linear_baseline(plan.data, plan.args.seed)
+    if baseline is not None:
+        trainer.save_metrics("baseline", {"baseline_accuracy": baseline.accuracy})
+    return baseline
+
+
 def _finish(
-    trainer: RefinerTrainer, plan: Plan, measured: dict[str, float], metrics: ClassificationMetrics
+    trainer: RefinerTrainer,
+    plan: Plan,
+    measured: dict[str, float],
+    metrics: ClassificationMetrics,
+    baseline: Baseline | None,
 ) -> list[Example]:
     """Saves the model and finishes its folder; returns what the saved model answers for a few evaluation pictures."""
     args, examples = plan.args, []
@@ -126,7 +145,7 @@ def _finish(
         trainer.save_model(_internal_call=True)  # the folder is pushed when it is finished
     trainer.save_state()
     if trainer.is_world_process_zero():
-        examples = finish_folder(trainer, plan.data, plan.arguments, measured, metrics.confusion_matrix)
+        examples = finish_folder(trainer, plan.data, plan.arguments, measured, metrics.confusion_matrix, baseline)
     # Last, because it marks the folder as finished.
     trainer.save_metrics("train", {name: value for name, value in measured.items() if not name.startswith("eval_")})
     return examples

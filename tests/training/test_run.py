@@ -629,7 +629,8 @@ def test_digits_reach_98_percent(tmp_path):
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert load_json(tmp_path / "demo" / "eval_results.json")["eval_accuracy"] >= 0.98
-    assert "Logistic regression on the same split: 9" in run.stdout
+    assert "Logistic regression on thumbnails of 8 x 8 pixels" in run.stdout and "96.94%" in run.stdout
+    assert "behind this linear model" not in run.stdout
 
 
 def test_digits_in_short(tmp_path, capsys):
@@ -640,7 +641,11 @@ def test_digits_in_short(tmp_path, capsys):
     assert result.metrics["eval_accuracy"] > 0.3
     assert "eval_top5_accuracy" in result.metrics
     said = capsys.readouterr().out
-    assert "Logistic regression on the same split: 9" in said and "held-out pictures" in said
+    assert "Logistic regression on thumbnails of 8 x 8 pixels, trained on 1,437 of the same images" in said
+    assert "The network is behind this linear model" in said and "held-out pictures" in said
+    assert 0.95 < load_json(tmp_path / "demo" / "baseline_results.json")["baseline_accuracy"] < 0.98
+    card = (tmp_path / "demo" / "README.md").read_text()
+    assert "| Logistic regression on thumbnails of 8 x 8 pixels, trained on 1,437 images | 9" in card
     assert str(tmp_path / "demo") in said
 
 

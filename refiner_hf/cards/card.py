@@ -33,6 +33,7 @@ class CardContent:
     usage: str
     limits: str
     results: str = ""
+    by_label: str = ""
     pictures: list[tuple[str, str]] = field(default_factory=list)
     architecture: str = ""
     data: str = ""
@@ -51,7 +52,7 @@ class CardContent:
     tags: list[str] = field(default_factory=list)
 
 
-_TEXTS = ("title", "summary", "usage", "limits", "results", "pictures", "architecture", "data", "training")
+_TEXTS = ("title", "summary", "usage", "limits", "results", "by_label", "pictures", "architecture", "data", "training")
 
 
 def make_card(content: CardContent) -> ModelCard:

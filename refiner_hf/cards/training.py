@@ -8,6 +8,7 @@ from transformers import Trainer
 
 from ..data.sources import ImageData
 from ..modeling_refiner import RefinerForMaskedImageModeling
+from ..utils.confusions import most_confused, scores_by_label
 from ..utils.image_config import label_names_of
 from ..utils.machine import device_name, versions
 from ..utils.markdown import markdown_table, markdown_text
@@ -22,7 +23,9 @@ from .usage import CLASSIFICATION, usage_example
 _METRICS = {
     "eval_accuracy": ("accuracy", "Top-1 accuracy"),
     "eval_top5_accuracy": ("top_5_accuracy", "Top-5 accuracy"),
+    "eval_f1_macro": ("f1", "Macro F1"),
 }
+_MOST_LABELS = 40  # that a card has a row for
 
 _NETWORK_IN_CARD = (
     "drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "layerscale_value", "initializer_range",
@@ -38,6 +41,7 @@ def training_content(
     arguments: dict[str, dict[str, Any]] | None = None,
     pictures: list[tuple[str, str]] | None = None,
     beside: dict[str, float] | None = None,
+    confusion_matrix: list[list[int]] | None = None,
 ) -> CardContent:
     """
     What a trained model's card says.
@@ -49,6 +53,7 @@ def training_content(
         arguments: a run's options by group (model, data, augmentation, training), if they are known.
         pictures: (file in the folder, caption).
         beside: the accuracy of other models on the same images, by what they are.
+        confusion_matrix: of the evaluation, true labels down.
     """
     args, model, adapter = trainer.args, trainer.model, None
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
@@ -73,6 +78,7 @@ def training_content(
         usage=usage_example(args.hub_model_id or name, remote_code, task, args.hub_revision, adapts=adapter and base),
         limits=_limits(data, len(label_names_of(model.config))) if task == CLASSIFICATION else _UNMEASURED,
         results=_results(trainer, measured, metrics, data, beside or {}),
+        by_label=_by_label(confusion_matrix, label_names_of(model.config)) if confusion_matrix else "",
         pictures=pictures or [],
         architecture=describe_network(model),
         data=_data(trainer, data),
@@ -138,6 +144,21 @@ def _results(
     count = _count(data.evaluation if data else trainer.eval_dataset, "image")
     of = f" ({data.evaluation_split}) of {markdown_text(data.name)}" if data else ""
     return f"Measured on {count}{of}.\n\n" + markdown_table(["", ""], rows)
+
+
+def _by_label(counts: list[list[int]], labels: list[str]) -> str:
+    names = [markdown_text(label) for label in labels]
+    parts = []
+    if len(labels) <= _MOST_LABELS:
+        rows = [
+            (name, f"{each.images:,}", *(f"{share:.2%}" for share in each[1:]))
+            for name, each in zip(names, scores_by_label(counts))
+        ]
+        parts.append(markdown_table(["label", "images", "precision", "recall", "F1"], rows))
+    pairs = [f"{names[i]} taken for {names[j]} ({n:,} of {sum(counts[i]):,})" for i, j, n in most_confused(counts)]
+    if pairs:
+        parts.append(f"Most often confused: {', '.join(pairs)}.")
+    return "\n\n".join(parts)
 
 
 def _data(trainer: Trainer, data: ImageData | None) -> str:

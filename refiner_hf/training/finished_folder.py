@@ -28,7 +28,7 @@ from .map_analysis import analyze_folder
 
 logger = logging.get_logger(__name__)
 
-CONFUSION_MATRIX = "confusion_matrix.csv"
+CONFUSION_MATRIX, BY_LABEL = "confusion_matrix.csv", "by_label.csv"
 EXAMPLES = 8
 LARGEST_EXAMPLE = 512
 
@@ -94,7 +94,15 @@ def finish_folder(
         if baseline is None
         else {f"{str(baseline).capitalize()}, trained on {counted(baseline.trained_on, 'image')}": baseline.accuracy}
     )
-    facts = training_content(trainer, measured, data=data, arguments=arguments, pictures=pictures, beside=beside)
+    facts = training_content(
+        trainer,
+        measured,
+        data=data,
+        arguments=arguments,
+        pictures=pictures,
+        beside=beside,
+        confusion_matrix=confusion_matrix,
+    )
     make_card(facts).save(folder / "README.md")
     return examples
 

@@ -1,16 +1,17 @@
-"""Accuracy and the confusion matrix, as a metric of `evaluate`."""
+"""Accuracy, F1 and the confusion matrix, as a metric of `evaluate`."""
 
 import datasets
 import evaluate
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, confusion_matrix
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from transformers import EvalPrediction
 
 
 class RankedClassification(evaluate.Metric):
     """
-    Accuracy, top-5 accuracy where five or more ranks are given, and the confusion matrix.
+    Accuracy, top-5 accuracy where five or more ranks are given, the mean F1 of the labels that there are ("f1_macro"),
+    and the confusion matrix.
 
     `predictions` are the labels in falling order of score, (images, ranks); `references` the true labels. A class, and
     not a name for `evaluate.load`, which would fetch a script from the Hub: it works without a network.
@@ -30,6 +31,7 @@ class RankedClassification(evaluate.Metric):
         result = {"accuracy": float(accuracy_score(references, ranked[:, 0]))}
         if ranked.shape[1] >= 5:
             result["top5_accuracy"] = float((ranked[:, :5] == references[:, None]).any(axis=1).mean())
+        result["f1_macro"] = float(f1_score(references, ranked[:, 0], average="macro", zero_division=0))
         counts = confusion_matrix(references, ranked[:, 0], labels=list(range(num_labels)))
         return {**result, "confusion_matrix": counts.tolist()}
 

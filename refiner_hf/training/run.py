@@ -13,6 +13,7 @@ from ..data.sources import ImageData
 from ..hub.publish import Published
 from ..hub.repository import PublishError
 from ..hub.verification import verify
+from ..utils.confusions import LabelScores, scores_by_label
 from ..utils.files import write_json
 from ..utils.image_config import label_names_of
 from ..utils.run_files import RUN_FILE
@@ -20,7 +21,7 @@ from ..utils.text import counted
 from .arguments import ModelArguments, RefinerTrainingArguments
 from .baseline import Baseline, linear_baseline
 from .building import build_trainer
-from .finished_folder import CONFUSION_MATRIX, Example, finish_folder
+from .finished_folder import BY_LABEL, CONFUSION_MATRIX, Example, finish_folder
 from .metrics import ClassificationMetrics
 from .output_folder import push_command
 from .plan import Plan, make_plan
@@ -138,7 +139,7 @@ def _finish(
     """Saves the model and finishes its folder; returns what the saved model answers for a few evaluation pictures."""
     args, examples = plan.args, []
     if trainer.is_world_process_zero() and metrics.confusion_matrix is not None:
-        _write_confusion_matrix(metrics.confusion_matrix, plan.model.config, args.output_dir)
+        _write_tables(metrics.confusion_matrix, plan.model.config, Path(args.output_dir))
     if not args.do_train:
         return examples
     with explain_write_errors(f"The model in {args.output_dir}"):
@@ -165,9 +166,15 @@ def _publish(trainer: RefinerTrainer) -> Published | None:
     return published
 
 
-def _write_confusion_matrix(counts: list[list[int]], config: PreTrainedConfig, folder: str) -> None:
+def _write_tables(counts: list[list[int]], config: PreTrainedConfig, folder: Path) -> None:
+    """The confusion matrix, and precision, recall and F1 of each label."""
     labels = label_names_of(config)
-    with open(Path(folder) / CONFUSION_MATRIX, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["true label \\ predicted", *labels])
-        writer.writerows([label, *row] for label, row in zip(labels, counts))
+    scores = ([label, *each] for label, each in zip(labels, scores_by_label(counts)))
+    confusions = ([label, *row] for label, row in zip(labels, counts))
+    tables = {
+        CONFUSION_MATRIX: [["true label \\ predicted", *labels], *confusions],
+        BY_LABEL: [["label", *LabelScores._fields], *scores],
+    }
+    for name, rows in tables.items():
+        with open(folder / name, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows)

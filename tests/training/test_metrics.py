@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 from transformers import EvalPrediction
 
@@ -17,16 +18,18 @@ def test_ranks():
 def test_accuracies_and_confusion_matrix():
     metrics = ClassificationMetrics(7)
     result = metrics(EvalPrediction(rank_labels(LOGITS, None).numpy(), LABELS))
-    assert result == {"accuracy": 0.25, "top5_accuracy": 0.5}
+    # Of the labels that are there (0, 2, 6), label 0 has precision and recall 1/2, the others nothing.
+    assert result == {"accuracy": 0.25, "top5_accuracy": 0.5, "f1_macro": 0.5 / 3}
     counts = np.zeros((7, 7), int)
     counts[0, 0] = counts[0, 6] = counts[6, 2] = counts[6, 0] = 1
     assert metrics.confusion_matrix == counts.tolist()
     again = metrics(EvalPrediction(np.array([[0, 1, 2, 3, 4]]), np.array([1])))
-    assert again == {"accuracy": 0.0, "top5_accuracy": 1.0}
+    assert again == {"accuracy": 0.0, "top5_accuracy": 1.0, "f1_macro": 0.0}
 
 
 def test_up_to_five_labels_have_no_top5():
-    assert ClassificationMetrics(5)(EvalPrediction(np.array([[1], [2]]), np.array([1, 1]))) == {"accuracy": 0.5}
+    result = ClassificationMetrics(5)(EvalPrediction(np.array([[1], [2]]), np.array([1, 1])))
+    assert result == {"accuracy": 0.5, "f1_macro": pytest.approx(1 / 3)}
 
 
 def test_batches_add_up_and_need_no_network(monkeypatch):

@@ -28,8 +28,9 @@ from .test_trainer import Images, arguments, losses
 
 FINISHED = {
     ".gitattributes", "README.md", "model.safetensors", "config.json", "preprocessor_config.json",
-    "learning_curve.png", "confusion_matrix.png", "confusion_matrix.csv", "all_results.json", "eval_results.json",
-    "train_results.json", "trainer_state.json", "training_arguments.json",
+    "learning_curve.png", "confusion_matrix.png", "confusion_matrix.csv", "by_label.csv", "all_results.json",
+    "eval_results.json", "baseline_results.json", "train_results.json", "trainer_state.json",
+    "training_arguments.json",
 }  # fmt: skip
 ON_THE_WAY = {".gitattributes", "README.md", "model.safetensors", "config.json", "preprocessor_config.json"}
 CHECKPOINT = {

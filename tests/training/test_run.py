@@ -25,6 +25,7 @@ from refiner_hf.data.images import decode_image
 from refiner_hf.data.seeded_sampling import SeededSampler
 from refiner_hf.training.run import run
 from refiner_hf.training.trainer import RefinerTrainer
+from refiner_hf.utils.confusions import scores_by_label
 from refiner_hf.utils.flops import count_flops
 from refiner_hf.utils.norm_statistics import reestimate_norm_statistics
 
@@ -65,6 +66,11 @@ def trained(more_photos, tmp_path_factory):
     return folder, result
 
 
+def confusion_matrix(folder) -> list[list[int]]:
+    rows = list(csv.reader((folder / "confusion_matrix.csv").open()))
+    return [[int(cell) for cell in row[1:]] for row in rows[1:]]
+
+
 class TestFinishedFolder:
     def test_it_learned(self, trained):
         assert trained[1].metrics["eval_accuracy"] >= 5 / 6
@@ -85,9 +91,9 @@ class TestFinishedFolder:
         names -= {name for name in names if name.startswith("checkpoint-")}
         assert names == {
             "README.md", "model.safetensors", "config.json", "preprocessor_config.json", "learning_curve.png",
-            "confusion_matrix.png", "confusion_matrix.csv", "predictions.png", "all_results.json", "eval_results.json",
-            "train_results.json", "trainer_state.json", "training_arguments.json", "examples", "analysis",
-            "_data.json",
+            "confusion_matrix.png", "confusion_matrix.csv", "by_label.csv", "predictions.png", "all_results.json",
+            "eval_results.json", "baseline_results.json", "train_results.json", "trainer_state.json",
+            "training_arguments.json", "examples", "analysis", "_data.json",
         }  # fmt: skip
 
     @pytest.fixture
@@ -99,13 +105,13 @@ class TestFinishedFolder:
         (result,) = model["results"]
         assert card.data == {
             "library_name": "transformers", "pipeline_tag": "image-classification", "license": "apache-2.0",
-            "tags": ["refiner", "vision", "image-classification", "custom_code"], "metrics": ["accuracy"],
+            "tags": ["refiner", "vision", "image-classification", "custom_code"], "metrics": ["accuracy", "f1"],
         }  # fmt: skip
         split = f"{len(trained[1].data.evaluation)} of 60 images held out of train"
         assert (result["dataset"]["name"], result["dataset"]["split"]) == ("photos", split)
-        (metric,) = result["metrics"]
-        accuracy = pytest.approx(trained[1].metrics["eval_accuracy"], abs=1e-6)
-        assert (metric["type"], metric["value"]) == ("accuracy", accuracy)
+        measured = {"accuracy": "eval_accuracy", "f1": "eval_f1_macro"}
+        for metric, (kind, name) in zip(result["metrics"], measured.items(), strict=True):
+            assert (metric["type"], metric["value"]) == (kind, pytest.approx(trained[1].metrics[name], abs=1e-6))
 
     def test_numbers_of_the_card(self, trained, card):
         folder, result = trained
@@ -115,7 +121,17 @@ class TestFinishedFolder:
         assert re.fullmatch(r"([\d.]+) images/s on (?:CPU|\d+ x) .*", speed)[1] == f"{rate:.1f}"
         assert measured == {
             "Top-1 accuracy": f"{result.metrics['eval_accuracy']:.2%}",
+            "Macro F1": f"{result.metrics['eval_f1_macro']:.2%}",
+            f"Logistic regression on thumbnails of 16 x 16 pixels, trained on {60 - held} images": (
+                f"{result.baseline.accuracy:.2%}"
+            ),
             "Loss": f"{result.metrics['eval_loss']:.4f}",
+        }
+        found = dict(zip(sorted(COLOURS), scores_by_label(confusion_matrix(folder))))
+        lines = [line.strip("| ").split(" | ") for line in card.sections["By label"].splitlines() if line[:1] == "|"]
+        assert lines[0] == ["label", "images", "precision", "recall", "F1"]
+        assert {name: cells for name, *cells in lines[2:]} == {
+            name: [str(each.images), *(f"{share:.2%}" for share in each[1:])] for name, each in found.items()
         }
         assert card.numbers("Results") == [held, held, 60] and card.numbers("Data") == [60 - held, held, held, 60]
         assert f"{result.metrics['train_samples_per_second']:.1f} images/s" in card.sections["How it was made"]
@@ -178,6 +194,14 @@ class TestFinishedFolder:
     def test_analysis(self, trained):
         (network,) = load_json(trained[0] / "analysis" / "analysis.json")["networks"]
         assert (network["name"], network["images"]) == ("colours", 5)
+
+    def test_each_label_is_beside_the_model(self, trained):
+        folder, result = trained
+        rows = list(csv.DictReader((folder / "by_label.csv").open()))
+        assert [row["label"] for row in rows] == sorted(COLOURS)
+        assert sum(int(row["images"]) for row in rows) == len(result.data.evaluation)
+        macro = sum(float(row["f1"]) for row in rows if int(row["images"])) / 3
+        assert macro == pytest.approx(result.metrics["eval_f1_macro"])
 
     def test_metrics_are_beside_the_model(self, trained):
         folder, result = trained
@@ -272,7 +296,7 @@ class TestEvaluationOnly:
         )  # fmt: skip
         assert result.metrics["eval_accuracy"] >= 7 / 8 and not result.trained
         assert {p.name for p in (tmp_path / "out").iterdir()} == {
-            "all_results.json", "eval_results.json", "confusion_matrix.csv"
+            "all_results.json", "eval_results.json", "confusion_matrix.csv", "by_label.csv"
         }  # fmt: skip
 
     def test_confusions(self, trained, tmp_path):

@@ -79,8 +79,8 @@ class RefinerMapRefinement(nn.Module):
 
     def refine_values(self, value: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         """
-        The values that the refined map weights, (B, H, N, D) -> (B, [`refined_heads`], N, ...), together of the same
-        width. `mask` as in [`forward`].
+        The values that the refined map weights, (B, H, N, D) -> (B, [`refined_heads`], N, d), where the widths d of
+        all heads add up to H * D. `mask` as in [`forward`].
         """
         return value
 

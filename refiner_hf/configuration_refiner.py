@@ -97,9 +97,11 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
             `"talking_heads"` (needs layers that make their own scores), which mixes the heads before and after the
             softmax, and `"feature_convolution"`, over the values in place of the maps.
         expansion_ratio (`int`, *optional*, defaults to 3):
-            Expanded heads per head. With 1 nothing is expanded. Unused where nothing is.
+            Expanded heads per head. With 1 nothing is expanded. `"convolution"`, `"talking_heads"` and
+            `"feature_convolution"` ignore it.
         refinement_kernel_size (`int`, *optional*, defaults to 3):
-            Side of the spatial kernel over the maps (odd), or tokens in a kernel over features. Unused without one.
+            Side of the kernel over the maps, or length of a kernel over tokens (odd). `"expansion"` and
+            `"talking_heads"` ignore it.
         use_dense_head (`bool`, *optional*, defaults to `False`):
             A second classifier on the patch tokens.
         dense_loss_weight (`float`, *optional*, defaults to 0.5):
@@ -368,10 +370,12 @@ class RefinerConfig(BackboneConfigMixin, PreTrainedConfig):
             self._validate_no_reduction()
 
     def _validate_no_reduction(self):
-        if self.accumulate_attention or "shared_refined" in self.attention_types:
+        handed_on = self.accumulate_attention or "shared_refined" in self.attention_types
+        if handed_on or self.cosine_regularizer_weight:
             raise ValueError(
                 "refinement='no_reduction' makes more maps than there are heads, so the next layer can't go on with "
-                "them. Set accumulate_attention=False, with attention_types of 'plain' and 'refined' only."
+                "them. Set accumulate_attention=False and cosine_regularizer_weight=0, with attention_types of "
+                "'plain' and 'refined' only."
             )
         width = self.hidden_size // self.num_attention_heads
         if width % self.expansion_ratio:

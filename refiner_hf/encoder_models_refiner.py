@@ -196,9 +196,12 @@ def is_loadable(model: PreTrainedModel) -> bool:
     return any(type(model) in _tuple(mapping[config]) for mapping in _auto_mappings() if config in mapping)
 
 
-def class_as_saved(config: PreTrainedConfig) -> Any:
-    """The class of the model that was saved with a configuration, or `None` where no Auto class loads it."""
-    kind, names = type(config), config.architectures or []
+def class_as_saved(config: PreTrainedConfig, name: str | None = None) -> Any:
+    """
+    The class of the model that was saved with a configuration, or another of that `name` for the same configuration;
+    `None` where no Auto class loads it.
+    """
+    kind, names = type(config), config.architectures or [] if name is None else [name]
     models = (model for mapping in _auto_mappings() if kind in mapping for model in _tuple(mapping[kind]))
     return next((model for model in models if model.__name__ in names), None)
 

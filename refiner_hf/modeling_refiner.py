@@ -64,7 +64,8 @@ class RefinerModelOutput(BaseModelOutputWithPooling):
     token, and when asked for
 
     - `hidden_states`: the embeddings and each layer's output, `num_hidden_layers + 1` of (B, N, D);
-    - `attentions`: `attentions[i]` is the map that weighted layer i's values, (B, H, N, N);
+    - `attentions`: `attentions[i]` is the map that weighted layer i's values, (B, H, N, N), or with more than H heads
+      where the refinement leaves them expanded;
     - `map_similarity`: mean cosine similarity between consecutive layers' maps across heads, a scalar; only in
       training with `cosine_regularizer_weight`.
     """
@@ -244,7 +245,7 @@ class RefinerPreTrainedModel(PreTrainedModel):
             if module.mask_token is not None:
                 init.zeros_(module.mask_token)
         elif isinstance(module, RefinerMapRefinement) and not module.has_output_norm:
-            module.start_as_identity()  # no norm would mend the size of what random weights give
+            module.start_as_identity()  # without a norm nothing corrects the scale of random weights
         elif isinstance(module, RefinerLayerScale):
             init.constant_(module.lambda1, self.config.layerscale_value)
 

@@ -1,7 +1,7 @@
 # Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
 """
-Relatives of the paper's refinement, to compare it with: what mixes scores and maps of all heads, and what convolves
-elsewhere or leaves a part out. Each has only its modules.
+Relatives of the paper's refinement, to compare it with: talking heads, convolution on features, and the paper's own
+without attention reduction. They run only module by module (`"eager"`).
 
 Shapes: B batch, H heads, E = H * expansion ratio, N tokens, D width of a head, k the side of the kernel.
 """
@@ -52,6 +52,9 @@ class RefinerTalkingHeads(RefinerMapRefinement):
     """
     Talking heads (Shazeer et al., 2020, arXiv 2003.02436): a matrix mixes the heads' scores before the softmax, and
     another their maps after it. No norm.
+
+    The scores that are mixed have a bias of positions in them where the model hands it over by itself. Where it comes
+    together with the mask, as in BEiT, it is added after the mixing.
     """
 
     has_output_norm = False
@@ -82,8 +85,8 @@ class RefinerTalkingHeads(RefinerMapRefinement):
 
 class RefinerFeatureConvolution(RefinerMapRefinement):
     """
-    Convolution on features in place of maps: depthwise over the values, with k tokens in the order in which a map has
-    them, as distributed local attention sees a map's columns. The map stays as it is. No norm.
+    Convolution on features in place of maps: depthwise over the values, each kernel over k neighbouring tokens, in the
+    order of a map's columns. The map stays as it is. No norm.
     """
 
     has_output_norm = False

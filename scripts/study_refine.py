@@ -512,6 +512,8 @@ def table(task_name: str, results: list[dict[str, Any]], baseline: list[float]) 
     lines.append("| logistic regression | " + spread(baseline) + " |" + " |" * (len(head) - 2))
     for name in task.contenders:
         mine = [result for result in results if result["contender"] == name]
+        if not mine:  # it is newer than the results
+            continue
         cells = [name, spread([r["test"] for r in mine]), str(mine[0]["steps"])]
         cells += [f"{np.mean([r['seconds'] for r in mine]):.0f}", f"{mine[0]['trained parameters']:,}"]
         cells += [f"{mine[0]['rate']:g}"] if len(task.rates) > 1 else []

@@ -10,9 +10,11 @@ from PIL import Image
 from transformers import AutoModel
 
 from refiner_hf import RefinementAdapterConfig, RefinerConfig, RefinerForImageClassification, RefinerModel, refine
+from refiner_hf.demo.rendering import VisitorState, weights_of
 from refiner_hf.encoder_attention_refiner import attend
 from refiner_hf.inspection.analysis import analyze
 from refiner_hf.inspection.attention_views import APPLIED, BEFORE, view_attention
+from refiner_hf.inspection.map_metrics import layer_similarity
 from refiner_hf.inspection.networks import Network
 from refiner_hf.inspection.pictures import plot_heads, plot_overview, plot_weights
 from refiner_hf.refinements_refiner import make_refinement
@@ -221,6 +223,8 @@ class TestRefiner:
             tiny_config(refinement="talking_heads")
         with pytest.raises(StrictDataclassError, match="more maps than there are heads.*accumulate_attention=False"):
             self.config("no_reduction", tiny_config, accumulate_attention=True)
+        with pytest.raises(StrictDataclassError, match="cosine_regularizer_weight=0"):
+            self.config("no_reduction", tiny_config, cosine_regularizer_weight=0.1)
         with pytest.raises(StrictDataclassError, match="expansion_ratio must divide it, got 5"):
             self.config("no_reduction", tiny_config, expansion_ratio=5)
 
@@ -231,24 +235,48 @@ class TestRefiner:
         assert type(model).__name__ == "ViTModel"
 
 
+@pytest.mark.parametrize("layer", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_looked_at(kind, tmp_path):
+def test_looked_at(kind, layer, tmp_path):
     """Beside layers with fewer maps, too."""
     from transformers import ViTImageProcessorPil
 
     model = make_encoder("vit")
-    disturb(refine(model, inputs_of("vit"), refinement=kind, expansion_ratio=2, layers=[1]))
+    disturb(refine(model, inputs_of("vit"), refinement=kind, expansion_ratio=2, layers=[layer]))
     network = Network(kind, model, ViTImageProcessorPil(size={"height": 32, "width": 32}))
     pictures = [Image.effect_noise((40, 40), 60).convert("RGB") for _ in range(4)]
     found = analyze(network, pictures, batch_size=4)
     assert np.isfinite(np.array(found["layers"]["cosine"]["mean"])).all()
-    assert found["before"]["entropy"]["mean"][0] is None and found["before"]["entropy"]["mean"][1] > 0
+    entropies = found["before"]["entropy"]["mean"]
+    assert entropies[1 - layer] is None and entropies[layer] > 0
     views = view_attention(network, pictures[0])
     heads = 8 if kind == "no_reduction" else 4
-    assert views.layers[1].stages[APPLIED].shape[1] == heads and views.layers[1].stages[BEFORE].shape[1] == 4
-    plot_heads(views, 1, 0, tmp_path / "heads.png")
+    stages = views.layers[layer].stages
+    assert stages[APPLIED].shape[1] == heads and stages[BEFORE].shape[1] == 4 == views.num_heads
+    plot_heads(views, layer, 0, tmp_path / "heads.png")
     plot_overview(views, 0, tmp_path / "overview.png")
-    plot_weights(views.layers[1].refinement, 1, tmp_path / "weights.png")
+    plot_weights(views.layers[layer].refinement, layer, tmp_path / "weights.png")
+    state = VisitorState(None, views, views)
+    for head in (0, 3):
+        own = stages[APPLIED][-1, head * heads // 4 : (head + 1) * heads // 4].mean(0)
+        np.testing.assert_array_equal(weights_of(state, APPLIED, layer, head), own)
+
+
+def test_an_expanded_head_is_compared_with_its_own():
+    torch.manual_seed(0)
+    few = torch.rand(2, 3, 5, 5).softmax(-1)
+    for maps in ([few, few.repeat_interleave(4, 1)], [few.repeat_interleave(4, 1), few]):
+        cosines, _ = layer_similarity(maps)
+        assert_close(cosines, torch.ones(2, 2, 2), 1e-5)
+
+
+def test_weights_that_are_not_finite():
+    model = make_encoder("vit")
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="answers to these inputs aren't finite"):
+        refine(model, inputs_of("vit"), refinement="talking_heads")
+    assert type(model).__name__ == "ViTModel"
 
 
 def test_loaded_by_an_auto_class(tmp_path):

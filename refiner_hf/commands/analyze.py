@@ -66,7 +66,8 @@ def main(args: AnalyzeArguments) -> None:
     with locked_folder(folder):
         texts = args.data is not None and has_texts(args.data)
         examples: Callable[[], Iterable[Any]]
-        if args.data is not None and texts:
+        if texts:
+            assert args.data is not None
             data, sentences = load_texts(args.data, args.max_examples, args.seed)
             count, examples = len(sentences), lambda: sentences
         else:

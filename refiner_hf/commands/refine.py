@@ -41,7 +41,9 @@ class RefineArguments:
         },
     )
     expansion_ratio: int = field(default=3, metadata={"help": "Expanded heads per head."})
-    refinement_kernel_size: int = field(default=3, metadata={"help": "Side of the kernel over the maps, odd."})
+    refinement_kernel_size: int = field(
+        default=3, metadata={"help": "Side of the kernel over the maps, or its length over tokens; odd."}
+    )
     with_code: bool = with_code_option()
 
 

@@ -83,12 +83,13 @@ def weights_of(state: VisitorState, stage: str, layer: int, head: int | None = N
         state ([`VisitorState`]): of the visitor.
         stage (`str`): one of [`~refiner_hf.inspection.attention_views.STAGES`].
         layer (`int`): from 0.
-        head (`int`, *optional*): from 0; by default the mean of all.
+        head (`int`, *optional*): from 0; by default the mean of all. Of expanded heads it is the mean of its own.
     """
     maps = state.shown.layers[layer].stages.get(stage)
     if maps is None:
         return None
-    return maps[-1].mean(0) if head is None else maps[-1, head]
+    of_each = maps.shape[1] // state.shown.num_heads
+    return maps[-1].mean(0) if head is None else maps[-1, head * of_each : (head + 1) * of_each].mean(0)
 
 
 def draw_picture(state: VisitorState) -> np.ndarray:

@@ -95,7 +95,8 @@ def load_as_saved(source: Source) -> PreTrainedModel:
     if kind is None:
         names = " or ".join(config.architectures or ["model of a class that its configuration doesn't say"])
         raise ValueError(f"{source} is a {names}, and no Auto class of transformers loads that.")
-    unused = ("pooler.", "mask_token")  # parts that some models are saved with, and others without
+    # Parts that some models are saved with, and others without.
+    unused = ("pooler.", "mask_token", "cls.seq_relationship.")
     return load_network(
         source,
         kind,

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from ..attention_refiner import RefinerMapRefinement
 from ..normalization_refiner import RefinerBatchNorm2d
-from ..utils.model_inputs import Inputs
+from ..utils.model_inputs import Inputs, moved
+from ..utils.modes import in_evaluation
 from ..utils.norm_statistics import reestimate_norm_statistics
 
 
@@ -38,6 +39,13 @@ def start_as_identity(
     finally:
         for each in passes:
             each.remove()
+    if not output_norms:
+        with in_evaluation(model):
+            output = model(**moved(model, batches[0])).to_tuple()[0]
+        if not output.isfinite().all():
+            raise ValueError(
+                "The model's answers to these inputs aren't finite: inputs or weights hold NaN or infinity."
+            )
     for norm in output_norms:
         if not norm.running_var.isfinite().all():
             raise ValueError("The model's maps of these inputs aren't finite: inputs or weights hold NaN or infinity.")

@@ -85,6 +85,7 @@ def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     """How many tokens a text may have. (A tokenizer that doesn't know says some number that is too large.)"""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
-    if config.model_type in ("roberta", "xlm-roberta", "camembert"):  # they count from behind their padding's number
+    kind = getattr(config, "base_model_type", config.model_type)  # the former where it is refined
+    if kind in ("roberta", "xlm-roberta", "camembert"):  # they count from behind their padding's number
         positions -= config.pad_token_id + 1
     return min(tokenizer.model_max_length, positions)

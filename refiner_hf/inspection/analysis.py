@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..attention_refiner import RefinerMapRefinement
 from .cka import SMALLEST, MinibatchCKA, gram_matrix
 from .layer_views import LayerView, watch_layers
 from .map_metrics import (
@@ -188,5 +189,8 @@ def _images_at_a_time(network: Network, pixel_values: torch.Tensor) -> int:
     layer_class, _ = classes_of_layers(network.model)
     layers = sum(isinstance(module, layer_class) for module in network.model.modules())
     tokens = math.prod(network.grid(pixel_values)) + 1
-    an_image = layers * network.model.config.num_attention_heads * tokens**2 * 4
+    heads = network.model.config.num_attention_heads
+    kinds = (module for module in network.model.modules() if isinstance(module, RefinerMapRefinement))
+    heads = max([heads, *(kind.refined_heads(kind.config) for kind in kinds)])
+    an_image = layers * heads * tokens**2 * 4
     return max(1, _KEPT // an_image)

@@ -58,6 +58,12 @@ class AttentionViews:
             raise ValueError(f"There is no head {unknown[0]}; there are {count}.")
 
     @property
+    def num_heads(self) -> int:
+        """The network's heads; some refinements leave a layer with more maps than these."""
+        stages = (stage for layer in self.layers for name, stage in layer.stages.items() if name in (BEFORE, APPLIED))
+        return min(stage.shape[1] for stage in stages)
+
+    @property
     def grey(self) -> np.ndarray:
         """The picture without colours, (height, width), neither black nor white: the maps are drawn on it."""
         return 0.2 + 0.6 * self.picture.mean(-1)

@@ -24,7 +24,8 @@ _watching: ContextVar[object | None] = ContextVar("watching", default=None)
 class LayerView:
     """
     One layer in a forward pass: its number from 0, the tokens that enter and leave it, (B, N, D), and the map that
-    weights its values, (B, H, N, N). In a layer that refines, also the map before refinement, and the module.
+    weights its values, (B, H, N, N), of more heads where a refinement leaves them expanded. In a layer that refines,
+    also the map before refinement, and the module.
     """
 
     index: int

@@ -103,16 +103,18 @@ def layer_similarity(attention_maps: list[torch.Tensor]) -> tuple[torch.Tensor, 
     Similarity of the maps of different layers: the cosine between two layers' rows for the same head and query.
 
     Args:
-        attention_maps (`list[torch.Tensor]`): of each layer, (B, H, N, N).
+        attention_maps (`list[torch.Tensor]`): of each layer, (B, H, N, N). Where a layer has expanded heads, several
+            of each head in a row, they are compared with that head of the others.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: cosines, and correlations (each row's mean subtracted first), both
         (B, layers, layers).
     """
-    _, heads, tokens, _ = attention_maps[0].shape
+    heads, tokens = max(each.shape[1] for each in attention_maps), attention_maps[0].shape[2]
     cosines = correlations = attention_maps[0].new_zeros(())
     for head in range(heads):  # one at a time, since stacking copies the maps
-        rows = torch.stack([each[:, head] for each in attention_maps], dim=2)  # (B, N, layers, N)
+        rows = torch.stack([each[:, head * each.shape[1] // heads] for each in attention_maps], dim=2)
+        # (B, N, layers, N)
         directions, centred = _directions(rows, False), _directions(rows, True)
         cosines = cosines + (directions @ directions.mT).sum(1)
         correlations = correlations + (centred @ centred.mT).sum(1)

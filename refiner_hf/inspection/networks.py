@@ -15,6 +15,9 @@ from ..utils.loading import load_config, load_image_processor, load_network, loa
 from ..utils.model_source import find_source
 
 
+_LONGEST = 512  # tokens: the maps of ten times as many would take a hundred times the memory
+
+
 def short_names(names: list[str]) -> list[str]:
     """Short names for several networks: the last parts of each path, as many as it takes to tell them apart."""
     parts = [Path(name).resolve().parts[1:] if Path(name).exists() else (name,) for name in names]
@@ -50,13 +53,14 @@ class Network:
 
     def tokens_of(self, text: str | dict[str, str]) -> dict[str, torch.Tensor]:
         """
-        What the model takes of one text, or of a pair as `text` and `text_pair`, cut to what it has places for.
+        What the model takes of one text, or of a pair as `text` and `text_pair`, cut to what it has places for, and to
+        512 tokens.
 
         Raises:
             `ValueError`: the text is a single token, which has nothing to attend to.
         """
         text = {"text": text} if isinstance(text, str) else text
-        longest = longest_text(self.model, self.processor)
+        longest = min(_LONGEST, longest_text(self.model, self.processor))
         inputs = self.processor(**text, truncation=True, max_length=longest, return_tensors="pt").to(self.device)
         if inputs["input_ids"].shape[1] < 2:
             raise ValueError(f"The text {text['text']!r} is a single token, which has nothing to attend to.")
@@ -78,12 +82,11 @@ def open_network(name: str, device: str = "cpu", revision: str | None = None, *,
     """
     source = find_source(name, revision=revision)
     config = load_config(source)
-    # With its head, where it has one: otherwise transformers warns about weights that aren't used.
-    if texts:
-        kind = class_as_saved(config) or AutoModel
-    else:
-        classifies = any("ForImageClassification" in name for name in config.architectures or [])
-        kind = AutoModelForImageClassification if classifies else AutoModel
+    # Images: with the classifier, where there is one. An adapter's modules have the names of the class that it is for.
+    classifies = any("ForImageClassification" in each for each in config.architectures or [])
+    kind = AutoModelForImageClassification if classifies else AutoModel
+    if (adapted := source.adapted_class()) is not None:
+        kind = class_as_saved(config, adapted) or kind
     # Always in float32: in half precision, rounding errors would raise the effective rank of a smooth map.
     options = {"config": config, "dtype": torch.float32}
     if config.model_type != RefinedConfig.model_type:  # a refined model's own attention always makes its maps

@@ -32,7 +32,10 @@ from .weight_checks import NAMED, check_finite, check_sizes, check_tensors, shap
 
 
 # What a tokenizer is saved as; the first by all of today's.
-_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model")
+_TOKENIZER_FILES = (
+    "tokenizer_config.json", "tokenizer.json", "vocab.txt", "vocab.json", "spiece.model", "spm.model",
+    "sentencepiece.bpe.model", "tokenizer.model", "merges.txt",
+)  # fmt: skip
 
 
 def load_config(name: str | Source, **hub: Any) -> PreTrainedConfig:
@@ -148,12 +151,12 @@ def load_tokenizer(name: str | Source) -> PreTrainedTokenizerBase:
 
     Raises:
         `ValueError`: it is damaged.
-        `OSError`: there is none. (transformers makes an empty one then.)
+        `OSError`: there is none. (transformers itself would silently make an empty one.)
     """
     source = find_source(name)
     file = next(filter(source.has, _TOKENIZER_FILES), None)
     if file is None:
-        raise OSError(f"{name} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there.")
+        raise OSError(f"{name} has no tokenizer: none of {name_some(_TOKENIZER_FILES)} is there.")
     place = source.place_of(file)
     with explain_errors(f"The tokenizer of {name} can't be loaded"):
         return AutoTokenizer.from_pretrained(place.name, **place.hub)

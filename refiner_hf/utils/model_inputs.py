@@ -11,7 +11,7 @@ Inputs = Mapping[str, Any]
 
 
 def moved(model: nn.Module, inputs: Inputs) -> dict[str, Any]:
-    """Inputs where a model is; numbers that aren't whole in its type."""
+    """Inputs on a model's device, and those of floating point numbers in its type."""
     like = next(model.parameters())
 
     def move(value: Any) -> Any:

@@ -89,6 +89,11 @@ class Source(NamedTuple):
         adapter = self.adapter and self.adapter.find(ADAPTER_WEIGHTS)
         return [*self.weights.weight_files(), *([adapter] if adapter else [])]
 
+    def adapted_class(self) -> str | None:
+        """The name of the class of the model that the adapter was made for, where it says so."""
+        file = self.adapter and self.adapter.find(ADAPTER_CONFIG)
+        return (read_json(file).get("auto_mapping") or {}).get("base_model_class") if file else None
+
     def new_in_adapter(self) -> list[str]:
         """The modules that the adapter holds whole, such as a new classifier: the base model needn't have them."""
         file = self.adapter and self.adapter.find(ADAPTER_CONFIG)

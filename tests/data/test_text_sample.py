@@ -19,6 +19,12 @@ def test_a_file(tmp_path):
     file.write_text("\n \n")
     with pytest.raises(ValueError, match="lines.txt has no lines of text"):
         load_texts(str(file), 10)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="lines.txt isn't text in UTF-8"):
+        load_texts(str(file), 10)
+    (tmp_path / "rows.csv").write_text("text\na\n")
+    with pytest.raises(ValueError, match="rows.csv isn't a .txt file, with a text in each line"):
+        load_texts(str(tmp_path / "rows.csv"), 10)
 
 
 @pytest.fixture
@@ -38,15 +44,22 @@ def test_of_the_hub(on_the_hub, tmp_path):
     on_the_hub({"sentence": [f"text {i}" for i in range(30)], "label": [0] * 30})
     assert has_texts("somebody/texts")
     name, texts = load_texts("somebody/texts", 5)
-    assert name == "somebody/texts (train)" and len(texts) == 5 and set(texts[0]) == {"text"}
+    assert name == "somebody/texts (train, sentence)" and len(texts) == 5 and set(texts[0]) == {"text"}
     on_the_hub({"premise": ["a", "b"], "label": [0, 1], "hypothesis": ["c", "d"]})
     _, texts = load_texts("somebody/pairs", 5)
     assert sorted(texts, key=lambda each: each["text"]) == [
         {"text": "a", "text_pair": "c"}, {"text": "b", "text_pair": "d"},
     ]  # fmt: skip
-    on_the_hub({"id": ["a"], "premise": ["b"], "hypothesis": ["c"]})
-    with pytest.raises(ValueError, match="3 columns of texts .id, premise, hypothesis"):
-        load_texts("somebody/pairs", 5)
+    on_the_hub({"id": ["a"] * 4, "text": ["b", "", None, " "], "label_text": ["good"] * 4})
+    assert load_texts("somebody/texts", 5) == ("somebody/texts (train, text)", [{"text": "b"}])
+    on_the_hub({"words": ["a", "b"], "label": [0, 1]})
+    assert len(load_texts("somebody/words", 5)[1]) == 2
+    on_the_hub({"id": ["a"], "words": ["b"]})
+    with pytest.raises(ValueError, match="Which column.*id, words none has a usual name"):
+        load_texts("somebody/words", 5)
+    on_the_hub({"text": [""]})
+    with pytest.raises(ValueError, match="no rows with texts in text"):
+        load_texts("somebody/texts", 5)
 
 
 def test_pictures_are_no_texts(on_the_hub, tmp_path):

@@ -6,16 +6,20 @@ import matplotlib.figure
 import numpy as np
 import pytest
 import torch
-from transformers import BertTokenizer, ViTImageProcessorPil
+from peft import get_peft_model
+from transformers import BertForPreTraining, BertTokenizer, ViTImageProcessorPil
 
 from refiner_hf import RefinementAdapterConfig, refine
 from refiner_hf.commands.analyze import main as analyze_command
+from refiner_hf.encoders.folder import load_as_saved
+from refiner_hf.encoders.inputs import longest_text
 from refiner_hf.inspection.analysis import analyze
 from refiner_hf.inspection.cka import gram_matrix, unbiased_hsic
 from refiner_hf.inspection.layer_views import watch_layers
 from refiner_hf.inspection.map_metrics import effective_rank, head_similarity, layer_similarity, map_entropy
 from refiner_hf.inspection.networks import Network, open_network
 from refiner_hf.inspection.report import summary_table, write_analyses
+from refiner_hf.utils.model_source import find_source
 
 from ..conftest import assert_close
 from ..encoders import TEXT_ENCODERS, disturb, inputs_of, make_encoder, padded_texts
@@ -98,6 +102,12 @@ class TestNumbers:
         assert lengths == [6, 512]
         assert network.tokens_of(pairs[0])["token_type_ids"].sum() == 2
 
+    def test_places_of_a_refined_roberta(self):
+        """It counts its places from behind the number of its padding, refined or not."""
+        model = make_encoder("roberta", max_position_embeddings=20)
+        assert longest_text(model, tokenizer()) == 19
+        assert longest_text(refine(model, inputs_of("roberta")), tokenizer()) == 19
+
     def test_a_single_token(self):
         network = Network("reader", make_encoder("bert", attention="eager"), tokenizer())
         assert network.tokens_of("")["input_ids"].shape[1] == 2  # the special ones
@@ -134,17 +144,29 @@ class TestOpenNetwork:
     def test_refined_or_not(self, head, tmp_path):
         for name, model in (("plain", make_encoder("bert", head=head)), ("refined", refined_bert(head))):
             network = open_network(saved(model, tmp_path / name), texts=True)
-            assert type(network.model) is type(model) and network.reads_texts and network.name == name
+            expected = "RefinedBertModel" if name == "refined" else "BertModel"
+            assert type(network.model).__name__ == expected and network.reads_texts and network.name == name
             views = []
             watch_layers(network.model, network.tokens_of("a good film"), views.append)
             assert len(views) == 2
 
-    def test_an_adapter(self, tmp_path):
-        from peft import get_peft_model
+    def test_pretrained_with_other_heads(self, tmp_path):
+        """As bert-base-uncased: two heads in the file, of which the configuration names one."""
+        torch.manual_seed(0)
+        folder = saved(BertForPreTraining(make_encoder("bert").config), tmp_path / "bert")
+        config = json.loads((tmp_path / "bert" / "config.json").read_text())
+        (tmp_path / "bert" / "config.json").write_text(json.dumps(config | {"architectures": ["BertForMaskedLM"]}))
+        assert type(open_network(folder, texts=True).model).__name__ == "BertModel"
+        assert type(load_as_saved(find_source(folder))).__name__ == "BertForMaskedLM"
 
-        base = saved(make_encoder("bert", head=True), tmp_path / "base")
+    @pytest.mark.parametrize("head", [True, False], ids=["of a classifier", "with a new head"])
+    def test_an_adapter(self, head, tmp_path):
+        base = saved(make_encoder("bert", head=head), tmp_path / "base")
         model = type(make_encoder("bert", head=True)).from_pretrained(base)
-        adapted = get_peft_model(model, RefinementAdapterConfig(inputs=inputs_of("bert")))
+        config = RefinementAdapterConfig(
+            inputs=inputs_of("bert"), modules_to_save=None if head else ["classifier", "pooler"]
+        )
+        adapted = get_peft_model(model, config)
         disturb(adapted)
         adapted.save_pretrained(tmp_path / "adapter")
         network = open_network(str(tmp_path / "adapter"), texts=True)

@@ -12,12 +12,16 @@ from ..utils.text import counted
 
 
 def describe_network(model: PreTrainedModel) -> str:
-    """A table of a network's architecture, its number of parameters and its cost."""
+    """A table of [`network_facts`]."""
+    return markdown_table(["", ""], network_facts(model).items())
+
+
+def network_facts(model: PreTrainedModel) -> dict[str, str]:
+    """A network's architecture, its number of parameters and its cost, by topic."""
     rows = {"parameters": f"{sum(p.numel() for p in model.parameters()):,}"}
     if model.main_input_name == "pixel_values":
         rows |= _images(model)
-    rows |= _refiner(model) if isinstance(model, RefinerPreTrainedModel) else _encoder(model)
-    return markdown_table(["", ""], rows.items())
+    return rows | (_refiner(model) if isinstance(model, RefinerPreTrainedModel) else _encoder(model))
 
 
 def _images(model: PreTrainedModel) -> dict[str, str]:

@@ -6,6 +6,7 @@ from ..utils.text import counted
 LEARNING_CURVE = (
     "Loss and accuracy during training. The training loss includes regularisation and the loss of a dense head."
 )
+MISTAKES = "Evaluation pictures that it gave a wrong label, those with the highest scores, and these labels"
 PREDICTIONS = "Pictures of the evaluation set, as 'true label: prediction, score'"
 OVERVIEW = "Where the class token looks in an evaluation picture, averaged over heads"
 

@@ -18,7 +18,8 @@ _ALWAYS = (
 # And if they don't:
 _IF_CHANGED = (
     "activation_checkpointing", "activation_checkpointing_kwargs", "adam_epsilon", "auto_find_batch_size",
-    "average_tokens_across_devices", "bf16_full_eval", "cooldown_steps", "data_seed", "dataloader_drop_last",
+    "average_tokens_across_devices", "bf16_full_eval", "class_weights", "cooldown_steps", "data_seed",
+    "dataloader_drop_last", "early_stopping_patience",
     "ema_decay", "ema_warmup", "eval_accumulation_steps", "eval_steps", "fp16_full_eval", "fsdp", "full_determinism",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "greater_is_better", "layer_decay",
     "learning_rate_batch_size", "load_best_model_at_end", "lr_scheduler_kwargs", "metric_for_best_model",

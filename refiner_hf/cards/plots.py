@@ -1,5 +1,6 @@
 """The pictures of a model card."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,12 @@ def plot_confusion_matrix(counts: list[list[int]], labels: list[str], path: str 
 
 
 @literal_text
-def plot_predictions(images: list[Image.Image], titles: list[str], path: str | Path) -> None:
+def plot_predictions(images: Sequence[Image.Image | np.ndarray], titles: list[str], path: str | Path) -> None:
     """
     A strip of images with a line of text over each.
 
     Args:
-        images: the pictures.
+        images: the pictures, or arrays (height, width, 3) of floats from 0 to 1.
         titles: what to write over them.
         path: the PNG to write.
     """

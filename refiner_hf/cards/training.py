@@ -136,6 +136,8 @@ def _results(
         if (averaged := measured.get(key.replace("eval_", "eval_ema_"))) is not None:
             rows.append((f"{text} of the averaged weights, in the folder `{EMA_FOLDER}`", f"{averaged:.2%}"))
     rows += [(markdown_text(name), f"{accuracy:.2%}") for name, accuracy in beside.items()]
+    if (error := measured.get("eval_calibration_error")) is not None:
+        rows.append(("Expected calibration error of the scores, in 15 bins", f"{error:.2%}"))
     masked = isinstance(trainer.model, RefinerForMaskedImageModeling)
     name = "Mean absolute difference of the hidden pixels, in the scale of the processor" if masked else "Loss"
     rows.append((name, f"{measured['eval_loss']:.4f}"))
@@ -190,6 +192,8 @@ def _training(
     duration = f" in {measured['train_runtime']:.0f} s" if "train_runtime" in measured else ""
     if speed := measured.get("train_samples_per_second"):
         duration += f" ({speed:.1f} images/s, evaluations and saving included)"
+    if 0 < trainer.state.global_step < trainer.state.max_steps and not trainer.is_in_train:
+        duration += f" of {trainer.state.max_steps:,}, where it was stopped early"
     processes = f"{args.world_size} processes, each on " if args.world_size > 1 else ""
     return (
         f"With `refiner_hf` and the Hugging Face Trainer: {counted(trainer.state.global_step, 'step')}{duration} on "

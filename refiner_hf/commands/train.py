@@ -6,7 +6,7 @@ a YAML or JSON file of options; options after it win. Without options, a small R
 The same command continues an interrupted run.
 
     refiner train                                                     # digits, under two minutes on 2 CPU cores
-    refiner train from_scratch --train_dir photos --output_dir out    # photos/LABEL/*.jpg
+    refiner train from_scratch --train_dir photos --output_dir out    # photos/LABEL/*.jpg; --dry_run only says what
     refiner train fine_tune --model_name_or_path MODEL --train_dir photos --output_dir out
     refiner train from_scratch --train_dir photos --output_dir out --push_to_hub --hub_model_id USER/NAME --verify_push
     refiner train --show_recipe imagenet_s_224 --num_train_epochs 100 # prints that recipe, changed so, as one file
@@ -40,6 +40,12 @@ def main(
 def report(result: RunResult, data_args: DataArguments) -> None:
     """Prints where the folder is, what was measured, and a few predictions."""
     print()
+    if result.planned is not None:
+        facts, picture = result.planned
+        print("Nothing was trained. This would be:\n")
+        print("\n".join(f"{topic:>18}  {printable(fact)}" for topic, fact in facts.items()))
+        print(f"\nA batch as the network would see it: {picture}")
+        return
     if "eval_accuracy" in result.metrics:
         print(f"Accuracy on {result.data.evaluation_split}: {result.metrics['eval_accuracy']:.2%}", end="")
         top5 = result.metrics.get("eval_top5_accuracy")

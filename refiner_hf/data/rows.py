@@ -89,6 +89,15 @@ class Rows(ABC):
         """
 
     @abstractmethod
+    def labels(self, column: str) -> list[int]:
+        """
+        All labels, in order.
+
+        Raises:
+            `ValueError`: a stream's come one by one.
+        """
+
+    @abstractmethod
     def at_most(self, number: int | None, seed: int) -> Self:
         """`number` rows at random, the same ones for a seed; of a stream the first ones; all where it is `None`."""
 
@@ -180,6 +189,9 @@ class StoredRows(Rows):
                 f"test sets say so): {', '.join(some)}. The first is row {wrong.index[0]}."
             )
 
+    def labels(self, column: str) -> list[int]:
+        return list(self.data[column])
+
     def at_most(self, number: int | None, seed: int) -> Self:
         return self if number is None else self.sample(number, seed)
 
@@ -229,6 +241,9 @@ class StreamedRows(Rows):
 
     def check_labels(self, column: str, count: int) -> None:
         pass
+
+    def labels(self, column: str) -> list[int]:
+        raise ValueError("The labels of a stream come one by one, so they can't be counted first.")
 
     def at_most(self, number: int | None, seed: int) -> Self:
         return self if number is None else self.changed(lambda data: data.take(number))

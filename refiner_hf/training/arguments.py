@@ -128,6 +128,21 @@ class RefinerTrainingArguments(TrainingArguments):
             "where the schedule, --warmup_steps included, has ended before."
         },
     )
+    class_weights: str = field(
+        default="none",
+        metadata={
+            "help": "Balanced: an image counts in the loss by how rare its label is among the training images, so "
+            "that each label has the same weight.",
+            "choices": ["none", "balanced"],
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "End the training once so many evaluations in a row weren't better than the best (by "
+            "--metric_for_best_model). Needs --load_best_model_at_end."
+        },
+    )
     layer_decay: float = field(
         default=1.0, metadata={"help": "Each layer's learning rate is this times that of the layer after it."}
     )
@@ -148,6 +163,13 @@ class RefinerTrainingArguments(TrainingArguments):
         default=False,
         metadata={
             "help": "Put the model's code into the folder, for trust_remote_code where this package isn't installed."
+        },
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Train nothing: say what would be trained, and draw a batch as the network would see it, with "
+            "augmentation and all, into the output folder. Nothing goes to the Hub."
         },
     )
     example_pictures: int = field(
@@ -196,6 +218,14 @@ class RefinerTrainingArguments(TrainingArguments):
             raise ValueError(f"--layer_decay must be in (0, 1], got {self.layer_decay}.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"--ema_decay must be in [0, 1), got {self.ema_decay}.")
+        if self.early_stopping_patience is not None:
+            if self.early_stopping_patience < 1:
+                raise ValueError(f"--early_stopping_patience must be at least 1, got {self.early_stopping_patience}.")
+            if not self.load_best_model_at_end:
+                raise ValueError(
+                    "--early_stopping_patience needs --load_best_model_at_end, with an --eval_strategy and the same "
+                    "--save_strategy: otherwise the weights would be those after the best."
+                )
         if self.learning_rate_batch_size is not None and self.learning_rate_batch_size < 1:
             raise ValueError(f"--learning_rate_batch_size must be at least 1, got {self.learning_rate_batch_size}.")
 

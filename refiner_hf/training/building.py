@@ -2,13 +2,17 @@
 
 from typing import Any
 
+import numpy as np
 import torch
+from sklearn.utils.class_weight import compute_class_weight
 from timm.data import Mixup
 from transformers import TrainerCallback, default_data_collator
 
+from ..data.columns import LABEL_COLUMN
 from ..data.rows import TrainingOrder
 from ..data.transforms import PrepareImages, PrepareTraining, evaluation_pixels
 from ..utils.image_config import label_names_of
+from .early_stopping import EarlyStopping
 from .ema import EmaCallback
 from .metrics import ClassificationMetrics, rank_labels
 from .norm_statistics_callback import NormStatisticsCallback
@@ -33,7 +37,11 @@ def build_trainer(plan: Plan) -> tuple[RefinerTrainer, ClassificationMetrics]:
         compute_metrics=metrics,
         preprocess_logits_for_metrics=rank_labels,
         callbacks=_callbacks(plan, for_evaluation) if args.do_train else [],
-        make_targets=TrainingTargets(mixup=mixup, transposed_boxes=plan.data_args.transposed_label_maps),
+        make_targets=TrainingTargets(
+            mixup=mixup,
+            transposed_boxes=plan.data_args.transposed_label_maps,
+            class_weights=_class_weights(plan) if args.do_train and args.class_weights == "balanced" else None,
+        ),
     )
     return trainer, metrics
 
@@ -53,6 +61,17 @@ def _training_images(plan: Plan) -> torch.utils.data.Dataset:
     return plan.data.train.for_training(prepare, order)
 
 
+def _class_weights(plan: Plan) -> torch.Tensor:
+    """Of each label of the network, so that all training images weigh 1 on average, and all labels the same."""
+    assert plan.data.train is not None
+    labels = np.array(plan.data.train.labels(LABEL_COLUMN))
+    present = np.unique(labels)
+    weights = torch.zeros(len(label_names_of(plan.model.config)))
+    balanced = compute_class_weight("balanced", classes=present, y=labels)
+    weights[[plan.label_ids[label] for label in present]] = torch.tensor(balanced, dtype=weights.dtype)
+    return weights
+
+
 def _evaluation_images(plan: Plan, prepare: PrepareImages) -> Any:
     assert plan.data.evaluation is not None  # a plan with evaluation has it
     return plan.data.evaluation.prepared(prepare)
@@ -67,4 +86,6 @@ def _callbacks(plan: Plan, for_evaluation: PrepareImages) -> list[TrainerCallbac
         # Always the same training images.
         for_statistics = plan.data.train.sample(args.norm_statistics_images, args.seed).prepared(for_evaluation)
         callbacks.append(NormStatisticsCallback(for_statistics, args.per_device_eval_batch_size, ema=ema))
+    if args.early_stopping_patience is not None:
+        callbacks.append(EarlyStopping(args.early_stopping_patience))
     return callbacks

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers import Trainer, pipeline
+from transformers import PreTrainedConfig, Trainer, pipeline
 from transformers.utils import logging
 
 from ..cards import captions
@@ -13,6 +13,7 @@ from ..cards.card import make_card, refines
 from ..cards.plots import plot_confusion_matrix, plot_learning_curve, plot_predictions
 from ..cards.training import training_content
 from ..data.images import decode_image
+from ..data.rows import StoredRows
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN, ImageData
 from ..hub.code import add_code
 from ..hub.publish import is_adapter, public_content
@@ -24,11 +25,13 @@ from ..utils.text import counted
 from .arguments import RefinerTrainingArguments
 from .baseline import Baseline
 from .map_analysis import analyze_folder
+from .metrics import Answers, ClassificationMetrics
 
 
 logger = logging.get_logger(__name__)
 
 CONFUSION_MATRIX, BY_LABEL = "confusion_matrix.csv", "by_label.csv"
+MISTAKES = "_mistakes.png"  # isn't published under this name
 EXAMPLES = 8
 LARGEST_EXAMPLE = 512
 
@@ -48,7 +51,7 @@ def finish_folder(
     data: ImageData,
     arguments: dict[str, dict[str, Any]],
     measured: dict[str, float],
-    confusion_matrix: list[list[int]] | None,
+    metrics: ClassificationMetrics,
     baseline: Baseline | None,
 ) -> list[Example]:
     """
@@ -59,7 +62,7 @@ def finish_folder(
         data: what it was trained and evaluated on.
         arguments: the run's options by group: model, data, augmentation, training.
         measured: all measured numbers, named as the Trainer does.
-        confusion_matrix: that of the evaluation, if there was one.
+        metrics: of the evaluation, if there was one.
         baseline: what a linear model reaches, if it was measured.
 
     Returns:
@@ -71,7 +74,7 @@ def finish_folder(
         write_json(folder / name, public_content(folder / name))
     pictures = [("learning_curve.png", captions.LEARNING_CURVE)]
     plot_learning_curve(trainer.state.log_history, folder / pictures[0][0])
-    if confusion_matrix is not None:
+    if (confusion_matrix := metrics.confusion_matrix) is not None:
         plot_confusion_matrix(confusion_matrix, label_names_of(trainer.model.config), folder / "confusion_matrix.png")
         pictures.append(("confusion_matrix.png", captions.confusion_matrix(data.evaluation_split)))
     examples = predict_examples(folder, data, args.example_pictures or EXAMPLES) if data.evaluation is not None else []
@@ -80,6 +83,10 @@ def finish_folder(
         plot_predictions([example.image for example in examples], titles, folder / "predictions.png")
         pictures.append(("predictions.png", captions.PREDICTIONS))
         _save_pictures([example.image for example in examples], folder / "examples")
+    if metrics.answers is not None and _draw_mistakes(folder / MISTAKES, metrics.answers, data, trainer.model.config):
+        if args.example_pictures:
+            (folder / MISTAKES).replace(folder / MISTAKES.removeprefix("_"))
+            pictures.append((MISTAKES.removeprefix("_"), captions.MISTAKES))
     if args.analysis_images and data.evaluation is not None:
         may_show = args.example_pictures > 0
         try:
@@ -121,6 +128,18 @@ def predict_examples(folder: Path, data: ImageData, count: int) -> list[Example]
         Example(image, data.labels[row[LABEL_COLUMN]], answer["label"], answer["score"])
         for image, row, answer in zip(images, rows, answers)
     ]
+
+
+def _draw_mistakes(file: Path, answers: Answers, data: ImageData, config: PreTrainedConfig) -> bool:
+    """Evaluation pictures that were given a wrong label with the highest scores; whether there are any."""
+    if not isinstance(data.evaluation, StoredRows) or not (worst := answers.worst(EXAMPLES)):
+        return False
+    names, images = label_names_of(config), [decode_image(data.evaluation[i][IMAGE_COLUMN]) for i in worst]
+    titles = [
+        f"{names[answers.labels[i]]}, taken for\n{names[answers.given[i]]} {answers.scores[i]:.0%}" for i in worst
+    ]
+    plot_predictions(images, titles, file)
+    return True
 
 
 def _save_pictures(images: list[Image.Image], folder: Path) -> None:

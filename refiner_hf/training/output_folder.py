@@ -21,6 +21,7 @@ from .checkpoints import DamagedCheckpointError, check_checkpoint
 logger = logging.get_logger(__name__)
 
 FINISHED_FILE = "train_results.json"
+DRY_RUN = "_dry_run.png"  # names with _ in front are never published
 # Options that may differ when a run is continued.
 _MAY_CHANGE = {"cache_dir", "refine_implementation", "max_eval_samples"}
 
@@ -67,7 +68,7 @@ def _prepare(args: RefinerTrainingArguments, arguments: dict[str, Any]) -> str |
         except DamagedCheckpointError as error:
             raise ValueError(f"The checkpoint {named} can't be used: {error}. Name another one.") from error
         return args.resume_from_checkpoint
-    if any(path.name != LOCK for path in folder.iterdir()) and not (folder / RUN_FILE).exists():
+    if any(path.name not in (LOCK, DRY_RUN) for path in folder.iterdir()) and not (folder / RUN_FILE).exists():
         raise ValueError(f"{folder} isn't empty and holds no training run of ours. Give another --output_dir.")
     checkpoint = _last_whole_checkpoint(folder, args, streamed)
     if checkpoint:

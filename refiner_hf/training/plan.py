@@ -82,6 +82,8 @@ def make_plan(
     arguments = all_options(model_args, data_args, augmentation_args, training_args)
     args = copy.copy(training_args)
     checkpoint = prepare_output_folder(args, arguments, held)
+    if args.dry_run:
+        args.push_to_hub = False
     if args.push_to_hub and args.should_save:
         args.hub_model_id = prepare_repository(
             repository(args), private=args.hub_private_repo, branch=args.hub_revision, token=args.hub_token
@@ -146,6 +148,8 @@ def all_options(
 def _check_options(model_args: ModelArguments, args: RefinerTrainingArguments) -> None:
     if not (args.do_train or args.do_eval):
         raise ValueError("Nothing to do: neither --do_train nor --do_eval.")
+    if args.dry_run and not args.do_train:
+        raise ValueError("--dry_run is for a training: give --do_train.")
     if not args.do_train and model_args.model_name_or_path is None:
         raise ValueError("Which model to evaluate? Give --model_name_or_path.")
     if args.push_to_hub and not args.do_train:
@@ -178,6 +182,8 @@ def _check_training(
     if data.train.streamed:
         if args.max_steps <= 0:
             raise ValueError("A stream has no known length: give --max_steps, the number of training steps.")
+        if args.class_weights == "balanced":
+            raise ValueError("--class_weights balanced counts the labels first, and a stream's come one by one.")
         if augmentation_args.repeated_augmentation > 1:
             raise ValueError("--repeated_augmentation needs a data set of known length, not a stream.")
     elif data.train.count == 0:

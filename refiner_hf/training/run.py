@@ -21,6 +21,7 @@ from ..utils.text import counted
 from .arguments import ModelArguments, RefinerTrainingArguments
 from .baseline import Baseline, linear_baseline
 from .building import build_trainer
+from .dry_run import dry_run
 from .finished_folder import BY_LABEL, CONFUSION_MATRIX, Example, finish_folder
 from .metrics import ClassificationMetrics
 from .output_folder import push_command
@@ -40,7 +41,8 @@ class RunResult:
     """
     What a run leaves: the folder, the measured metrics (`eval_accuracy` and so on), the data it was run on, and after
     training what the saved model answers for a few evaluation pictures, what a linear model reaches on the same
-    images, and where it was published.
+    images, and where it was published. Of a dry run only `planned`: what would have been trained, by topic, and the
+    picture of a batch.
     """
 
     folder: Path
@@ -50,6 +52,7 @@ class RunResult:
     examples: list[Example]
     baseline: Baseline | None = None
     published: Published | None = None
+    planned: tuple[dict[str, str], Path] | None = None
 
 
 def run(
@@ -75,13 +78,15 @@ def run(
     """
     with ExitStack() as held:
         plan = make_plan(model_args, data_args, augmentation_args, training_args, held)
+        folder = Path(plan.args.output_dir)
+        if plan.args.dry_run:
+            return RunResult(folder, {}, plan.data, False, [], planned=dry_run(build_trainer(plan)[0], plan))
         _begin_folder(plan)
         trainer, metrics = build_trainer(plan)
         measured = _train_and_evaluate(trainer, plan)
         baseline = _measure_baseline(trainer, plan)
         examples = _finish(trainer, plan, measured, metrics, baseline)
         published = _publish(trainer) if plan.args.push_to_hub else None
-    folder = Path(plan.args.output_dir)
     return RunResult(folder, measured, plan.data, plan.args.do_train, examples, baseline, published)
 
 
@@ -146,7 +151,7 @@ def _finish(
         trainer.save_model(_internal_call=True)  # the folder is pushed when it is finished
     trainer.save_state()
     if trainer.is_world_process_zero():
-        examples = finish_folder(trainer, plan.data, plan.arguments, measured, metrics.confusion_matrix, baseline)
+        examples = finish_folder(trainer, plan.data, plan.arguments, measured, metrics, baseline)
     # Last, because it marks the folder as finished.
     trainer.save_metrics("train", {name: value for name, value in measured.items() if not name.startswith("eval_")})
     return examples

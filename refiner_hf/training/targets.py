@@ -22,10 +22,13 @@ class TrainingTargets:
         mixup ([`timm.data.Mixup`], *optional*): mixes images, and their targets alike. A batch of an odd number of
             images stays as it is.
         transposed_boxes (`bool`): see [`dense_targets`].
+        class_weights (`torch.Tensor` of shape (K,), *optional*): how much each label counts in the loss.
     """
 
-    def __init__(self, *, mixup: Mixup | None = None, transposed_boxes: bool = False):
-        self.mixup, self.transposed_boxes = mixup, transposed_boxes
+    def __init__(
+        self, *, mixup: Mixup | None = None, transposed_boxes: bool = False, class_weights: torch.Tensor | None = None
+    ):
+        self.mixup, self.transposed_boxes, self.class_weights = mixup, transposed_boxes, class_weights
 
     def __call__(
         self,
@@ -49,7 +52,7 @@ class TrainingTargets:
             there is nothing to do.
 
         Raises:
-            `ValueError`: label maps, or smoothing, for a problem that they don't go with.
+            `ValueError`: label maps, smoothing or weights for a problem that they don't go with.
         """
         inputs = dict(inputs)
         label_maps = {name: inputs.pop(name) for name in (MAP_SCORES, MAP_CLASSES, BOX, FLIPPED) if name in inputs}
@@ -67,11 +70,17 @@ class TrainingTargets:
                 smoothing=smoothing,
                 transposed_boxes=self.transposed_boxes,
             )
-        elif smoothing or self.mixup:
+        elif smoothing or self.mixup or self.class_weights is not None:
             inputs["labels"] = smooth_labels(inputs["labels"], num_labels, smoothing, problem_type)
         if self.mixup and len(inputs["labels"]) % 2 == 0:
             inputs["pixel_values"], share = _mix(self.mixup, inputs["pixel_values"])
             inputs["labels"] = share * inputs["labels"] + (1 - share) * inputs["labels"].flip(0)
+        if self.class_weights is not None:
+            if problem_type != SINGLE_LABEL:
+                raise ValueError(f"Class weights are for images of one label each, not for {problem_type}.")
+            labels = inputs["labels"]  # the cross-entropy is linear in them
+            weights = self.class_weights.to(labels)
+            inputs["labels"] = labels * (weights if labels.ndim == 2 else weights[:, None])
         return inputs
 
 

@@ -86,7 +86,7 @@ class TestFinishedFolder:
             assert_close(buffer, model.get_buffer(name), 1e-4, name)
 
     def test_holds_everything_and_nothing_else(self, trained):
-        folder, _ = trained
+        folder, result = trained
         names = {path.name for path in folder.iterdir() if not path.name.endswith("_refiner.py")}
         names -= {name for name in names if name.startswith("checkpoint-")}
         assert names == {
@@ -94,7 +94,7 @@ class TestFinishedFolder:
             "confusion_matrix.png", "confusion_matrix.csv", "by_label.csv", "predictions.png", "all_results.json",
             "eval_results.json", "baseline_results.json", "train_results.json", "trainer_state.json",
             "training_arguments.json", "examples", "analysis", "_data.json",
-        }  # fmt: skip
+        } | ({"mistakes.png"} if result.metrics["eval_accuracy"] < 1 else set())  # fmt: skip
 
     @pytest.fixture
     def card(self, trained):
@@ -122,6 +122,9 @@ class TestFinishedFolder:
         assert measured == {
             "Top-1 accuracy": f"{result.metrics['eval_accuracy']:.2%}",
             "Macro F1": f"{result.metrics['eval_f1_macro']:.2%}",
+            "Expected calibration error of the scores, in 15 bins": (
+                f"{result.metrics['eval_calibration_error']:.2%}"
+            ),
             f"Logistic regression on thumbnails of 16 x 16 pixels, trained on {60 - held} images": (
                 f"{result.baseline.accuracy:.2%}"
             ),
@@ -155,7 +158,8 @@ class TestFinishedFolder:
 
     def test_pictures_of_the_card(self, trained, card):
         names = [f"analysis/{name}.png" for name in ("analysis_curves", "analysis_layers", "layers", "heads")]
-        assert card.pictures == ["learning_curve.png", "confusion_matrix.png", "predictions.png", *names]
+        mistakes = ["mistakes.png"] if trained[1].metrics["eval_accuracy"] < 1 else []
+        assert card.pictures == ["learning_curve.png", "confusion_matrix.png", "predictions.png", *mistakes, *names]
         assert all(min(Image.open(trained[0] / name).size) > 200 for name in card.pictures)
 
     def test_example_of_the_card(self, trained, card, photos, tmp_path, monkeypatch, capsys):
@@ -664,6 +668,7 @@ def test_digits_in_short(tmp_path, capsys):
     )  # fmt: skip
     assert result.metrics["eval_accuracy"] > 0.3
     assert "eval_top5_accuracy" in result.metrics
+    assert (tmp_path / "demo" / "mistakes.png").exists()  # 30 steps don't get all right
     said = capsys.readouterr().out
     assert "Logistic regression on thumbnails of 8 x 8 pixels, trained on 1,437 of the same images" in said
     assert "The network is behind this linear model" in said and "held-out pictures" in said

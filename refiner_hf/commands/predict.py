@@ -1,12 +1,15 @@
 """
-Classify many pictures, and write the answers into a table (CSV): file, label, score.
+Classify many pictures, and write the answers into a table (CSV or parquet): file, label, score.
 
 The model is a Refiner or any other image classifier of transformers, or an exported ONNX file. Pictures that can't be
-read are listed at the end. The same command continues an interrupted run.
+read are listed at the end. The same command continues an interrupted run. Several processes or GPUs divide the images:
+start it with torchrun or accelerate.
 
     refiner predict --model outputs/demo --images photos --output_file answers.csv
     refiner predict --model outputs/demo --images photos 'holiday/**/*.jpg' one.png --output_file answers.csv --top_k 3
     refiner predict --model exported/model.onnx --images photos --output_file answers.csv
+    refiner predict --model outputs/demo --images photos --output_file answers.parquet --features
+    torchrun --nproc_per_node 4 -m refiner_hf predict --model outputs/demo --images photos --output_file answers.csv
 """
 
 import sys
@@ -14,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..prediction.predict import DEFAULT_WORKERS, Predictions, list_unreadable, predict
+from ..prediction.processes import Processes
 from ..prediction.table import partial_file, whole_rows
 from ..utils.text import FORMULA, counted, printable
 from .options import device_option, pick_device, revision_option
@@ -34,8 +38,12 @@ class PredictArguments:
     images: list[str] = field(
         metadata={"help": "Files, folders (with all below them) and quoted patterns, in which ** means any folders."}
     )
-    output_file: str = field(metadata={"help": "The table to write; must be new."})
+    output_file: str = field(metadata={"help": "The table to write, CSV or *.parquet; must be new."})
     top_k: int = field(default=1, metadata={"help": "How many labels of each image."})
+    features: bool = field(
+        default=False,
+        metadata={"help": "Also a column of features, the numbers that the model makes its answer of. In parquet."},
+    )
     batch_size: int = field(default=32, metadata={"help": "Images at a time."})
     num_workers: int = field(default=DEFAULT_WORKERS, metadata={"help": "Processes that read images ahead."})
     revision: str | None = revision_option()
@@ -47,6 +55,8 @@ def main(args: PredictArguments) -> None:
     """Writes the table, and says how many images got each label."""
     with if_interrupted(lambda: _what_is_kept(partial_file(Path(args.output_file)))):
         predictions = predict(**{**vars(args), "device": pick_device(args.device)})
+    if not Processes().is_first:
+        return
     print(_summary(predictions, args.output_file))
     if predictions.unreadable:
         print(list_unreadable(predictions.unreadable), file=sys.stderr)

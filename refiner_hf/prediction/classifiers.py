@@ -54,6 +54,19 @@ class Classifier(ABC):
             )
         return probabilities(logits, self.config)
 
+    def keep_features(self) -> None:
+        """
+        Lets [`last_features`] have something to give.
+
+        Raises:
+            `ValueError`: the model gives no features, or its head can't be told.
+        """
+        raise ValueError(f"{self.name} gives no features, only answers: take a model of transformers.")
+
+    def last_features(self) -> torch.Tensor:
+        """Of the images that [`scores`] got last, what the head made them of: (B, width), on the CPU."""
+        raise NotImplementedError
+
     @abstractmethod
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, C, height, width) -> (B, labels)."""
@@ -101,6 +114,20 @@ class TorchClassifier(Classifier):
         model, processor = load_classifier_and_processor(name, revision)
         super().__init__(name, model.config, processor)
         self._model = model.to(device)
+        self._into_head: torch.Tensor | None = None
+
+    def keep_features(self) -> None:
+        from ..utils.heads import head_modules  # the base installation hasn't what it needs
+
+        head = self._model.get_submodule(head_modules(self.config, self._model)[0])
+        head.register_forward_pre_hook(self._keep)
+
+    def _keep(self, head: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self._into_head = args[0]
+
+    def last_features(self) -> torch.Tensor:
+        assert self._into_head is not None
+        return self._into_head.flatten(1).float().cpu()
 
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self._model(pixel_values=pixel_values.to(self._model.device)).logits

@@ -3,8 +3,11 @@
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -15,10 +18,13 @@ from ..image_processing_pil_refiner import open_image, to_8_bit_rgb
 from ..utils.image_files import find_images
 from ..utils.locking import locked_beside
 from .classifiers import Classifier, open_classifier
-from .table import AnswerTable, check_place, partial_file
+from .processes import Processes
+from .table import FEATURES, AnswerTable, as_text, check_place, part_of, partial_file
 
 
 DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
+
+_PARQUET = ".parquet"
 
 
 @dataclass
@@ -35,6 +41,7 @@ def predict(
     output_file: str | os.PathLike,
     *,
     top_k: int = 1,
+    features: bool = False,
     batch_size: int = 32,
     num_workers: int = DEFAULT_WORKERS,
     device: str = "cpu",
@@ -47,55 +54,109 @@ def predict(
     The rows are written batch by batch into `output_file` + `.partial`, which gets its name when all are there. After
     an interruption the same call continues after those rows. Files that were added or repaired meanwhile come last.
 
+    Processes that torchrun or accelerate has started divide the images; the first joins their rows to one table, and
+    another number of processes may continue it.
+
     Args:
         model (`str`): folder or Hub name of one of transformers' image classifiers, or an ONNX model, see
             [`~refiner_hf.prediction.classifiers.open_classifier`].
         images (`str` or `Iterable[str]`): files, folders and patterns, see
             [`~refiner_hf.utils.image_files.find_images`].
-        output_file (`str`): the table to write, as CSV in UTF-8; its folder is made. Bytes in a file's name that
-            aren't UTF-8 are written as `\\xe9`.
+        output_file (`str`): the table to write, as parquet where it ends in `.parquet`, else as CSV in UTF-8; its
+            folder is made. Bytes in a file's name that aren't UTF-8 are written as `\\xe9`.
         top_k (`int`, *optional*, defaults to 1): how many labels of each image, at most all.
+        features (`bool`, *optional*, defaults to `False`): also a column `features`, the numbers that the head of the
+            model makes its answer of; only in parquet, and not of an ONNX model.
         batch_size (`int`, *optional*, defaults to 32): images at a time.
         num_workers (`int`, *optional*): processes that read ahead; 0 reads here. Default: 4, or the number of cores.
         device (`str`, *optional*, defaults to `"cpu"`): where the model runs.
         revision (`str`, *optional*): branch, tag or commit of a model on the Hub.
 
     Returns:
-        [`Predictions`]. Images that can't be read have no row; they are listed there.
+        [`Predictions`], in each of several processes those of all. Images that can't be read have no row; they are
+        listed there.
 
     Raises:
         `ValueError`, `OSError`, `RuntimeError`: no images, or none that can be read; no classifier; a table that is
             there already, or unfinished and of another model or `top_k`; a folder that can't be written, or a table
             that another process writes.
     """
-    for name, value, least in (("top_k", top_k, 1), ("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}.")
-    files = find_images([images] if isinstance(images, str | os.PathLike) else images)
     output = Path(output_file)
-    check_place(output)
-    classifier = open_classifier(model, device, revision)
+    _check_options(output, features, top_k=top_k, batch_size=batch_size, num_workers=num_workers)
+    files = find_images([images] if isinstance(images, str | os.PathLike) else images)
+    processes = Processes()
+    if processes.is_first:
+        check_place(output)
+    classifier = open_classifier(model, processes.device(device), revision)
     top_k = min(top_k, len(classifier.labels))
+    if features:
+        classifier.keep_features()
 
-    facts = {"model": classifier.digest(), "top_k": top_k}
-    with locked_beside(output), AnswerTable(output, _columns(top_k), facts) as answers:
-        if others := answers.finished - {_printable(file) for file in files}:
-            raise ValueError(
-                f"{partial_file(output)} holds answers to images that weren't given now, such as {min(others)}. "
-                "Remove it, or give another --output_file."
-            )
-        predictions = Predictions(answers.labels)
-        to_do = [file for file in files if _printable(file) not in answers.finished]
-        with tqdm(total=len(files), initial=len(files) - len(to_do), unit="image") as progress:
+    facts = {"model": classifier.digest(), "top_k": top_k, "features": features}
+    names = [_printable(file) for file in files]
+    with ExitStack() as held:
+        answers = _open_table(processes, output, _columns(top_k, features), facts, names, held)
+        done = processes.from_first(answers.finished)
+        to_do = [file for file, name in zip(files, names) if name not in done]
+        to_do = to_do[processes.number :: processes.count]
+        unreadable: dict[str, str] = {}
+        bar = tqdm(total=len(done) + len(to_do), initial=len(done), unit="image", disable=not processes.is_first)
+        with bar as progress:
             for batch in _read_ahead(to_do, classifier.processor, batch_size, num_workers):
                 if batch.files:
-                    answers.add(list(_rows(batch, classifier, top_k)))
-                predictions.unreadable |= batch.unreadable
+                    answers.add(list(_rows(batch, classifier, top_k, features)))
+                unreadable |= batch.unreadable
                 progress.update(len(batch.files) + len(batch.unreadable))
-        if not answers.finished:
-            raise ValueError(f"None of the images can be read.\n{list_unreadable(predictions.unreadable)}")
+        for each in processes.of_all(unreadable):
+            unreadable |= each
+        if processes.is_first:
+            _finish(answers, unreadable, names if processes.count > 1 else None, output.suffix == _PARQUET)
+        return Predictions(processes.from_first(answers.labels), unreadable)
+
+
+def _check_options(output: Path, features: bool, *, num_workers: int, **at_least_one: int) -> None:
+    for name, value, least in (
+        *((name, value, 1) for name, value in at_least_one.items()),
+        ("num_workers", num_workers, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}.")
+    if features and output.suffix != _PARQUET:
+        raise ValueError(f"Features are too many for a table such as {output}: let its name end in {_PARQUET}.")
+    if output.suffix == _PARQUET and find_spec("pyarrow") is None:
+        raise RuntimeError("A table in parquet needs pyarrow. Install it with: pip install pyarrow")
+
+
+def _open_table(
+    processes: Processes, output: Path, columns: list[str], facts: dict[str, Any], names: list[str], held: ExitStack
+) -> AnswerTable:
+    """The table of this process. The first one's has what was answered before, by however many processes."""
+    if not processes.is_first:
+        return held.enter_context(AnswerTable(part_of(output, processes.number), columns, facts))
+    held.enter_context(locked_beside(output))
+    answers = held.enter_context(AnswerTable(output, columns, facts))
+    answers.take_parts()
+    if others := answers.finished - set(names):
+        raise ValueError(
+            f"{partial_file(output)} holds answers to images that weren't given now, such as {min(others)}. "
+            "Remove it, or give another --output_file."
+        )
+    return answers
+
+
+def _finish(answers: AnswerTable, unreadable: dict[str, str], order: list[str] | None, as_parquet: bool) -> None:
+    """Joins the rows of all processes, and brings them into an order where there were several."""
+    answers.take_parts()
+    if not answers.finished:
+        raise ValueError(f"None of the images can be read.\n{list_unreadable(unreadable)}")
+    if order is not None:
+        answers.sort(order)
+    if as_parquet:
+        from .parquet import write_parquet  # the base installation hasn't what it needs
+
+        answers.finish(write_parquet)
+    else:
         answers.finish()
-    return predictions
 
 
 def list_unreadable(unreadable: dict[str, str]) -> str:
@@ -105,9 +166,9 @@ def list_unreadable(unreadable: dict[str, str]) -> str:
     )
 
 
-def _columns(top_k: int) -> list[str]:
+def _columns(top_k: int, features: bool) -> list[str]:
     further = [f"{name}_{place}" for place in range(2, top_k + 1) for name in ("label", "score")]
-    return ["file", "label", "score", *further]
+    return ["file", "label", "score", *further, *[FEATURES] * features]
 
 
 def _printable(file: str) -> str:
@@ -124,14 +185,16 @@ class _Batch:
     unreadable: dict[str, str]
 
 
-def _rows(batch: _Batch, classifier: Classifier, top_k: int) -> Iterator[list[str]]:
+def _rows(batch: _Batch, classifier: Classifier, top_k: int, features: bool) -> Iterator[list[str]]:
     assert batch.pixel_values is not None  # there are files
     scores, labels = classifier.scores(batch.pixel_values).sort(descending=True, stable=True)
-    for file, best_scores, best_labels in zip(batch.files, scores[:, :top_k].tolist(), labels[:, :top_k].tolist()):
+    numbers = classifier.last_features().numpy() if features else batch.files
+    best = scores[:, :top_k].tolist(), labels[:, :top_k].tolist()
+    for file, best_scores, best_labels, of_image in zip(batch.files, *best, numbers, strict=True):
         row = [file]
         for score, label in zip(best_scores, best_labels):
             row += [classifier.labels[label], f"{score:.6f}"]
-        yield row
+        yield [*row, as_text(of_image)] if features else row
 
 
 class _Images(Dataset):

@@ -1,15 +1,24 @@
-"""The table of answers. It is written to a file beside its place, so that an interrupted run can continue."""
+"""
+The table of answers. It is written to a file beside its place, so that an interrupted run can continue: as CSV, row by
+row, of which another kind may be made in the end.
+"""
 
 import csv
 import os
+from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from glob import escape
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ..utils.files import check_writable, read_json, write_json
 from ..utils.resuming import check_same_facts
 
+
+FEATURES = "features"  # a column, the last
 
 _ROW_END = b"\r\n"  # as the csv module writes it
 
@@ -17,6 +26,11 @@ _ROW_END = b"\r\n"  # as the csv module writes it
 def partial_file(output: Path) -> Path:
     """Where the rows are until all are there."""
     return output.with_name(output.name + ".partial")
+
+
+def part_of(output: Path, process: int) -> Path:
+    """Where a process writes its part of a table; the first into the table itself."""
+    return output if process == 0 else output.with_name(f"{output.name}.{process}")
 
 
 def check_place(output: Path) -> None:
@@ -50,7 +64,7 @@ class AnswerTable:
     """
 
     def __init__(self, output: Path, columns: list[str], facts: dict[str, Any]):
-        self._output, self._partial = output, partial_file(output)
+        self._output, self._partial, self._columns, self._facts = output, partial_file(output), columns, facts
         self._facts_file = self._partial.with_name(self._partial.name + ".json")
         self.finished: set[str] = set()
         self.labels: Counter[str] = Counter()
@@ -72,24 +86,57 @@ class AnswerTable:
     def __exit__(self, *error) -> None:
         self._file.close()
         if not self.finished:  # as if it had never been begun
-            self._partial.unlink()
-            self._facts_file.unlink()
+            self._partial.unlink(missing_ok=True)
+            self._facts_file.unlink(missing_ok=True)
 
     def add(self, rows: list[list[str]]) -> None:
         """Writes rows; they are kept whatever happens next."""
         self._write(rows)
         self._note(rows)
 
-    def finish(self) -> None:
+    def take_parts(self) -> None:
+        """
+        Moves the rows that other processes have written, now or before they were interrupted, into this table.
+
+        Raises:
+            `ValueError`: they come from something else.
+        """
+        for part in sorted(self._output.parent.glob(f"{escape(self._output.name)}.*.partial")):
+            number = part.name.removeprefix(f"{self._output.name}.").removesuffix(".partial")
+            if number.isdigit():
+                with AnswerTable(part_of(self._output, int(number)), self._columns, self._facts) as table:
+                    self.add([row for row in whole_rows(part)[0][1:] if row[0] not in self.finished])
+                    table.finished = set()  # they are in this table now
+
+    def sort(self, files: list[str]) -> None:
+        """Puts the rows into the order of the first column's entries in `files`."""
+        places = {file: place for place, file in enumerate(files)}
+        rows = sorted(whole_rows(self._partial)[0][1:], key=lambda row: places[row[0]])
+        sorted_file = self._partial.with_name(self._partial.name + ".sorted")
+        with sorted_file.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([self._columns, *rows])
+        self._file.close()
+        os.replace(sorted_file, self._partial)
+
+    def finish(self, convert: Callable[[Path, Path], None] | None = None) -> None:
         """
         Puts the table into its place.
+
+        Args:
+            convert (*optional*): makes another kind of table of this file, which is CSV, and writes it into a second.
 
         Raises:
             `OSError`: a file has been put there in the meantime.
         """
         self._file.close()
         check_place(self._output)
-        os.replace(self._partial, self._output)
+        if convert is not None:
+            finished = self._partial.with_name(self._partial.name + ".finished")
+            convert(self._partial, finished)
+            os.replace(finished, self._output)
+            self._partial.unlink()
+        else:
+            os.replace(self._partial, self._output)
         self._facts_file.unlink()
 
     def _write(self, rows: list[list[str]]) -> None:
@@ -107,6 +154,11 @@ class AnswerTable:
             begun = {}
         what = f"{self._partial} holds the answers of an interrupted run"
         check_same_facts(begun, facts, what, "Remove it, or give another --output_file.")
+
+
+def as_text(features: np.ndarray) -> str:
+    """Features of an image, (width,), as a table holds them until it is parquet."""
+    return b64encode(features.astype("<f4").tobytes()).decode()
 
 
 def whole_rows(file: Path) -> tuple[list[list[str]], int]:

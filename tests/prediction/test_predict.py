@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import load_dataset
 from PIL import Image
 from transformers import (
     BertConfig,
@@ -27,7 +28,7 @@ from refiner_hf.prediction import predict as prediction
 from refiner_hf.prediction.classifiers import TorchClassifier, open_classifier
 from refiner_hf.prediction.predict import predict
 from refiner_hf.prediction.scores import probabilities
-from refiner_hf.prediction.table import whole_rows
+from refiner_hf.prediction.table import AnswerTable, part_of, whole_rows
 from refiner_hf.utils.image_files import find_images
 
 from ..conftest import save_with_processor
@@ -189,6 +190,105 @@ class TestAnswers:
         ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "half")
         assert open_classifier(str(tmp_path / "half")).logits(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
         predict(str(tmp_path / "half"), photos, table, num_workers=0)
+
+
+class TestParquet:
+    def test_has_the_same_answers(self, vit, photos, table):
+        predict(vit, photos, table, top_k=2, num_workers=0)
+        run(vit, photos, table.with_suffix(".parquet"), "--top_k", "2")
+        assert sorted(os.listdir(table.parent)) == ["answers.csv", "answers.parquet"]
+        found, rows = load_dataset("parquet", data_files=str(table.with_suffix(".parquet")))["train"], rows_of(table)
+        assert found.column_names == rows[0]
+        for row, expected in zip(found, rows[1:], strict=True):
+            assert [row["file"], row["label"], row["label_2"]] == [expected[0], expected[1], expected[3]]
+            assert (row["score"], row["score_2"]) == pytest.approx((float(expected[2]), float(expected[4])), abs=1e-6)
+
+    @pytest.mark.parametrize("kind", ["vit", "refiner"])
+    def test_features(self, kind, photos, table, request, monkeypatch):
+        """They are what the head gets; more rows than are written at a time, too."""
+        monkeypatch.setattr("refiner_hf.prediction.parquet._AT_A_TIME", 5)
+        name, file = request.getfixturevalue(kind), table.with_suffix(".parquet")
+        predict(name, photos, file, features=True, batch_size=5, num_workers=0)
+        found = load_dataset("parquet", data_files=str(file))["train"]
+        classifier = open_classifier(name)
+        for row in found:
+            pixels = classifier.processor(Image.open(row["file"]).convert("RGB"), return_tensors="pt").pixel_values
+            with torch.no_grad():
+                tokens = classifier._model.base_model(pixels).last_hidden_state[0, 0]
+            np.testing.assert_allclose(row["features"], tokens, atol=1e-5)
+            head = classifier._model.classifier(tokens)
+            assert classifier.labels[head.argmax()] == row["label"] or kind == "refiner"  # which has a dense head, too
+        assert len(found) == 12
+
+    def test_goes_on(self, vit, photos, table, asked):
+        file = table.with_suffix(".parquet")
+        with pytest.MonkeyPatch.context() as broken:
+            broken.setattr(prediction.AnswerTable, "finish", lambda self, convert: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                predict(vit, photos, file, features=True, num_workers=0)
+        asked.clear()
+        with pytest.raises(ValueError, match="features was True and is now False"):
+            predict(vit, photos, file, num_workers=0)
+        predict(vit, photos, file, features=True, num_workers=0)
+        assert asked == [] and os.listdir(table.parent) == ["answers.parquet"]
+        assert len(load_dataset("parquet", data_files=str(file))["train"][0]["features"]) == 24
+
+    def test_refused(self, vit, onnx, photos, table, monkeypatch):
+        with pytest.raises(ValueError, match="let its name end in .parquet"):
+            predict(vit, photos, table, features=True)
+        with pytest.raises(ValueError, match="model.onnx gives no features, only answers"):
+            predict(onnx, photos, table.with_suffix(".parquet"), features=True)
+        monkeypatch.setattr(prediction, "find_spec", lambda name: None)
+        with pytest.raises(RuntimeError, match="pip install pyarrow"):
+            predict(vit, photos, table.with_suffix(".parquet"))
+
+
+class TestSeveralProcesses:
+    def start(self, model, photos, table, *words, count=2):
+        """As torchrun does; returns what was printed."""
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+        command += ["-m", "refiner_hf", "predict", "--model", model, "--images", photos, "--output_file", str(table)]
+        command += ["--num_workers", "0", "--batch_size", "2", "--device", "cpu", *words]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+    def test_make_one_table(self, vit, photos, table):
+        """Also of what others, who were interrupted, have left; unreadable files are listed once."""
+        predict(vit, photos, table, num_workers=0)
+        expected = rows_of(table)
+        Path(photos, "blue", "broken.png").write_text("no")
+        together = table.with_name("together.csv")
+        facts = {"model": open_classifier(vit).digest(), "top_k": 1, "features": False}
+        for part, row in ((together, expected[3]), (part_of(together, 5), expected[2])):
+            with AnswerTable(part, expected[0], facts) as left:
+                left.add([row[:1] + ["left over", "0.5"]])
+        run = self.start(vit, photos, together)
+        assert run.returncode == 0, run.stderr
+        rows = rows_of(together)
+        assert [row[0] for row in rows] == [row[0] for row in expected]
+        assert [row[1] for row in rows[2:4]] == ["left over"] * 2
+        assert_same_answers(rows[:2] + rows[4:], expected[:2] + expected[4:])
+        assert run.stdout.count("12 images:") == 1 and run.stderr.count("Images that can't be read: 1") == 1
+        assert sorted(os.listdir(table.parent)) == ["answers.csv", "together.csv"]
+
+    def test_one_goes_on_where_several_were(self, vit, photos, table, asked):
+        predict(vit, photos, table, num_workers=0)
+        facts = {"model": open_classifier(vit).digest(), "top_k": 1, "features": False}
+        again, rows = table.with_name("b.csv"), rows_of(table)
+        for number in (0, 1):
+            with AnswerTable(part_of(again, number), rows[0], facts) as left:
+                left.add(rows[1 + 3 * number : 4 + 3 * number])
+        asked.clear()
+        predict(vit, photos, again, num_workers=0)
+        assert sum(asked) == 6
+        assert sorted(rows_of(again)) == sorted(rows) and sorted(os.listdir(table.parent)) == ["answers.csv", "b.csv"]
+
+    def test_parts_of_another_model(self, vit, photos, table):
+        table.parent.mkdir()
+        with AnswerTable(part_of(table, 1), ["file", "label", "score"], {"model": "another"}) as left:
+            left.add([["a", "b", "0.5"]])
+        with pytest.raises(ValueError, match="model was 'another'"):
+            predict(vit, photos, table, num_workers=0)
 
 
 class TestOnnx:

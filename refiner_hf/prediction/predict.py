@@ -17,6 +17,7 @@ from transformers import BaseImageProcessor
 from ..image_processing_pil_refiner import open_image, to_8_bit_rgb
 from ..utils.image_files import find_images
 from ..utils.locking import locked_beside
+from ..utils.text import counted
 from .classifiers import Classifier, open_classifier
 from .processes import Processes
 from .table import FEATURES, AnswerTable, as_text, check_place, part_of, partial_file
@@ -95,8 +96,12 @@ def predict(
     facts = {"model": classifier.digest(), "top_k": top_k, "features": features}
     names = [_printable(file) for file in files]
     with ExitStack() as held:
-        answers = _open_table(processes, output, _columns(top_k, features), facts, names, held)
-        done = processes.from_first(answers.finished)
+        columns, answers = _columns(top_k, features), None
+        if processes.is_first:
+            answers = _open_table(output, columns, facts, names, held)
+        done = processes.from_first(answers and answers.finished)
+        if answers is None:  # not before the first has looked for parts that others have left
+            answers = held.enter_context(AnswerTable(part_of(output, processes.number), columns, facts))
         to_do = [file for file, name in zip(files, names) if name not in done]
         to_do = to_do[processes.number :: processes.count]
         unreadable: dict[str, str] = {}
@@ -110,7 +115,7 @@ def predict(
         for each in processes.of_all(unreadable):
             unreadable |= each
         if processes.is_first:
-            _finish(answers, unreadable, names if processes.count > 1 else None, output.suffix == _PARQUET)
+            _finish(answers, names, unreadable, in_order=processes.count > 1, as_parquet=output.suffix == _PARQUET)
         return Predictions(processes.from_first(answers.labels), unreadable)
 
 
@@ -128,11 +133,9 @@ def _check_options(output: Path, features: bool, *, num_workers: int, **at_least
 
 
 def _open_table(
-    processes: Processes, output: Path, columns: list[str], facts: dict[str, Any], names: list[str], held: ExitStack
+    output: Path, columns: list[str], facts: dict[str, Any], names: list[str], held: ExitStack
 ) -> AnswerTable:
-    """The table of this process. The first one's has what was answered before, by however many processes."""
-    if not processes.is_first:
-        return held.enter_context(AnswerTable(part_of(output, processes.number), columns, facts))
+    """The first process's table, with what was answered before, by however many processes."""
     held.enter_context(locked_beside(output))
     answers = held.enter_context(AnswerTable(output, columns, facts))
     answers.take_parts()
@@ -144,13 +147,17 @@ def _open_table(
     return answers
 
 
-def _finish(answers: AnswerTable, unreadable: dict[str, str], order: list[str] | None, as_parquet: bool) -> None:
-    """Joins the rows of all processes, and brings them into an order where there were several."""
+def _finish(
+    answers: AnswerTable, names: list[str], unreadable: dict[str, str], *, in_order: bool, as_parquet: bool
+) -> None:
+    """Joins the rows of all processes, and brings them into the images' order where there were several."""
     answers.take_parts()
+    if lost := set(names) - answers.finished - unreadable.keys():
+        raise RuntimeError(f"The answers to {counted(len(lost), 'image')} are lost, such as {min(lost)}. Start again.")
     if not answers.finished:
         raise ValueError(f"None of the images can be read.\n{list_unreadable(unreadable)}")
-    if order is not None:
-        answers.sort(order)
+    if in_order:
+        answers.sort(names)
     if as_parquet:
         from .parquet import write_parquet  # the base installation hasn't what it needs
 

@@ -2,7 +2,8 @@
 Make label maps for token labelling: a teacher's scores for each place of each training image.
 
 Any transformers or timm image classifier can be the teacher; it should know the labels of the data. An interrupted run
-is continued by the same command. Then train with --label_map_dir.
+is continued by the same command; several processes or GPUs, started with torchrun or accelerate, divide the images.
+Then train with --label_map_dir.
 
     refiner label-maps --teacher google/vit-base-patch16-224 --dataset_name imagenet-1k --output_dir maps
     refiner label-maps --teacher timm/dm_nfnet_f6.dm_in1k --image_size 576 --train_dir imagenet/train --output_dir maps
@@ -17,6 +18,7 @@ from ..data.sources import load_image_data
 from ..data.unreadable import raise_if_unreadable
 from ..labelling.make import make_label_maps
 from ..labelling.teachers import load_teacher
+from ..utils.processes import Processes
 from ..utils.text import counted
 from .options import device_option, pick_device, revision_option
 from .running import command, if_interrupted
@@ -71,6 +73,8 @@ def main(args: LabelMapArguments, data_args: DataArguments) -> None:
             num_workers=args.num_workers,
             device=device,
         )
+    if not Processes().is_first:
+        return
     share = facts["agreeing"] / facts["images"]
     done = counted(facts["images"], "image")
     print(f"Label maps of {done}, {facts['rows']} x {facts['columns']} places: {args.output_dir}")

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..prediction.predict import DEFAULT_WORKERS, Predictions, list_unreadable, predict
-from ..prediction.processes import Processes
 from ..prediction.table import partial_file, whole_rows
+from ..utils.processes import Processes
 from ..utils.text import FORMULA, counted, printable
 from .options import device_option, pick_device, revision_option
 from .running import command, if_interrupted

@@ -1,6 +1,7 @@
 """Makes label maps of a data set, shard by shard."""
 
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..data.label_maps import CLASSES, FACTS_FILE, KEY, SCORES, key_of
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN
 from ..utils.files import read_json, write_json
 from ..utils.locking import LOCK, locked_folder
+from ..utils.processes import Processes
 from ..utils.resuming import check_same_facts
 from ..utils.text import counted
 from .teachers import Teacher
@@ -22,6 +24,7 @@ from .teachers import Teacher
 
 logger = logging.get_logger(__name__)
 
+AGREES = "agrees"  # a column: whether the teacher gives the image its label
 _ELSEWHERE = "Give another --output_dir."
 
 
@@ -54,8 +57,8 @@ def make_label_maps(
     device: str = "cpu",
 ) -> dict[str, Any]:
     """
-    Writes `label_maps-00000.parquet` and so on, and `label_maps.json`. An interrupted run continues with the first
-    shard that isn't there.
+    Writes `label_maps-00000.parquet` and so on, and `label_maps.json`. An interrupted run continues with the shards
+    that aren't there. Processes that torchrun or accelerate has started divide the shards.
 
     Args:
         data (`datasets.Dataset`): encoded rows.
@@ -86,48 +89,54 @@ def make_label_maps(
         "top_k": top_k,
         "shard_size": shard_size,
     }
-    with locked_folder(folder):
-        return _make(data, teacher, folder, facts, columns, top_k, batch_size, num_workers, device)
-
-
-def _make(
-    data: Dataset,
-    teacher: Teacher,
-    folder: Path,
-    facts: dict[str, Any],
-    columns: list[int] | None,
-    top_k: int,
-    batch_size: int,
-    num_workers: int,
-    device: str,
-) -> dict[str, Any]:
-    begun, shard_size = _begin(folder, facts), facts["shard_size"]
-    teacher.model.to(device)
-    shards = math.ceil(len(data) / shard_size)
-    agreeing = begun.get("agreeing", 0)
-    with tqdm(total=len(data), unit="image", desc="Label maps") as progress:
-        for shard in range(shards):
-            rows = range(shard * shard_size, min((shard + 1) * shard_size, len(data)))
-            if shard < begun.get("shards", 0):
-                progress.update(len(rows))
-                continue
-            loader = DataLoader(_ForTeacher(data.select(rows), teacher), batch_size, num_workers=num_workers)
-            content: dict[str, list] = {KEY: [], SCORES: [], CLASSES: []}
-            for keys, pixels, truth in loader:
-                scores = _scores(teacher, pixels.to(device), columns)
-                best = scores.topk(top_k, dim=1)
-                agreeing += int((scores.float().softmax(1).mean((2, 3)).argmax(1).cpu() == truth).sum())
-                content[KEY] += keys.tolist()
-                content[SCORES] += list(best.values.half().flatten(1).cpu().numpy())
-                content[CLASSES] += list(best.indices.short().flatten(1).cpu().numpy())
-                progress.update(len(keys))
-            grid = {"rows": scores.shape[2], "columns": scores.shape[3]}
-            _write_shard(folder / f"label_maps-{shard:05}.parquet", content, top_k * scores.shape[2] * scores.shape[3])
-            facts |= {**grid, "shards": shard + 1, "agreeing": agreeing}
+    processes = Processes()
+    files = [folder / f"label_maps-{shard:05}.parquet" for shard in range(math.ceil(len(data) / shard_size))]
+    with ExitStack() as held:
+        begun: dict[str, Any] = {}
+        if processes.is_first:
+            held.enter_context(locked_folder(folder))
+            begun = _begin(folder, facts)
+        to_do = processes.from_first([shard for shard, file in enumerate(files) if not file.exists()])
+        done = len(data) - sum(len(_rows_of(shard, data, shard_size)) for shard in to_do)
+        device = processes.device(device)
+        teacher.model.to(device)
+        hidden = not processes.is_first
+        with tqdm(total=len(data), initial=done, unit="image", desc="Label maps", disable=hidden) as progress:
+            for shard in to_do[processes.number :: processes.count]:
+                rows = data.select(_rows_of(shard, data, shard_size))
+                loader = DataLoader(_ForTeacher(rows, teacher), batch_size, num_workers=num_workers)
+                content, grid = _maps(teacher, loader, device, columns, top_k, progress)
+                if processes.is_first and "rows" not in begun:
+                    begun |= grid
+                    write_json(folder / FACTS_FILE, facts | grid)
+                _write_shard(files[shard], content, top_k * math.prod(grid.values()))
+        processes.of_all(None)  # all have come
+        if processes.is_first:
+            agreeing = sum(sum(Dataset.from_parquet(str(file))[AGREES]) for file in files)
+            facts |= {name: begun[name] for name in ("rows", "columns")}
+            facts |= {"shards": len(files), "agreeing": agreeing, "finished": True}
             write_json(folder / FACTS_FILE, facts)
-    facts = {**begun, **facts, "finished": True}
-    write_json(folder / FACTS_FILE, facts)
-    return facts
+        return processes.from_first(facts)
+
+
+def _rows_of(shard: int, data: Dataset, shard_size: int) -> range:
+    return range(shard * shard_size, min((shard + 1) * shard_size, len(data)))
+
+
+def _maps(
+    teacher: Teacher, loader: DataLoader, device: str, columns: list[int] | None, top_k: int, progress: tqdm
+) -> tuple[dict[str, list], dict[str, int]]:
+    """A shard's columns, and how many rows and columns of places a map has."""
+    content: dict[str, list] = {KEY: [], SCORES: [], CLASSES: [], AGREES: []}
+    for keys, pixels, truth in loader:
+        scores = _scores(teacher, pixels.to(device), columns)
+        best = scores.topk(top_k, dim=1)
+        content[KEY] += keys.tolist()
+        content[SCORES] += list(best.values.half().flatten(1).cpu().numpy())
+        content[CLASSES] += list(best.indices.short().flatten(1).cpu().numpy())
+        content[AGREES] += (scores.float().softmax(1).mean((2, 3)).argmax(1).cpu() == truth).tolist()
+        progress.update(len(keys))
+    return content, {"rows": scores.shape[2], "columns": scores.shape[3]}
 
 
 def match_teacher(teacher_labels: list[str] | None, count: int, labels: list[str]) -> list[int] | None:
@@ -182,6 +191,7 @@ def _write_shard(file: Path, content: dict[str, list], length: int) -> None:
             KEY: Value("int64"),
             SCORES: Sequence(Value("float16"), length=length),
             CLASSES: Sequence(Value("int16"), length=length),
+            AGREES: Value("bool"),
         }
     )
     unfinished = file.with_suffix(".unfinished")

@@ -17,9 +17,9 @@ from transformers import BaseImageProcessor
 from ..image_processing_pil_refiner import open_image, to_8_bit_rgb
 from ..utils.image_files import find_images
 from ..utils.locking import locked_beside
+from ..utils.processes import Processes
 from ..utils.text import counted
 from .classifiers import Classifier, open_classifier
-from .processes import Processes
 from .table import FEATURES, AnswerTable, as_text, check_place, part_of, partial_file
 
 

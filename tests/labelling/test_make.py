@@ -1,6 +1,9 @@
 """Label maps of a folder of photos, made, taken up again, and trained with."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -95,6 +98,25 @@ def test_goes_on_where_it_broke_off(teacher, photos, tmp_path, monkeypatch, caps
         assert (tmp_path / "broken" / file.name).read_bytes() == file.read_bytes(), file.name
     with pytest.raises(SystemExit, match="label maps, made under other conditions: top_k was"):
         main(options(teacher, photos, tmp_path / "broken", "--top_k", "1"))
+
+
+def test_several_processes_divide_the_images(teacher, photos, tmp_path):
+    """And continue what others have left."""
+    main(options(teacher, photos, tmp_path / "alone"))
+    main(options(teacher, photos, tmp_path / "together"))
+    for name in ("label_maps-00000.parquet", "label_maps-00002.parquet"):
+        (tmp_path / "together" / name).unlink()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command += ["refiner_hf", "label-maps", *options(teacher, photos, tmp_path / "together")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("Label maps of 15 images") == 1
+    assert {file.name for file in (tmp_path / "alone").iterdir()} == {
+        file.name for file in (tmp_path / "together").iterdir()
+    }
+    for file in (tmp_path / "alone").iterdir():
+        assert (tmp_path / "together" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_bad_input(teacher, photos, tmp_path):

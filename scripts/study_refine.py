@@ -397,7 +397,7 @@ TASKS = {
     ),
     "sweep": Task(
         "Handwritten digits, a small ViT from scratch: ratios and kernels of the refinement, and its relatives",
-        digits, lambda data, args, seed: (new_vit(28, 7, 10), pictures_of), 600, (1e-3,),
+        digits, lambda data, args, seed: (new_vit(28, 7, 10), pictures_of), 400, (1e-3,),
         {
             PLAIN: as_it_is,
             **{

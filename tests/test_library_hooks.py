@@ -62,8 +62,13 @@ OVERRIDDEN = {
     "BackboneMixin": {"forward": "pixel_values output_hidden_states output_attentions return_dict"},
     "TrainingArguments": {"remove_unused_columns": None},
     "TrainerCallback": dict.fromkeys(
-        ("on_epoch_end", "on_step_end", "on_train_begin", "on_train_end"), "args state control kwargs"
+        ("on_epoch_begin", "on_epoch_end", "on_step_end", "on_train_begin", "on_train_end"),
+        "args state control kwargs",
     ),
+    "EarlyStoppingCallback": {
+        "on_evaluate": "args state control metrics kwargs",
+        "on_train_begin": "args state control kwargs",
+    },
     "ImageProcessingMixin": {
         "fetch_images": "image_url_or_urls",
         "save_pretrained": "save_directory push_to_hub kwargs",

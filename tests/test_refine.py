@@ -705,7 +705,7 @@ class TestConfiguration:
             "refinement_kernel_size": 3,
             "modules": {
                 "bert.encoder.layer.0.attention.self": None,
-                "bert.encoder.layer.1.attention.self": 4,
+                "bert.encoder.layer.1.attention.self": {"num_attention_heads": 4, "hidden_size": 32},
             },
         }
         config = AutoConfig.from_pretrained(tmp_path)

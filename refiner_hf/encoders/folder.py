@@ -16,6 +16,7 @@ from ..utils.model_source import Source, find_source
 from ..utils.new_folder import check_new, new_folder
 from ..utils.same_answers import check_same_answers
 from .inputs import batches_of
+from .modules import check_refinable
 from .refine import refine
 
 
@@ -60,6 +61,7 @@ def refine_to_folder(
     check_new(output_dir)
     source = find_source(model, revision=revision)
     network = load_as_saved(source)
+    check_refinable(network)
     processor = load_processing_class(source)
     batches = batches_of(network, data, processor)
     expected = _answers(network, batches[0])

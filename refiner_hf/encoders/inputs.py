@@ -6,6 +6,7 @@ from typing import Any
 from PIL import Image
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..utils.errors import explain_errors
 from ..utils.model_inputs import Inputs
 
 
@@ -65,20 +66,17 @@ def _prepare(model: PreTrainedModel, rows: list[Mapping[str, Any]], processing_c
                 "choose with select_columns."
             )
         texts = [[row[name] for row in rows] for name in columns]
-        return processing_class(
-            *texts,
-            padding=True,
-            truncation=True,
-            max_length=longest_text(model, processing_class),
-            return_tensors="pt",
-        )
+        longest = longest_text(model, processing_class)
+        with explain_errors("The tokenizer can't prepare the texts"):
+            return processing_class(*texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
     columns = [name for name, value in rows[0].items() if isinstance(value, Image.Image)]
     if len(columns) != 1:
         raise ValueError(
             f"The rows have {len(columns)} columns of pictures ({', '.join(columns) or 'none'}), not one: choose with "
             "select_columns."
         )
-    return processing_class([row[columns[0]].convert("RGB") for row in rows], return_tensors="pt")
+    with explain_errors("The image processor can't prepare the pictures"):
+        return processing_class([row[columns[0]].convert("RGB") for row in rows], return_tensors="pt")
 
 
 def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

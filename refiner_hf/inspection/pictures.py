@@ -65,7 +65,7 @@ def plot_heads(views: AttentionViews, layer: int, query: int, path: Path, heads:
                 axis.set_axis_off()
                 continue
             _overlay(axis, views, maps[head])
-            own = len(maps) == views.num_heads  # others are of expanded heads
+            own = name in (BEFORE, APPLIED) and len(stages[name]) == views.num_heads  # others are of expanded heads
             axis.set_title(f"{'head' if own else 'expanded'} {first + head + 1}", fontsize=8)
     figure.suptitle(f"Where {name_of(views.queries[query])} looks in layer {layer + 1}\n{_LEGEND}", fontsize=10)
     figure.savefig(path, dpi=110)

@@ -398,7 +398,7 @@ TASKS = {
         },
     ),
     "sweep": Task(
-        "Handwritten digits, a small ViT from scratch: ratios and kernels of the refinement, and its relatives",
+        "Handwritten digits, a small ViT from scratch: parts and relatives",
         digits, lambda data, args, seed: (new_vit(28, 7, 10), pictures_of), 400, (1e-3,),
         {
             PLAIN: as_it_is,
@@ -432,9 +432,14 @@ def prepared(task: Task, name: str, args: argparse.Namespace, seed: int) -> tupl
     return task.contenders[name](model, batches_of(inputs, data.train[0])), inputs, data
 
 
+def kept_in(task_name: str, name: str, seed: int, rate: float, args: argparse.Namespace) -> Path:
+    """The file of a run's result."""
+    return args.output_dir / "runs" / f"{task_name}_{name}_{seed}_{rate:g}.json".replace(" ", "_").replace(",", "")
+
+
 def run(task_name: str, name: str, seed: int, rate: float, steps: int, args: argparse.Namespace) -> dict[str, Any]:
     """One training; its result is kept."""
-    file = args.output_dir / "runs" / f"{task_name}_{name}_{seed}_{rate:g}.json".replace(" ", "_").replace(",", "")
+    file = kept_in(task_name, name, seed, rate, args)
     if not file.exists():
         model, inputs, data = prepared(TASKS[task_name], name, args, seed)
         seconds = train(model, inputs, *data.train, steps, rate, seed)
@@ -478,7 +483,8 @@ def runs_of(task_name: str, args: argparse.Namespace, pool: ThreadPoolExecutor) 
         words = [task_name, name, str(seed), f"{rate:g}", str(many[name])]
         options = ["--output_dir", str(args.output_dir), "--data_dir", str(args.data_dir)]
         options += ["--source_steps", str(args.source_steps)]
-        subprocess.run([sys.executable, __file__, *options, "--run", *words], check=True)
+        if not kept_in(task_name, name, seed, rate, args).exists():
+            subprocess.run([sys.executable, __file__, *options, "--run", *words], check=True)
         return run(task_name, name, seed, rate, many[name], args)
 
     def at_all_rates(name: str, seeds: range, rates: tuple[float, ...]) -> list:

@@ -3,6 +3,8 @@
 from ..utils.text import counted
 
 
+MOST_NAMED_LABELS = 40  # of more, a picture has no names and a table no rows
+
 LEARNING_CURVE = (
     "Loss and accuracy during training. The training loss includes regularisation and the loss of a dense head."
 )

@@ -10,9 +10,7 @@ from PIL import Image
 from sklearn.metrics import ConfusionMatrixDisplay
 
 from ..utils.plotting import literal_text
-
-
-MOST_NAMED_LABELS = 40
+from .captions import MOST_NAMED_LABELS
 
 
 @literal_text

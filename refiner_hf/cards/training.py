@@ -15,6 +15,7 @@ from ..utils.markdown import markdown_table, markdown_text
 from ..utils.run_files import EMA_FOLDER, EMISSIONS_FILE, RUN_FILE
 from ..utils.text import counted, name_some
 from .architecture import describe_network
+from .captions import MOST_NAMED_LABELS
 from .card import CardContent, kind_of, refines, task_of
 from .options import public_rows, training_rows
 from .usage import CLASSIFICATION, usage_example
@@ -25,7 +26,6 @@ _METRICS = {
     "eval_top5_accuracy": ("top_5_accuracy", "Top-5 accuracy"),
     "eval_f1_macro": ("f1", "Macro F1"),
 }
-_MOST_LABELS = 40  # that a card has a row for
 
 _NETWORK_IN_CARD = (
     "drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "layerscale_value", "initializer_range",
@@ -151,7 +151,7 @@ def _results(
 def _by_label(counts: list[list[int]], labels: list[str]) -> str:
     names = [markdown_text(label) for label in labels]
     parts = []
-    if len(labels) <= _MOST_LABELS:
+    if len(labels) <= MOST_NAMED_LABELS:
         rows = [
             (name, f"{each.images:,}", *(f"{share:.2%}" for share in each[1:]))
             for name, each in zip(names, scores_by_label(counts))

@@ -113,8 +113,8 @@ def layer_similarity(attention_maps: list[torch.Tensor]) -> tuple[torch.Tensor, 
     heads, tokens = max(each.shape[1] for each in attention_maps), attention_maps[0].shape[2]
     cosines = correlations = attention_maps[0].new_zeros(())
     for head in range(heads):  # one at a time, since stacking copies the maps
-        rows = torch.stack([each[:, head * each.shape[1] // heads] for each in attention_maps], dim=2)
         # (B, N, layers, N)
+        rows = torch.stack([each[:, head * each.shape[1] // heads] for each in attention_maps], dim=2)
         directions, centred = _directions(rows, False), _directions(rows, True)
         cosines = cosines + (directions @ directions.mT).sum(1)
         correlations = correlations + (centred @ centred.mT).sum(1)

@@ -31,7 +31,6 @@ from .metrics import Answers, ClassificationMetrics
 logger = logging.get_logger(__name__)
 
 CONFUSION_MATRIX, BY_LABEL = "confusion_matrix.csv", "by_label.csv"
-MISTAKES = "_mistakes.png"  # isn't published under this name
 EXAMPLES = 8
 LARGEST_EXAMPLE = 512
 
@@ -83,10 +82,10 @@ def finish_folder(
         plot_predictions([example.image for example in examples], titles, folder / "predictions.png")
         pictures.append(("predictions.png", captions.PREDICTIONS))
         _save_pictures([example.image for example in examples], folder / "examples")
-    if metrics.answers is not None and _draw_mistakes(folder / MISTAKES, metrics.answers, data, trainer.model.config):
+    mistakes = "mistakes.png" if args.example_pictures else "_mistakes.png"  # the latter is never published
+    if metrics.answers is not None and _draw_mistakes(folder / mistakes, metrics.answers, data, trainer.model.config):
         if args.example_pictures:
-            (folder / MISTAKES).replace(folder / MISTAKES.removeprefix("_"))
-            pictures.append((MISTAKES.removeprefix("_"), captions.MISTAKES))
+            pictures.append((mistakes, captions.MISTAKES))
     if args.analysis_images and data.evaluation is not None:
         may_show = args.example_pictures > 0
         try:

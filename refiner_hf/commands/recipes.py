@@ -10,6 +10,7 @@ import yaml
 
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+AUTO = "auto"  # a recipe that is made for the data, and no file
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,11 @@ class Recipe:
 
     options: dict[str, Any]
     files: tuple[Path, ...] = ()
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether it was made for the data, and isn't in a file of its own yet."""
+        return self.files == (Path(AUTO),)
 
     @property
     def origin(self) -> str:
@@ -44,7 +50,7 @@ class Recipe:
     def to_yaml(self, given: dict[str, Any]) -> str:
         """One recipe file without a base, with the options `given` on the command line in place of the recipe's."""
         head = f"# {self.origin}\n" + (f"# From the command line: {', '.join(given)}\n" if given else "")
-        options = self.options | {name: _mapping(value) for name, value in given.items()}
+        options = self.options | given
         return head + yaml.safe_dump(options, sort_keys=False, allow_unicode=True)
 
 
@@ -98,10 +104,10 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold option names and values, as in '--help', one a line.")
     # Two spellings of one option would not find each other in the merge.
-    return {str(name).replace("-", "_"): _mapping(value) for name, value in content.items()}
+    return {str(name).replace("-", "_"): as_mapping(value) for name, value in content.items()}
 
 
-def _mapping(value: Any) -> Any:
+def as_mapping(value: Any) -> Any:
     """A JSON object in a string, as command lines have it, becomes a mapping. Anything else stays as it is."""
     try:
         return json.loads(value) if isinstance(value, str) and value.startswith("{") else value

@@ -1,12 +1,14 @@
 """
 Train, fine-tune or evaluate a Refiner.
 
-The first word may name a recipe (digits, from_scratch, fine_tune, imagenet_s_224 and others in refiner_hf/recipes/) or
-a YAML or JSON file of options; options after it win. Without options, a small Refiner learns scikit-learn's digits.
-The same command continues an interrupted run.
+The first word may name a recipe or a YAML or JSON file of options; options after it win. The recipe auto, which data
+without a recipe get, looks at the images and chooses what fits into --time_budget; others, such as from_scratch,
+fine_tune and imagenet_s_224, are in refiner_hf/recipes/. Without options, a small Refiner learns scikit-learn's
+digits. The same command continues an interrupted run.
 
     refiner train                                                     # digits, under two minutes on 2 CPU cores
-    refiner train from_scratch --train_dir photos --output_dir out    # photos/LABEL/*.jpg; --dry_run only says what
+    refiner train --train_dir photos --output_dir out                 # photos/LABEL/*.jpg; --dry_run only says what
+    refiner train auto --train_dir photos --output_dir out --time_budget 1h --horizontal_flip true
     refiner train fine_tune --model_name_or_path MODEL --train_dir photos --output_dir out
     refiner train from_scratch --train_dir photos --output_dir out --push_to_hub --hub_model_id USER/NAME --verify_push
     refiner train --show_recipe imagenet_s_224 --num_train_epochs 100 # prints that recipe, changed so, as one file
@@ -18,20 +20,24 @@ from ..training.arguments import ModelArguments, RefinerTrainingArguments
 from ..training.baseline import Baseline
 from ..training.run import RunResult, run
 from ..utils.text import printable
+from .recipes import Recipe
 from .running import command, if_interrupted
-from .training_options import parse_arguments
+from .training_options import parse_training
 
 
-@command(parse=parse_arguments)
+@command(parse=parse_training)
 def main(
     model_args: ModelArguments,
     data_args: DataArguments,
     augmentation_args: AugmentationArguments,
     training_args: RefinerTrainingArguments,
+    recipe: Recipe,
 ) -> RunResult:
     """Runs the training or evaluation, and says what came out."""
     with if_interrupted("The same command continues from the last checkpoint."):
-        result = run(model_args, data_args, augmentation_args, training_args)
+        result = run(
+            model_args, data_args, augmentation_args, training_args, recipe.to_yaml({}) if recipe.is_auto else None
+        )
     if training_args.should_save:
         report(result, data_args)
     return result

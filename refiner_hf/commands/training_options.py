@@ -2,73 +2,117 @@
 
 import argparse
 from dataclasses import fields
+from typing import Any
 
 from transformers import HfArgumentParser
 
+from ..auto.options import KINDS, Arguments
 from ..data.arguments import AugmentationArguments, DataArguments
 from ..training.arguments import ModelArguments, RefinerTrainingArguments
-from .recipes import Recipe, load_recipe, recipe_names
+from .auto_recipe import TIME_BUDGET, make_auto_recipe
+from .recipes import AUTO, Recipe, as_mapping, load_recipe, recipe_names
 from .running import HelpFormatter
 
 
-Arguments = tuple[ModelArguments, DataArguments, AugmentationArguments, RefinerTrainingArguments]
+def parse_arguments(argv: list[str] | None = None) -> Arguments:
+    """A command line to arguments: see [`parse_training`]."""
+    *arguments, _ = parse_training(argv)
+    return tuple(arguments)
 
 
-def parse_arguments(argv: list[str] | None = None, program: str | None = None, description: str = "") -> Arguments:
+def parse_training(
+    argv: list[str] | None = None, program: str | None = None, description: str = ""
+) -> tuple[ModelArguments, DataArguments, AugmentationArguments, RefinerTrainingArguments, Recipe]:
     """
     A command line to arguments. The first word may name a YAML or JSON file, or one of this package's recipes;
-    options after it win over the file. Without file, data and model, the recipe `digits` is used. With
-    `--show_recipe NAME` the recipe is printed, and the process ends as after `--help`.
+    options after it win over the file. Without file, a training on named data gets the recipe `auto`, which is made
+    for them; without data and model, the recipe is `digits`. With `--show_recipe NAME` the recipe is printed, and the
+    process ends as after `--help`.
 
     Args:
         argv (`list[str]`, *optional*): the words after the program's name. By default the process's own.
         program (`str`, *optional*): its name, for `--help`.
         description (`str`, *optional*): head of `--help`.
 
+    Returns:
+        the arguments of the training, and the recipe that they have in part.
+
     Raises:
         `ValueError`: what is wrong with the recipe. (What is wrong with an option ends the process.)
     """
-    showing = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    showing.add_argument(
+    own = _own_options()
+    about, argv = own.parse_known_args(argv)
+    if "show_recipe" in about:
+        argv.insert(0, about.show_recipe)
+    name = argv.pop(0) if argv and not argv[0].startswith("-") else _usual_recipe(argv)
+    parser = HfArgumentParser(
+        KINDS,
+        prog=program,
+        description=description,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+        parents=[own],
+    )
+    if "time_budget" in about and name != AUTO:
+        parser.error("--time_budget is for the recipe auto, which chooses what fits into it.")
+    given = _given(parser, argv)
+    if name == AUTO:
+        recipe = make_auto_recipe(given, vars(about).get("time_budget", TIME_BUDGET), show="show_recipe" not in about)
+    else:
+        recipe = load_recipe(name) if name is not None else Recipe({})
+    if unknown := sorted(recipe.options.keys() - {field.name for kind in KINDS for field in fields(kind)}):
+        raise ValueError(f"{recipe.origin} has {', '.join(unknown)}, which --help doesn't list as an option.")
+    words = recipe.to_words() + argv
+    if not {"--do_train", "--do_eval"} & _options(words):
+        words += ["--do_train", "true", "--do_eval", "true"]
+    if "show_recipe" in about:
+        parser.parse_args(words)  # finds errors
+        print(recipe.to_yaml(given), end="")
+        parser.exit()
+    try:
+        return *parser.parse_args_into_dataclasses(words), recipe
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def _own_options() -> argparse.ArgumentParser:
+    """What is about the recipe, and no option of a training."""
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument(
         "--show_recipe",
         "--show-recipe",
         metavar="NAME",
         default=argparse.SUPPRESS,
         help="Print this recipe as one YAML file, with what its base says and with the other options given here in "
-        f"place of its own. Nothing is trained. Recipes: {', '.join(recipe_names())}, or a file.",
+        f"place of its own. Nothing is trained. Recipes: {', '.join([AUTO, *recipe_names()])}, or a file.",
     )
-    shown, argv = showing.parse_known_args(argv)
-    if "show_recipe" in shown:
-        argv.insert(0, shown.show_recipe)
-    recipe = Recipe({})
-    if argv and not argv[0].startswith("-"):
-        recipe = load_recipe(argv.pop(0))
-    elif not _NAMING_OPTIONS & _options(argv):
-        recipe = load_recipe("digits")
-    kinds = (ModelArguments, DataArguments, AugmentationArguments, RefinerTrainingArguments)
-    if unknown := sorted(recipe.options.keys() - {field.name for kind in kinds for field in fields(kind)}):
-        raise ValueError(f"{recipe.origin} has {', '.join(unknown)}, which --help doesn't list as an option.")
-    parser = HfArgumentParser(
-        kinds,
-        prog=program,
-        description=description,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-        parents=[showing],
+    own.add_argument(
+        "--time_budget",
+        "--time-budget",
+        metavar="TIME",
+        default=argparse.SUPPRESS,
+        help="How long the training, with its evaluations, may take, such as 90s, 20min or 1h30min: the recipe auto "
+        f"times a few steps, and chooses what fits. Default: {TIME_BUDGET}.",
     )
-    words = recipe.to_words() + argv
-    if not {"--do_train", "--do_eval"} & _options(words):
-        words += ["--do_train", "true", "--do_eval", "true"]
-    if "show_recipe" in shown:
-        every_option = vars(parser.parse_args(words))  # finds errors, too
-        parser.set_defaults(**dict.fromkeys(every_option))
-        given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-        print(recipe.to_yaml(given), end="")
-        parser.exit()
-    try:
-        return parser.parse_args_into_dataclasses(words)
-    except ValueError as error:
-        parser.error(str(error))
+    return own
+
+
+def _usual_recipe(argv: list[str]) -> str | None:
+    """The recipe of a command that names none."""
+    options = _options(argv)
+    if not _NAMING_OPTIONS & options:
+        return "digits"
+    trains = "--do_train" in options or "--do_eval" not in options
+    return AUTO if trains and {"--train_dir", "--dataset_name"} & options and "--streaming" not in options else None
+
+
+def _given(parser: HfArgumentParser, argv: list[str]) -> dict[str, Any]:
+    """The options in a command line, by name."""
+    defaults = vars(parser.parse_args([]))
+    parser.set_defaults(**dict.fromkeys(defaults))
+    given = {name: as_mapping(value) for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    parser.set_defaults(**defaults)
+    return given
 
 
 _NAMING_OPTIONS = {

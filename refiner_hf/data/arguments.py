@@ -79,6 +79,9 @@ class AugmentationArguments:
         default=0.35, metadata={"help": "Smallest share of a training image's area that a random crop keeps."}
     )
     horizontal_flip: bool = field(default=True, metadata={"help": "Mirror half of the training images."})
+    rotation: float = field(
+        default=0.0, metadata={"help": "Turn a training image by at most so many degrees, to either side."}
+    )
     color_jitter: float = field(
         default=0.0,
         metadata={"help": "Strength of random brightness, contrast and saturation. Not with --auto_augment."},
@@ -107,6 +110,8 @@ class AugmentationArguments:
     def __post_init__(self):
         if not 0 < self.crop_min_scale <= 1:
             raise ValueError(f"--crop_min_scale must be in (0, 1], got {self.crop_min_scale}.")
+        if not 0 <= self.rotation <= 180:
+            raise ValueError(f"--rotation must be in [0, 180] degrees, got {self.rotation}.")
         if not 0 <= self.random_erasing <= 1:
             raise ValueError(f"--random_erasing must be in [0, 1], got {self.random_erasing}.")
         for name in ("mixup", "cutmix"):

@@ -1,5 +1,6 @@
-"""What happens to a training image: a random crop and flip, then timm's augmentations."""
+"""What happens to a training image: a random crop, flip and rotation, then timm's augmentations."""
 
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from PIL import Image as PILImage
 from timm.data import create_transform
 from timm.data.auto_augment import AugmentOp
 from timm.data.transforms import RandomResizedCropAndInterpolation
-from torchvision.transforms import Compose
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Pad, RandomRotation
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .arguments import AugmentationArguments
@@ -49,6 +50,7 @@ class Augment:
         self.size = (width, height)
         self.scale = (augmentation.crop_min_scale, 1.0)
         self.flip = augmentation.horizontal_flip
+        self.rotate = _rotation(augmentation.rotation, height, width) if augmentation.rotation else None
         self.augment, self.normalize = _timm_transforms(processor, augmentation)
 
     def __call__(self, image: EncodedImage) -> View:
@@ -60,6 +62,8 @@ class Augment:
         flipped = self.flip and random.random() < 0.5
         if flipped:
             view = view.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
+        if self.rotate is not None:
+            view = self.rotate(view)
         shares = tuple(at / whole for at, whole in zip(box, image.size * 2))
         return View(self.normalize(self.augment(view)), shares, flipped)
 
@@ -79,6 +83,14 @@ def _cut(image: EncodedImage, box: tuple[int, int, int, int], size: tuple[int, i
         across, down = decoded.size[0] / image.size[0], decoded.size[1] / image.size[1]
         box = (round(left * across), round(top * down), round(right * across), round(bottom * down))
     return decoded.crop(box).resize(size, PILImage.Resampling.BICUBIC)
+
+
+def _rotation(degrees: float, height: int, width: int) -> Callable[[PILImage.Image], PILImage.Image]:
+    """Rotates at random; the corners get the colours of the nearest edge."""
+    # However it is turned, the image reaches no further from its middle than half of its diagonal.
+    margin = math.ceil((math.hypot(height, width) - min(height, width)) / 2)
+    turn = RandomRotation(degrees, InterpolationMode.BICUBIC)
+    return Compose([Pad(margin, padding_mode="edge"), turn, CenterCrop((height, width))])
 
 
 def _timm_transforms(

@@ -66,6 +66,7 @@ def _describe(trainer: RefinerTrainer, plan: Plan) -> dict[str, str]:
     parts = {
         "crops": f"from {mixes.crop_min_scale:.0%} of an image",
         "mirrored": "half of them" if mixes.horizontal_flip else "none",
+        "rotation": f"up to {mixes.rotation:g} degrees" if mixes.rotation else "",
         "policy": mixes.auto_augment,
         "colour jitter": mixes.color_jitter,
         "erasing": mixes.random_erasing,

@@ -1,11 +1,30 @@
-"""Learning rates: of layers, of batch sizes, and at the end of a training."""
+"""Optimizers of timm, and learning rates: of layers, of batch sizes, and at the end of a training."""
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
+from timm.optim import get_optimizer_info
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+
+def optimizer_of_timm(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """
+    The class of an optimizer of timm, and the options that its name stands for.
+
+    Raises:
+        `ValueError`: timm has none of this name.
+    """
+    try:
+        info = get_optimizer_info(name)
+    except ValueError as error:
+        raise ValueError(
+            f"--timm_optim {name}: timm has no optimizer of this name. Among others it has nmuon, adan and lion; all "
+            "are listed by: python -c 'import timm; print(timm.optim.list_optimizers())'"
+        ) from error
+    return info.opt_class, dict(info.defaults or {})
 
 
 def layerwise_groups(groups: list[dict], model: nn.Module, decay: float) -> list[dict]:

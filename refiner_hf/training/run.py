@@ -16,7 +16,7 @@ from ..hub.verification import verify
 from ..utils.confusions import LabelScores, scores_by_label
 from ..utils.files import write_json
 from ..utils.image_config import label_names_of
-from ..utils.run_files import RUN_FILE
+from ..utils.run_files import AUTO_RECIPE, RUN_FILE
 from ..utils.text import counted
 from .arguments import ModelArguments, RefinerTrainingArguments
 from .baseline import Baseline, linear_baseline
@@ -60,6 +60,7 @@ def run(
     data_args: DataArguments,
     augmentation_args: AugmentationArguments,
     training_args: RefinerTrainingArguments,
+    recipe: str | None = None,
 ) -> RunResult:
     """
     Trains and/or evaluates, as `training_args.do_train` and `do_eval` say. After training, the output folder holds
@@ -67,7 +68,7 @@ def run(
     `push_to_hub` it goes there, in one commit. The token and the repository are checked before anything else.
 
     An interrupted run continues from its last whole checkpoint, with the data that it began with. The arguments aren't
-    changed.
+    changed. A `recipe` that was made for this run is kept beside it.
 
     Raises:
         `ValueError`: options, data or labels that don't fit, or a run that can't be continued; before any
@@ -81,7 +82,7 @@ def run(
         folder = Path(plan.args.output_dir)
         if plan.args.dry_run:
             return RunResult(folder, {}, plan.data, False, [], planned=dry_run(build_trainer(plan)[0], plan))
-        _begin_folder(plan)
+        _begin_folder(plan, recipe)
         trainer, metrics = build_trainer(plan)
         measured = _train_and_evaluate(trainer, plan)
         baseline = _measure_baseline(trainer, plan)
@@ -90,7 +91,7 @@ def run(
     return RunResult(folder, measured, plan.data, plan.args.do_train, examples, baseline, published)
 
 
-def _begin_folder(plan: Plan) -> None:
+def _begin_folder(plan: Plan, recipe: str | None) -> None:
     """Writes what a later run needs to continue this one, and the images that are left out."""
     if not plan.args.should_save:
         return
@@ -103,6 +104,8 @@ def _begin_folder(plan: Plan) -> None:
         )
     if plan.data_facts is not None:
         write_json(folder / RUN_FILE, plan.arguments)
+        if recipe is not None:
+            (folder / AUTO_RECIPE).write_text(recipe, encoding="utf-8")
         write_json(folder / DATA_FILE, plan.data_facts)
 
 

@@ -24,7 +24,7 @@ from ..normalization_refiner import RefinerBatchNorm2d
 from .arguments import RefinerTrainingArguments
 from .checkpoints import explain_load_errors
 from .ema import EmaCallback
-from .optimization import hold_from, layerwise_groups, scaled_learning_rate
+from .optimization import hold_from, layerwise_groups, optimizer_of_timm, scaled_learning_rate
 from .pushing import PushingTrainer
 from .saving import explain_write_errors
 from .targets import TrainingTargets
@@ -40,10 +40,10 @@ class RefinerTrainer(PushingTrainer):
 
     - no weight decay on norms, biases, layer scale, class and mask token and positions, as in the reference. The stock
       Trainer decays the last three;
-    - of [`~refiner_hf.training.arguments.RefinerTrainingArguments`] it heeds `layer_decay`, `cooldown_steps`,
-      `learning_rate_batch_size`, `ema_decay`, `ema_warmup`, `freeze_norms` and `synchronize_norms` by itself. All
-      arguments count as they are when a training begins, also where a hyperparameter search changes them, and
-      `label_smoothing_factor` as it is at each step;
+    - of [`~refiner_hf.training.arguments.RefinerTrainingArguments`] it heeds `timm_optim`, `layer_decay`,
+      `cooldown_steps`, `learning_rate_batch_size`, `ema_decay`, `ema_warmup`, `freeze_norms` and `synchronize_norms`
+      by itself. All arguments count as they are when a training begins, also where a hyperparameter search changes
+      them, and `label_smoothing_factor` as it is at each step;
     - an evaluation of masked image modelling has a loss. The stock Trainer looks for labels and finds none;
     - `make_targets` makes what a step aims at: by default, `label_smoothing_factor` becomes soft labels, so that it
       reaches the dense head and token mixing. The stock Trainer would take the model's own loss away and put one on
@@ -237,6 +237,9 @@ class RefinerTrainer(PushingTrainer):
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         if self.optimizer is not None or not isinstance(self.args, RefinerTrainingArguments):
             return super().create_optimizer(*args, **kwargs)
+        if self.args.timm_optim is not None:
+            optimizer_class, options = optimizer_of_timm(self.args.timm_optim)
+            self.optimizer_cls_and_kwargs = optimizer_class, {"lr": self.args.learning_rate, **options}
         optimizer, images = super().create_optimizer(*args, **kwargs), self.get_total_train_batch_size(self.args)
         for group in optimizer.param_groups:
             group["lr"] = scaled_learning_rate(group["lr"], images, self.args.learning_rate_batch_size)

@@ -159,7 +159,7 @@ def test_trained_with(teacher, photos, tmp_path, monkeypatch):
 
     monkeypatch.setattr(TrainingTargets, "__call__", keep)
     train(
-        ["--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "out"), "--label_map_dir",
+        ["defaults", "--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "out"), "--label_map_dir",
          str(tmp_path / "maps"), "--transposed_label_maps", "--mixup", "0.8", "--cutmix", "0.3",
          "--repeated_augmentation", "2", "--config_overrides",
          json.dumps({"image_size": 16, "patch_size": 4, "hidden_size": 24, "num_hidden_layers": 2,
@@ -177,7 +177,16 @@ def test_trained_with(teacher, photos, tmp_path, monkeypatch):
     assert (inputs["pixel_values"][::2] != inputs["pixel_values"][1::2]).flatten(1).any(1).all()
     with pytest.raises(SystemExit, match="holds no label maps"):
         train(
-            ["--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "no"), "--label_map_dir", str(photos)]
+            [
+                "defaults",
+                "--train_dir",
+                str(photos),
+                *QUICK,
+                "--output_dir",
+                str(tmp_path / "no"),
+                "--label_map_dir",
+                str(photos),
+            ]
         )
 
 

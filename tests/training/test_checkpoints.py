@@ -32,6 +32,7 @@ def photos(tmp_path_factory):
 
 def command(photos, out, *more):
     return [
+        "defaults",
         "--train_dir", str(photos), "--output_dir", str(out), *QUICK, "--num_train_epochs", "3", "--save_strategy",
         "epoch", "--do_train", "--ema_decay", "0.5", *more,
     ]  # fmt: skip

@@ -39,7 +39,7 @@ def photos(tmp_path_factory):
 
 def data(photos):
     """24 training images, three steps of eight; 8 to evaluate on."""
-    return ["--train_dir", str(photos), "--validation_dir", str(photos.parent / "others")]
+    return ["defaults", "--train_dir", str(photos), "--validation_dir", str(photos.parent / "others")]
 
 
 def launch(processes, *words, launcher=("-m", "torch.distributed.run", "--standalone"), script="scripts/train.py"):
@@ -136,7 +136,7 @@ STREAM = [
     [(1, "0"), (2, "0"), (2, "2")],
 )
 def test_a_stream_goes_on_where_it_was(parquet, tmp_path, processes, workers):
-    words = ["--dataset_name", str(parquet), *OPTIONS, *STREAM, "--dataloader_num_workers", workers]
+    words = ["defaults", "--dataset_name", str(parquet), *OPTIONS, *STREAM, "--dataloader_num_workers", workers]
     whole = launch(processes, *words, "--output_dir", str(tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr[-3000:]
     script = tmp_path / "killed.py"

@@ -16,7 +16,7 @@ def photos(tmp_path):
 
 def test_says_and_draws(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("refiner_hf.training.trainer.RefinerTrainer.train", None)  # it isn't called
-    options = ["--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK]
+    options = ["defaults", "--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK]
     main([*options, "--dry_run", "--mixup", "0.8", "--random_erasing", "0.25", "--push_to_hub"])
     said = capsys.readouterr().out
     assert "Nothing was trained" in said and "3 labels" in said and "24 x 30" not in said
@@ -28,7 +28,7 @@ def test_says_and_draws(photos, tmp_path, capsys, monkeypatch):
 
 
 def test_the_training_may_follow(photos, tmp_path):
-    options = ["--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK]
+    options = ["defaults", "--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK]
     main([*options, "--dry_run"])
     result = main([*options, "--max_steps", "1", "--eval_strategy", "no"])
     assert result.trained and (tmp_path / "out" / "model.safetensors").exists()

@@ -39,7 +39,7 @@ def photos(tmp_path_factory):
 
 
 def command(photos, out, *more):
-    return ["--train_dir", str(photos), "--output_dir", str(out), *EVERYTHING, *more]
+    return ["defaults", "--train_dir", str(photos), "--output_dir", str(out), *EVERYTHING, *more]
 
 
 @pytest.fixture(scope="module")

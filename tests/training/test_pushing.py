@@ -54,6 +54,7 @@ def token(hub, monkeypatch):
 @pytest.fixture
 def options(photos, tmp_path, token):
     return [
+        "defaults",
         "--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK, "--num_train_epochs", "2",
         "--train_val_split", "0.25", "--save_strategy", "epoch", "--eval_strategy", "epoch",
         "--push_to_hub", "--hub_token", token, "--hub_model_id", "model",

@@ -57,6 +57,7 @@ def trained(more_photos, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "colours"
     result = main(
         [
+            "defaults",
             "--train_dir", str(more_photos), "--output_dir", str(folder), *QUICK, "--num_train_epochs", "4",
             "--train_val_split", "0.25", "--eval_strategy", "epoch", "--logging_steps", "1", "--with_code",
             "--weights_license", "apache-2.0", "--example_pictures", "8", "--analysis_images", "5",
@@ -245,7 +246,7 @@ class TestFinishedFolder:
         with pytest.raises(SystemExit, match="finished training run"):
             main([*evaluate, "--output_dir", str(folder)])
         with pytest.raises(SystemExit, match="finished training run"):
-            main(["--train_dir", str(photos), "--output_dir", str(folder), *QUICK])
+            main(["defaults", "--train_dir", str(photos), "--output_dir", str(folder), *QUICK])
         assert (folder / "model.safetensors").read_bytes() == before
 
 
@@ -420,7 +421,7 @@ class TestMoreData:
         table = datasets.load_dataset("imagefolder", data_dir=str(photos), split="train")
         for name in ("train", "validation"):
             table.to_parquet(str(tmp_path / "tables" / f"{name}.parquet"))
-        command = ["--dataset_name", str(tmp_path / "tables"), "--streaming", *QUICK, "--output_dir"]
+        command = ["defaults", "--dataset_name", str(tmp_path / "tables"), "--streaming", *QUICK, "--output_dir"]
         with pytest.raises(SystemExit, match="--max_steps"):
             main([*command, str(tmp_path / "first")])
         for_card = ["--example_pictures", "2", "--analysis_images", "4"]
@@ -442,8 +443,8 @@ class TestMoreData:
             str(tmp_path / "tables" / "train.parquet")
         )
         for name, words in {
-            "folder": ["--train_dir", str(photos)],
-            "stream": ["--dataset_name", str(tmp_path / "tables"), "--streaming", "--max_steps", "3"],
+            "folder": ["defaults", "--train_dir", str(photos)],
+            "stream": ["defaults", "--dataset_name", str(tmp_path / "tables"), "--streaming", "--max_steps", "3"],
         }.items():
             words += ["--output_dir", str(tmp_path / name), "--do_train", "--data_seed", "7"]
             with pytest.raises(SystemExit, match="far enough"):
@@ -461,7 +462,7 @@ class TestMoreData:
         said = []
         monkeypatch.setattr(finished_folder, "analyze_folder", fail)
         monkeypatch.setattr(finished_folder.logger, "warning", said.append)
-        words = ["--train_dir", str(photos), *QUICK, "--max_steps", "1", "--analysis_images", "4"]
+        words = ["defaults", "--train_dir", str(photos), *QUICK, "--max_steps", "1", "--analysis_images", "4"]
         main([*words, "--output_dir", str(tmp_path / "out")])
         assert "out of memory" in said[0] and "refiner analyze" in said[0]
         assert "](analysis" not in (tmp_path / "out" / "README.md").read_text()
@@ -500,23 +501,33 @@ class TestBadInput:
     )
     def test_options(self, tmp_path, photos, words, message, capsys):
         with pytest.raises(SystemExit) as stopped:
-            main(["--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK, *words])
+            main(["defaults", "--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK, *words])
         assert message in f"{stopped.value}{capsys.readouterr().err}"
         assert not (tmp_path / "out").exists()
 
     def test_unknown_augmentation(self, tmp_path, photos):
-        words = ["--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK]
+        words = ["defaults", "--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK]
         with pytest.raises(SystemExit, match="--auto_augment nonsense"):
             main([*words, "--auto_augment", "nonsense"])
 
     def test_evaluation_without_a_model(self, tmp_path, photos):
         with pytest.raises(SystemExit, match="--model_name_or_path"):
-            main(["--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), "--do_eval", "--use_cpu"])
+            main(
+                [
+                    "defaults",
+                    "--train_dir",
+                    str(photos),
+                    "--output_dir",
+                    str(tmp_path / "out"),
+                    "--do_eval",
+                    "--use_cpu",
+                ]
+            )
 
     def test_one_label(self, tmp_path):
         data = write_folder(tmp_path / "data", labels=("red",))
         with pytest.raises(SystemExit, match="one label only"):
-            main(["--train_dir", str(data), "--output_dir", str(tmp_path / "out"), *QUICK])
+            main(["defaults", "--train_dir", str(data), "--output_dir", str(tmp_path / "out"), *QUICK])
 
     def test_file_that_is_no_recipe(self, tmp_path):
         (tmp_path / "options.yaml").write_text("a: [b")
@@ -545,23 +556,34 @@ class TestBadInput:
     def test_folder_that_can_not_be_written(self, tmp_path, photos):
         (tmp_path / "file").write_text("")
         with pytest.raises(SystemExit, match="can't be written"):
-            main(["--train_dir", str(photos), "--output_dir", str(tmp_path / "file" / "out"), *QUICK])
+            main(["defaults", "--train_dir", str(photos), "--output_dir", str(tmp_path / "file" / "out"), *QUICK])
 
     def test_folder_with_other_things_in_it(self, tmp_path, photos):
         (tmp_path / "thesis.txt").write_text("dear")
         with pytest.raises(SystemExit, match="isn't empty"):
-            main(["--train_dir", str(photos), "--output_dir", str(tmp_path), *QUICK])
+            main(["defaults", "--train_dir", str(photos), "--output_dir", str(tmp_path), *QUICK])
         assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
     def test_damaged_picture_is_named(self, tmp_path):
         data = write_folder(tmp_path / "data")
         (data / "red" / "3.png").write_bytes(b"\x89PNG broken")
         with pytest.raises(SystemExit, match=r"3\.png"):
-            main(["--train_dir", str(data), "--output_dir", str(tmp_path / "out"), *QUICK])
+            main(["defaults", "--train_dir", str(data), "--output_dir", str(tmp_path / "out"), *QUICK])
 
     def test_architecture_that_does_not_fit(self, tmp_path, photos):
         with pytest.raises(SystemExit, match="multiple"):
-            main(["--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK, "--image_size", "18"])
+            main(
+                [
+                    "defaults",
+                    "--train_dir",
+                    str(photos),
+                    "--output_dir",
+                    str(tmp_path / "out"),
+                    *QUICK,
+                    "--image_size",
+                    "18",
+                ]
+            )
 
 
 def test_what_codecarbon_measured_is_in_the_card(tmp_path, photos, monkeypatch):
@@ -575,7 +597,7 @@ def test_what_codecarbon_measured_is_in_the_card(tmp_path, photos, monkeypatch):
         )
 
     monkeypatch.setattr(module, "set_seed", leave_a_file)
-    main(["--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "out"), "--do_train"])
+    main(["defaults", "--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "out"), "--do_train"])
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.to_dict()["co2_eq_emissions"] == {
         "emissions": 0.123, "source": "codecarbon", "training_type": "pre-training",
@@ -587,7 +609,7 @@ def test_what_codecarbon_measured_is_in_the_card(tmp_path, photos, monkeypatch):
 @pytest.mark.slow
 def test_codecarbon_itself(tmp_path, photos):
     pytest.importorskip("codecarbon")
-    options = ["--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "out"), "--do_train"]
+    options = ["defaults", "--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "out"), "--do_train"]
     main([*options, "--report_to", "codecarbon"])
     emissions = ModelCard.load(tmp_path / "out" / "README.md").data.to_dict()["co2_eq_emissions"]
     assert emissions["emissions"] > 0 and emissions["source"] == "codecarbon"
@@ -597,7 +619,7 @@ def test_codecarbon_itself(tmp_path, photos):
 def test_a_killed_run_goes_on(tmp_path, photos):
     """kill -9 after a checkpoint, then the same command again: the losses are those of an unbroken run."""
     command = [
-        sys.executable, "scripts/train.py", "--train_dir", str(photos), *QUICK, "--num_train_epochs", "12",
+        sys.executable, "scripts/train.py", "defaults", "--train_dir", str(photos), *QUICK, "--num_train_epochs", "12",
         "--save_strategy", "epoch", "--logging_steps", "1", "--train_val_split", "0.34",
     ]  # fmt: skip
 
@@ -632,6 +654,7 @@ def test_a_checkpoint_that_was_cut_off_is_left_aside(tmp_path, photos, monkeypat
     said = []
     monkeypatch.setattr(output_folder.logger, "warning", said.append)
     options = [
+        "defaults",
         "--train_dir", str(photos), *QUICK, "--num_train_epochs", "3", "--save_strategy", "epoch", "--do_train",
         "--output_dir", str(tmp_path / "out"),
     ]  # fmt: skip
@@ -641,7 +664,7 @@ def test_a_checkpoint_that_was_cut_off_is_left_aside(tmp_path, photos, monkeypat
     (tmp_path / "out" / "checkpoint-9" / "trainer_state.json").write_text('{"epoch": ')
     other = write_folder(tmp_path / "data", labels=("cat", "dog"))
     with pytest.raises(SystemExit, match="train_dir was 'photos' and is now 'data'"):
-        main([*options[:1], str(other), *options[2:]])
+        main([*options[:2], str(other), *options[3:]])
     measured = main(options).metrics
     assert not [name for name in measured if name.startswith("train_")], "they are of the last part alone"
     assert any("checkpoint-9 is damaged: trainer_state.json can't be read" in line for line in said)
@@ -690,7 +713,8 @@ def test_help(capsys):
 def test_curves_for_tensorboard(tmp_path, photos):
     # For some seconds: tensorboardX names its files by the second, and the last evaluation begins a new one.
     main(
-        ["--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK, "--report_to", "tensorboard",
+        ["defaults",
+         "--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), *QUICK, "--report_to", "tensorboard",
          "--logging_steps", "1", "--eval_strategy", "epoch", "--ema_decay", "0.9", "--num_train_epochs", "20"]
     )  # fmt: skip
     content = b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("events.out.tfevents.*"))
@@ -704,7 +728,7 @@ def test_what_is_unreadable_stops_or_is_left_out(tmp_path, monkeypatch):
     for folder, name in zip(folders, ("red/1.png", "blue/2.png")):
         damaged.append(folder / name)
         damaged[-1].write_bytes(damaged[-1].read_bytes()[:150])
-    words = ["--train_dir", str(folders[0]), "--validation_dir", str(folders[1]), *QUICK]
+    words = ["defaults", "--train_dir", str(folders[0]), "--validation_dir", str(folders[1]), *QUICK]
     with pytest.raises(SystemExit, match=r"(?s)2 images can't be read.*red/1\.png.*blue/2\.png"):
         main([*words, "--output_dir", str(tmp_path / "stopped")])
     result = main([*words, "--output_dir", str(tmp_path / "out"), "--unreadable_images", "skip"])
@@ -716,7 +740,7 @@ def test_what_is_unreadable_stops_or_is_left_out(tmp_path, monkeypatch):
 def test_an_odd_batch_can_not_be_mixed(tmp_path, photos):
     with pytest.raises(SystemExit, match="need an even --per_device_train_batch_size"):
         main(
-            ["--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "out"), "--mixup", "1",
+            ["defaults", "--train_dir", str(photos), *QUICK, "--output_dir", str(tmp_path / "out"), "--mixup", "1",
              "--per_device_train_batch_size", "3"]
         )  # fmt: skip
 
@@ -730,6 +754,7 @@ def test_an_odd_batch_can_not_be_mixed(tmp_path, photos):
 def test_ways_to_train(tmp_path, photos, words):
     """With everything of a recipe on, they learn as plain float32 does."""
     everything = [
+        "defaults",
         "--train_dir", str(photos), *QUICK, "--num_train_epochs", "6", "--mixup", "0.2", "--ema_decay", "0.8",
         "--logging_steps", "1", "--label_smoothing_factor", "0.1",
     ]  # fmt: skip
@@ -745,12 +770,12 @@ def test_ways_to_train(tmp_path, photos, words):
 @pytest.mark.parametrize("kind", ["folder", "stream", "pushed"])
 def test_the_arguments_stay_as_they_were_given(kind, tmp_path, photos, hub, monkeypatch):
     """Whoever calls `run` again with them starts the same run."""
-    words = ["--train_dir", str(photos), "--max_steps", "1", "--learning_rate_batch_size", "3"]
+    words = ["defaults", "--train_dir", str(photos), "--max_steps", "1", "--learning_rate_batch_size", "3"]
     if kind == "stream":
         data = datasets.load_dataset("imagefolder", data_dir=str(photos), split="train")
         data.to_parquet(str(tmp_path / "tables" / "train.parquet"))
         data.select(range(3)).to_parquet(str(tmp_path / "tables" / "test.parquet"))
-        words[:2] = ["--dataset_name", str(tmp_path / "tables"), "--streaming"]
+        words[:3] = ["defaults", "--dataset_name", str(tmp_path / "tables"), "--streaming"]
     if kind == "pushed":
         hub.add_user("alice")
         monkeypatch.setenv("HF_TOKEN", hub.add_token("alice"))

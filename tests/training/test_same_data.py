@@ -38,7 +38,7 @@ def place(begun, tmp_path):
 
 def command(folder, *more):
     return [
-        "--train_dir", str(folder / "photos"), "--validation_dir", str(folder / "others"), "--output_dir",
+        "defaults", "--train_dir", str(folder / "photos"), "--validation_dir", str(folder / "others"), "--output_dir",
         str(folder / "run"), *QUICK, "--num_train_epochs", "2", "--save_strategy", "epoch", *more,
     ]  # fmt: skip
 
@@ -154,7 +154,16 @@ def test_options_that_may_change(place):
 def test_held_out_images(tmp_path, monkeypatch):
     """They may become more or fewer without being mixed up, but the run isn't the same."""
     photos = write_folder(tmp_path / "photos", per_label=20)
-    words = ["--train_dir", str(photos), "--output_dir", str(tmp_path / "run"), *QUICK, "--save_strategy", "epoch"]
+    words = [
+        "defaults",
+        "--train_dir",
+        str(photos),
+        "--output_dir",
+        str(tmp_path / "run"),
+        *QUICK,
+        "--save_strategy",
+        "epoch",
+    ]
     main([*words, "--train_val_split", "0.4"])
     (tmp_path / "run" / "train_results.json").unlink()
     for i in range(3):

@@ -37,7 +37,6 @@ from refiner_hf.training.baseline import SIDE
 
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 Pictures = tuple[list[Image.Image], list[str]]  # and their labels

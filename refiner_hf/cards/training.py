@@ -76,7 +76,9 @@ def training_content(
         summary=f"{kind_of(model)} {kind}, trained {source}{on}.{_adapts(adapter)}{_unfinished(trainer)}",
         refines=refines(model) or getattr(adapter, "peft_type", None) == "REFINEMENT",
         usage=usage_example(args.hub_model_id or name, remote_code, task, args.hub_revision, adapts=adapter and base),
-        limits=_limits(data, len(label_names_of(model.config))) if task == CLASSIFICATION else _UNMEASURED,
+        limits=_limits(data, len(label_names_of(model.config)), "temperature" in measured)
+        if task == CLASSIFICATION
+        else _UNMEASURED,
         results=_results(trainer, measured, metrics, data, beside or {}),
         by_label=_by_label(confusion_matrix, label_names_of(model.config)) if confusion_matrix else "",
         pictures=pictures or [],
@@ -137,7 +139,11 @@ def _results(
             rows.append((f"{text} of the averaged weights, in the folder `{EMA_FOLDER}`", f"{averaged:.2%}"))
     rows += [(markdown_text(name), f"{accuracy:.2%}") for name, accuracy in beside.items()]
     if (error := measured.get("eval_calibration_error")) is not None:
-        rows.append(("Expected calibration error of the scores, in 15 bins", f"{error:.2%}"))
+        rows.append((f"Expected calibration error of the scores, in 15 bins{_divided(measured)}", f"{error:.2%}"))
+    if (accuracy := measured.get("test_accuracy")) is not None and data is not None:
+        rows.append(
+            (f"Top-1 accuracy on {_count(data.test, 'test image')}, measured once at the end", f"{accuracy:.2%}")
+        )
     masked = isinstance(trainer.model, RefinerForMaskedImageModeling)
     name = "Mean absolute difference of the hidden pixels, in the scale of the processor" if masked else "Loss"
     rows.append((name, f"{measured['eval_loss']:.4f}"))
@@ -146,6 +152,11 @@ def _results(
     count = _count(data.evaluation if data else trainer.eval_dataset, "image")
     of = f" ({data.evaluation_split}) of {markdown_text(data.name)}" if data else ""
     return f"Measured on {count}{of}.\n\n" + markdown_table(["", ""], rows)
+
+
+def _divided(measured: dict[str, float]) -> str:
+    temperature = measured.get("temperature")
+    return "" if temperature is None else f" (logits divided by {temperature:.3g}, fitted on the same images)"
 
 
 def _by_label(counts: list[list[int]], labels: list[str]) -> str:
@@ -230,12 +241,17 @@ def _footprint(emissions: dict[str, Any] | None) -> str:
     )
 
 
-def _limits(data: ImageData | None, num_labels: int) -> str:
+def _limits(data: ImageData | None, num_labels: int, calibrated: bool) -> str:
     known = markdown_text(data.name) if data else "the data above"
+    scores = (
+        "Its scores are calibrated for pictures like these only"
+        if calibrated
+        else "Its scores have not been calibrated"
+    )
     return (
         f"The model knows {counted(num_labels, 'label')} and gives every picture one of them, also pictures of "
         f"something else. It has been measured on {known} only; expect less on pictures of another kind, size or "
-        "origin. Its scores have not been calibrated, and its behaviour on different groups of people or things has "
+        f"origin. {scores}, and its behaviour on different groups of people or things has "
         "not been examined."
     )
 

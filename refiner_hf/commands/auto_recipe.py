@@ -17,7 +17,7 @@ from .recipes import AUTO, Recipe, load_recipe
 
 TIME_BUDGET = "20min"
 # Of the given options these aren't part of the recipe: they say where things are, which differs from run to run.
-_NOT_KEPT = {"output_dir", "train_dir", "validation_dir", "cache_dir", "token", "hub_token", "dry_run"}
+_NOT_KEPT = {"output_dir", "train_dir", "validation_dir", "test_dir", "cache_dir", "token", "hub_token", "dry_run"}
 
 
 def make_auto_recipe(given: dict[str, Any], time_budget: str, *, show: bool) -> Recipe:

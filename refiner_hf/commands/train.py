@@ -53,13 +53,7 @@ def report(result: RunResult, data_args: DataArguments) -> None:
         print(f"\nA batch as the network would see it: {picture}")
         return
     if "eval_accuracy" in result.metrics:
-        print(f"Accuracy on {result.data.evaluation_split}: {result.metrics['eval_accuracy']:.2%}", end="")
-        top5 = result.metrics.get("eval_top5_accuracy")
-        print(f" (top-5 {top5:.2%})" if top5 is not None else "")
-        if (averaged := result.metrics.get("eval_ema_accuracy")) is not None:
-            print(f"That of the averaged weights (in the folder ema): {averaged:.2%}")
-        if result.baseline is not None:
-            _compare(result.metrics["eval_accuracy"], result.baseline)
+        _report_accuracy(result)
         if data_args.embedded:
             from ..data.digits import accuracy_seen
 
@@ -75,6 +69,18 @@ def report(result: RunResult, data_args: DataArguments) -> None:
     print(f"\nThe finished folder, with model, card and pictures: {result.folder.resolve()}")
     if result.published:
         print(f"Published: {result.published.url} (commit {result.published.commit[:8]})")
+
+
+def _report_accuracy(result: RunResult) -> None:
+    print(f"Accuracy on {result.data.evaluation_split}: {result.metrics['eval_accuracy']:.2%}", end="")
+    top5 = result.metrics.get("eval_top5_accuracy")
+    print(f" (top-5 {top5:.2%})" if top5 is not None else "")
+    if (on_test := result.metrics.get("test_accuracy")) is not None:
+        print(f"On the test images, measured once at the end: {on_test:.2%}")
+    if (averaged := result.metrics.get("eval_ema_accuracy")) is not None:
+        print(f"That of the averaged weights (in the folder ema): {averaged:.2%}")
+    if result.baseline is not None:
+        _compare(result.metrics["eval_accuracy"], result.baseline)
 
 
 def _compare(accuracy: float, baseline: Baseline) -> None:

@@ -116,7 +116,8 @@ def _given(parser: HfArgumentParser, argv: list[str]) -> dict[str, Any]:
 
 
 _NAMING_OPTIONS = {
-    "--help", "--dataset_name", "--train_dir", "--validation_dir", "--model_name_or_path", "--model_size",
+    "--help", "--dataset_name", "--train_dir", "--validation_dir", "--test_dir", "--model_name_or_path",
+    "--model_size",
 }  # fmt: skip
 
 

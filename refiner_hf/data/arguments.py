@@ -16,6 +16,13 @@ class DataArguments:
         metadata={"help": "Folder of training images, one subfolder per label; or of parquet files."},
     )
     validation_dir: str | None = field(default=None, metadata={"help": "The same, with the images to evaluate on."})
+    test_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "The same, with images to measure on once, at the end, beside those of --validation_dir or those "
+            "that are held out. A dataset with both splits has it by itself."
+        },
+    )
     train_val_split: float = field(
         default=0.15,
         metadata={
@@ -55,8 +62,8 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        if self.dataset_name and (self.train_dir or self.validation_dir):
-            raise ValueError("Give either --dataset_name or --train_dir / --validation_dir, not both.")
+        if self.dataset_name and (self.train_dir or self.validation_dir or self.test_dir):
+            raise ValueError("Give either --dataset_name or --train_dir / --validation_dir / --test_dir, not both.")
         if not 0 < self.train_val_split < 1:
             raise ValueError(f"--train_val_split must be between 0 and 1, got {self.train_val_split}.")
         for name in ("max_train_samples", "max_eval_samples"):
@@ -68,7 +75,7 @@ class DataArguments:
     @property
     def embedded(self) -> bool:
         """Whether no data was named, so that the digits are used."""
-        return not (self.dataset_name or self.train_dir or self.validation_dir)
+        return not (self.dataset_name or self.train_dir or self.validation_dir or self.test_dir)
 
 
 @dataclass

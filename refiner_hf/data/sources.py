@@ -30,7 +30,7 @@ class ImageData:
 
     `train` and `evaluation` have the columns `image` (not decoded) and `labels` (positions in `labels`), and `content`
     where images were held out; `name` is what the card calls the data, `hub_id` its name on the Hub if it has one,
-    `evaluation_split` where `evaluation` comes from.
+    `evaluation_split` where `evaluation` comes from. If there is a `test` beside it, that is measured on at the end.
     """
 
     name: str
@@ -39,6 +39,7 @@ class ImageData:
     evaluation: Rows | None
     evaluation_split: str
     hub_id: str | None = None
+    test: Rows | None = None
 
 
 def load_image_data(args: DataArguments, *, need_train: bool, need_evaluation: bool, seed: int) -> ImageData:
@@ -57,24 +58,29 @@ def load_image_data(args: DataArguments, *, need_train: bool, need_evaluation: b
             too few images to hold some out.
     """
     splits, name = _load_splits(args)
-    evaluation_split = next((split for split in EVALUATION_SPLITS if split in splits), None)
+    kept = {"test"} if args.test_dir and "train" in splits else set()  # for the end
+    evaluation_split = next((split for split in EVALUATION_SPLITS if split in splits.keys() - kept), None)
     train, evaluation = splits.get("train"), splits.get(evaluation_split)
     if train is None and need_train:
         raise ValueError(f"{name} has no training images; its splits are {sorted(splits)}. Give --train_dir.")
     if evaluation is None and train is None:
         raise ValueError(f"{name} has neither a train, a validation nor a test split, but {sorted(splits)}.")
 
+    test = splits.get("test") if evaluation_split != "test" and need_evaluation else None
     train, names = _standard_columns(train, args, need_train) if train is not None else (None, None)
     if need_train and len(names) < 2:
         raise ValueError(f"{name} has one label only, {names}: there is nothing to tell apart.")
     if evaluation is not None:
         evaluation, evaluation_names = _standard_columns(evaluation, args, need_evaluation)
         names = names or evaluation_names
-        evaluation = evaluation.changed(lambda data: _relabel(data, evaluation_names, names))
+        evaluation = evaluation.changed(lambda data: _relabel(data, evaluation_names, names, evaluation_split))
     elif need_evaluation:
         train, evaluation = train.divided(args.train_val_split, seed, need_train=need_train)
         evaluation_split = f"{len(evaluation):,} of {len(train) + len(evaluation):,} images held out of train"
         logger.warning(f"There is no validation set: evaluating on {evaluation_split}.")
+
+    if test is not None:
+        test = _test_images(test, names, args)
 
     return ImageData(
         name=name,
@@ -83,7 +89,20 @@ def load_image_data(args: DataArguments, *, need_train: bool, need_evaluation: b
         evaluation=None if evaluation is None else evaluation.at_most(args.max_eval_samples, seed),
         evaluation_split=evaluation_split or "none",
         hub_id=args.dataset_name if args.dataset_name and not os.path.exists(args.dataset_name) else None,
+        test=test,
     )
+
+
+def _test_images(rows: Rows, names: list[str], args: DataArguments) -> Rows | None:
+    """With the training images' labels; `None` where a dataset keeps its test labels secret."""
+    try:
+        test, test_names = _standard_columns(rows, args, check_labels=True)
+    except ValueError as error:
+        if args.test_dir:
+            raise
+        logger.warning(f"The test split is left out: {error}")
+        return None
+    return test.changed(lambda data: _relabel(data, test_names, names, "test"))
 
 
 def _load_splits(args: DataArguments) -> tuple[dict[str, Rows], str]:
@@ -98,9 +117,9 @@ def _load_splits(args: DataArguments) -> tuple[dict[str, Rows], str]:
         kind = StreamedRows if args.streaming else StoredRows
         name = os.path.basename(os.path.normpath(args.dataset_name))
         return {split: kind(data) for split, data in splits.items()}, name
-    folders = {"train": args.train_dir, "validation": args.validation_dir}
+    folders = {"train": args.train_dir, "validation": args.validation_dir, "test": args.test_dir}
     splits = {split: StoredRows(_load_folder(folder)) for split, folder in folders.items() if folder}
-    path = Path(args.train_dir or args.validation_dir).resolve()
+    path = Path(args.train_dir or args.validation_dir or args.test_dir).resolve()
     return splits, path.parent.name if path.name in ("train", *EVALUATION_SPLITS) else path.name
 
 
@@ -214,12 +233,12 @@ def _only_column(features, is_wanted, option: str) -> str:
     return found[0]
 
 
-def _relabel(data, names: list[str], wanted: list[str]):
+def _relabel(data, names: list[str], wanted: list[str], split: str):
     """Labels as positions in `wanted` instead of in `names`."""
     if names == wanted:
         return data
     if unknown := sorted(set(names) - set(wanted)):
-        raise ValueError(f"The validation set has labels that the training set lacks: {unknown}.")
+        raise ValueError(f"The {split} set has labels that the training set lacks: {unknown}.")
     position = [wanted.index(name) for name in names]
     feature = ClassLabel(names=wanted)
     features = data.features.copy()

@@ -137,6 +137,13 @@ class RefinerTrainingArguments(TrainingArguments):
             "choices": ["none", "balanced"],
         },
     )
+    calibrate: bool = field(
+        default=False,
+        metadata={
+            "help": "After training, divide the logits by the temperature that fits the evaluation images best, so "
+            "that a score says how often it is right. The division goes into the heads' weights; answers stay."
+        },
+    )
     early_stopping_patience: int | None = field(
         default=None,
         metadata={

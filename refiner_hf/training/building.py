@@ -9,7 +9,7 @@ from timm.data import Mixup
 from transformers import TrainerCallback, default_data_collator
 
 from ..data.columns import LABEL_COLUMN
-from ..data.rows import TrainingOrder
+from ..data.rows import Rows, TrainingOrder
 from ..data.transforms import PrepareImages, PrepareTraining, evaluation_pixels
 from ..utils.image_config import label_names_of
 from .early_stopping import EarlyStopping
@@ -24,14 +24,14 @@ from .trainer import RefinerTrainer
 def build_trainer(plan: Plan) -> tuple[RefinerTrainer, ClassificationMetrics]:
     """The Trainer, and the metrics that it computes, which keep the last confusion matrix."""
     args, mixes = plan.args, plan.augmentation_args
-    for_evaluation = PrepareImages(evaluation_pixels(plan.processor), plan.label_ids)
+    for_evaluation = _prepare_for_evaluation(plan)
     metrics = ClassificationMetrics(len(label_names_of(plan.model.config)))
     mixup = Mixup(mixes.mixup, mixes.cutmix, label_smoothing=0.0) if mixes.mixup or mixes.cutmix else None
     trainer = RefinerTrainer(
         model=plan.model,
         args=args,
         train_dataset=_training_images(plan) if args.do_train else None,
-        eval_dataset=_evaluation_images(plan, for_evaluation) if args.do_eval else None,
+        eval_dataset=_prepared(plan.data.evaluation, for_evaluation) if args.do_eval else None,
         processing_class=plan.processor,
         data_collator=default_data_collator,
         compute_metrics=metrics,
@@ -72,9 +72,18 @@ def _class_weights(plan: Plan) -> torch.Tensor:
     return weights
 
 
-def _evaluation_images(plan: Plan, prepare: PrepareImages) -> Any:
-    assert plan.data.evaluation is not None  # a plan with evaluation has it
-    return plan.data.evaluation.prepared(prepare)
+def test_images(plan: Plan) -> Any:
+    """The test images of a plan that has some, for the Trainer."""
+    return _prepared(plan.data.test, _prepare_for_evaluation(plan))
+
+
+def _prepare_for_evaluation(plan: Plan) -> PrepareImages:
+    return PrepareImages(evaluation_pixels(plan.processor), plan.label_ids)
+
+
+def _prepared(rows: Rows | None, prepare: PrepareImages) -> Any:
+    assert rows is not None  # a plan with evaluation, or with a test, has them
+    return rows.prepared(prepare)
 
 
 def _callbacks(plan: Plan, for_evaluation: PrepareImages) -> list[TrainerCallback]:

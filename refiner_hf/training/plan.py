@@ -152,6 +152,8 @@ def _check_options(model_args: ModelArguments, args: RefinerTrainingArguments) -
         raise ValueError("--dry_run is for a training: give --do_train.")
     if not args.do_train and model_args.model_name_or_path is None:
         raise ValueError("Which model to evaluate? Give --model_name_or_path.")
+    if args.calibrate and not (args.do_train and args.do_eval):
+        raise ValueError("--calibrate is for a training with evaluation images: give --do_train and --do_eval.")
     if args.push_to_hub and not args.do_train:
         raise ValueError("An evaluation leaves nothing to push. Use refiner push to publish the model's folder.")
 
@@ -161,7 +163,12 @@ def _readable(
 ) -> tuple[ImageData, list[str]]:
     """Opens every image but a stream's. The data without unreadable ones, and what is wrong with those."""
     reasons: list[str] = []
-    for used, side, what in ((args.do_train, "train", "training"), (args.do_eval, "evaluation", "evaluation")):
+    sides = (
+        (args.do_train, "train", "training"),
+        (args.do_eval, "evaluation", "evaluation"),
+        (args.do_eval and data.test is not None, "test", "test"),
+    )
+    for used, side, what in sides:
         if used:
             rows, wrong = getattr(data, side).readable(what)
             data, reasons = replace(data, **{side: rows}), reasons + wrong

@@ -20,7 +20,8 @@ from ..utils.run_files import AUTO_RECIPE, RUN_FILE
 from ..utils.text import counted
 from .arguments import ModelArguments, RefinerTrainingArguments
 from .baseline import Baseline, linear_baseline
-from .building import build_trainer
+from .building import build_trainer, test_images
+from .calibration import calibrate
 from .dry_run import dry_run
 from .finished_folder import BY_LABEL, CONFUSION_MATRIX, Example, finish_folder
 from .metrics import ClassificationMetrics
@@ -119,11 +120,28 @@ def _train_and_evaluate(trainer: RefinerTrainer, plan: Plan) -> dict[str, float]
         if plan.checkpoint:
             # Times and mean loss are those of the last part of the run: the card must not show them for the whole.
             measured = {"epoch": measured["epoch"]}
+        if args.calibrate:
+            measured["temperature"] = calibrate(trainer)
     if args.do_eval:
         evaluated = trainer.evaluate()
         measured |= evaluated
         trainer.log_metrics("eval", evaluated)
         trainer.save_metrics("eval", evaluated)
+        if plan.data.test is not None:
+            measured |= _measure_test(trainer, plan)
+    return measured
+
+
+def _measure_test(trainer: RefinerTrainer, plan: Plan) -> dict[str, float]:
+    """On the test images, with metrics of their own: the others keep the confusions of the evaluation images."""
+    keep = trainer.compute_metrics
+    trainer.compute_metrics = ClassificationMetrics(len(label_names_of(plan.model.config)))
+    try:
+        measured = trainer.evaluate(test_images(plan), metric_key_prefix="test")
+    finally:
+        trainer.compute_metrics = keep
+    trainer.log_metrics("test", measured)
+    trainer.save_metrics("test", measured)
     return measured
 
 
@@ -156,7 +174,9 @@ def _finish(
     if trainer.is_world_process_zero():
         examples = finish_folder(trainer, plan.data, plan.arguments, measured, metrics, baseline)
     # Last, because it marks the folder as finished.
-    trainer.save_metrics("train", {name: value for name, value in measured.items() if not name.startswith("eval_")})
+    trainer.save_metrics(
+        "train", {name: value for name, value in measured.items() if not name.startswith(("eval_", "test_"))}
+    )
     return examples
 
 

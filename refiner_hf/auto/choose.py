@@ -18,11 +18,12 @@ Measure = Callable[[dict[str, Any]], Speed]  # options to how fast they are here
 
 _SMALL = 40  # pixels: up to here images are taken as they are
 _SIDE = 64  # pixels: larger images are made as small as this
-_PATCHES = 7  # at least so many on a side
+_PATCHES = 6  # at least so many on a side
 _MOST_EPOCHS = 300
 _PLANNED = 0.9  # of the time; the rest is for what can't be foreseen
 _FOR_EVALUATIONS = 0.1  # of the time
 _FEWEST, _MOST_EVALUATIONS = 2, 10
+_LOGGED = 50  # times
 _WORTH = 1.1  # so many times as fast must bfloat16 be
 
 
@@ -165,6 +166,7 @@ def _optimisation(choices: Choices) -> None:
     choices.add("lr_scheduler_type", "cosine", "falls to 0 at the end of the time")
     choices.add("warmup_steps", 0.1, "a tenth of the steps")
     choices.add("weight_decay", 0.05, "as in the paper")
+    choices.add("calibrate", True, "so that a score says how often it is right")
 
 
 def _fastest(choices: Choices, measure: Measure, has_bf16: bool) -> Speed:
@@ -179,27 +181,28 @@ def _fastest(choices: Choices, measure: Measure, has_bf16: bool) -> Speed:
 
 
 def _length(choices: Choices, facts: Facts, seconds: float, speed: Speed | None, processes: int) -> None:
+    options = choices.options
+    images = options["per_device_train_batch_size"] * options.get("gradient_accumulation_steps", 1) * processes
+    an_epoch = math.ceil(facts.images / images)  # steps
     evaluations = _MOST_EVALUATIONS
-    if speed is not None:
+    if speed is None:
+        steps = options.get("max_steps") or round(options["num_train_epochs"] * an_epoch)
+    else:
         once = speed.evaluated * (facts.evaluated + facts.for_statistics)
         evaluations = max(_FEWEST, min(evaluations, int(_FOR_EVALUATIONS * seconds / once)))
-        options = choices.options
-        images = options["per_device_train_batch_size"] * options.get("gradient_accumulation_steps", 1) * processes
-        an_epoch = math.ceil(facts.images / images) * speed.step
-        fitting = max(1, int((_PLANNED * seconds - evaluations * once) / an_epoch))
+        fitting = max(1, int((_PLANNED * seconds - evaluations * once) / (an_epoch * speed.step)))
         epochs = min(fitting, _MOST_EPOCHS)
-        reason = f"{speed.step:.3g} s for a step" + (
-            "; more would add nothing" if fitting > epochs else f": what fits into {_minutes(seconds)}"
-        )
-        choices.add("num_train_epochs", epochs, reason)
-    share = round(1 / evaluations, 4)
+        more = "; more would add nothing" if fitting > epochs else f": what fits into {_time(seconds)}"
+        choices.add("num_train_epochs", epochs, f"{speed.step:.3g} s for a step{more}")
+        steps = epochs * an_epoch
+    each = max(1, round(steps / evaluations))
     choices.add("eval_strategy", "steps", "")
-    choices.add("eval_steps", share, f"{counted(evaluations, 'evaluation')} in all")
+    choices.add("eval_steps", each, f"{counted(evaluations, 'evaluation')} in {counted(steps, 'step')}")
     choices.add("save_strategy", "steps", "")
-    choices.add("save_steps", share, "to continue after an interruption")
+    choices.add("save_steps", each, "to continue after an interruption")
     choices.add("save_total_limit", 1, "")
-    choices.add("logging_steps", 0.02, "")
+    choices.add("logging_steps", max(1, steps // _LOGGED), "")
 
 
-def _minutes(seconds: float) -> str:
+def _time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"

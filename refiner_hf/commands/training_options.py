@@ -1,6 +1,7 @@
 """How the words of `refiner train` become arguments."""
 
 import argparse
+import json
 from dataclasses import fields
 from typing import Any
 
@@ -63,6 +64,9 @@ def parse_training(
     if unknown := sorted(recipe.options.keys() - {field.name for kind in KINDS for field in fields(kind)}):
         raise ValueError(f"{recipe.origin} has {', '.join(unknown)}, which --help doesn't list as an option.")
     words = recipe.to_words() + argv
+    if name == AUTO and "config_overrides" in given:  # they change some fields of the network, and not all
+        fields_of_both = recipe.options.get("config_overrides", {}) | given["config_overrides"]
+        words += ["--config_overrides", json.dumps(fields_of_both)]
     if not {"--do_train", "--do_eval"} & _options(words):
         words += ["--do_train", "true", "--do_eval", "true"]
     if "show_recipe" in about:

@@ -23,7 +23,7 @@ from ..utils.image_config import image_shape_of
 from ..utils.loading import has_image_processor, load_config, load_image_processor, load_network
 from ..utils.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, find_source
 from ..utils.paths import without_paths
-from ..utils.run_files import RUN_FILE
+from ..utils.run_files import AUTO_RECIPE, RUN_FILE
 from ..utils.same_answers import fingerprint_of
 from .code import AUTO_MAP, code_for, has_code, without_code
 from .repository import PublishError, hub, prepare_repository, with_retries
@@ -38,7 +38,7 @@ CARD = "README.md"
 # codecarbon's file, which tells where the machine stands.
 _NOT_PUBLISHED = (
     "checkpoint-*", "last-checkpoint", "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*.pth",
-    "training_args.bin", "emissions.csv", "_*", ".*",
+    "training_args.bin", "emissions.csv", AUTO_RECIPE, "_*", ".*",
 )  # fmt: skip
 # JSON files in which a Trainer writes paths and options.
 _WITH_PATHS = ("trainer_state.json", RUN_FILE, "adapter_config.json")

@@ -3,4 +3,4 @@
 RUN_FILE = "training_arguments.json"  # the options that the run began with
 EMA_FOLDER = "ema"  # the averaged weights, within a checkpoint and within the finished folder
 EMISSIONS_FILE = "emissions.csv"  # of codecarbon
-AUTO_RECIPE = "_recipe.yaml"  # what `auto` has chosen; names with _ in front are never published
+AUTO_RECIPE = "recipe.yaml"  # what `auto` has chosen, with the options that were given

@@ -32,7 +32,7 @@ def chosen(facts=SMALL, seconds=600.0, speed=0.1, halved=0.06, has_bf16=True, pr
 def seconds_planned(choices, speed, facts, evaluated=0.001):
     options = choices.options
     steps = -(-facts.images // options["per_device_train_batch_size"])
-    evaluations = round(1 / options["eval_steps"])
+    evaluations = options["num_train_epochs"] * steps / options["eval_steps"]
     return options["num_train_epochs"] * steps * speed + evaluations * evaluated * (
         facts.evaluated + facts.for_statistics
     )
@@ -60,12 +60,14 @@ def test_evaluations_take_a_tenth_of_the_time_at_most():
     many = Facts(**{**vars(SMALL), "evaluated": 10_000})
     choices, _ = chosen(many, seconds=600)
     once = 0.001 * 10_512
-    assert round(1 / choices.options["eval_steps"]) == int(60 / once) < 10
+    options = choices.options
+    evaluations = round(options["num_train_epochs"] * 94 / options["eval_steps"])
+    assert evaluations == int(60 / once) < 10
 
 
 def test_at_least_one_epoch_and_two_evaluations():
     choices, _ = chosen(seconds=1, speed=10)
-    assert choices.options["num_train_epochs"] == 1 and choices.options["eval_steps"] == 0.5
+    assert choices.options["num_train_epochs"] == 1 and choices.options["eval_steps"] == 47
 
 
 def test_several_processes_share_the_images():
@@ -91,7 +93,7 @@ def test_a_machine_without_bfloat16_is_not_tried():
 def test_with_a_given_length_nothing_is_timed(length):
     choices, tried = chosen(**length)
     assert not tried and choices.options.items() >= length.items()
-    assert choices.options["eval_steps"] == 0.1
+    assert choices.options["eval_steps"] == round(length.get("max_steps", 3 * 94) / 10)
 
 
 class TestGiven:

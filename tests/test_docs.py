@@ -145,8 +145,16 @@ def check_refine(names: dict) -> None:
     assert abs(best["score"] - names["after"][0].softmax(-1).max().item()) < 1e-4
 
 
+def check_serving(names: dict) -> None:
+    """The endpoint and the handler answer as the pipeline does."""
+    expected = pipeline("image-classification", model="outputs/demo")("outputs/demo/examples/0.png", top_k=2)
+    for answers in (json.loads(Path("answer.json").read_text()), names["answers"]):
+        assert [each["label"] for each in answers] == [each["label"] for each in expected[: len(answers)]]
+        assert answers[0]["score"] == pytest.approx(expected[0]["score"], abs=1e-4)
+
+
 # By page, what its blocks' answers must be.
-ANSWERS = {"export": check_export, "look_inside": check_look_inside, "refine": check_refine}
+ANSWERS = {"export": check_export, "look_inside": check_look_inside, "refine": check_refine, "serving": check_serving}
 
 
 @pytest.mark.slow

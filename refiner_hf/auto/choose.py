@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.labels import REGRESSION, SINGLE_LABEL
 from ..utils.text import counted
 from .look import Facts
 from .timing import Speed
@@ -152,7 +153,8 @@ def _augmentation(choices: Choices, facts: Facts) -> None:
         choices.add("crop_min_scale", 0.4, "a part of a picture often shows what the label means")
     choices.add("rotation", 10.0, "what is turned a little keeps its label")
     choices.add("horizontal_flip", False, "true only where mirrored pictures mean the same: a mirrored letter doesn't")
-    choices.add("label_smoothing_factor", 0.1, "as in the paper")
+    if choices.given.get("problem_type") != REGRESSION:
+        choices.add("label_smoothing_factor", 0.1, "as in the paper")
 
 
 def _optimisation(choices: Choices) -> None:
@@ -166,7 +168,8 @@ def _optimisation(choices: Choices) -> None:
     choices.add("lr_scheduler_type", "cosine", "falls to 0 at the end of the time")
     choices.add("warmup_steps", 0.1, "a tenth of the steps")
     choices.add("weight_decay", 0.05, "as in the paper")
-    choices.add("calibrate", True, "so that a score says how often it is right")
+    if choices.given.get("problem_type", SINGLE_LABEL) == SINGLE_LABEL:
+        choices.add("calibrate", True, "so that a score says how often it is right")
 
 
 def _fastest(choices: Choices, measure: Measure, has_bf16: bool) -> Speed:

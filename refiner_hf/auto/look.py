@@ -46,8 +46,8 @@ def look(train: Rows, labels: list[str], *, evaluated: int, for_statistics: int)
     Raises:
         `ValueError`: no image can be read.
     """
-    counts = Counter(train.labels(LABEL_COLUMN))
-    images = counts.total()
+    given = train.labels(LABEL_COLUMN)
+    images, counts = len(given), _counts(given)
     sizes, grey = [], True
     for row in train.spread(_LOOKED_AT):
         try:
@@ -63,11 +63,18 @@ def look(train: Rows, labels: list[str], *, evaluated: int, for_statistics: int)
     return Facts(
         images=images,
         labels=len(labels),
-        fewest=min(counts.values()),
-        most=max(counts.values()),
+        fewest=min(counts),
+        most=max(counts),
         height=round(height),
         width=round(width),
         grey=grey,
         evaluated=evaluated,
         for_statistics=min(for_statistics, images),
     )
+
+
+def _counts(labels: list) -> list[int]:
+    """How many images each label has; of numbers, all."""
+    if isinstance(labels[0], float):
+        return [len(labels)]
+    return list(Counter(label for each in labels for label in (each if isinstance(each, list) else [each])).values())

@@ -4,9 +4,10 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import PreTrainedConfig, Trainer
 
 from ..data.sources import ImageData
+from ..loss_refiner import MULTI_LABEL, REGRESSION
 from ..modeling_refiner import RefinerForMaskedImageModeling
 from ..utils.confusions import most_confused, scores_by_label
 from ..utils.image_config import label_names_of
@@ -21,11 +22,19 @@ from .options import public_rows, training_rows
 from .usage import CLASSIFICATION, usage_example
 
 
+# By the name of an evaluation: the Hub's name, and the card's.
 _METRICS = {
     "eval_accuracy": ("accuracy", "Top-1 accuracy"),
     "eval_top5_accuracy": ("top_5_accuracy", "Top-5 accuracy"),
+    "eval_map": ("mAP", "Mean average precision"),
     "eval_f1_macro": ("f1", "Macro F1"),
+    "eval_f1_micro": ("f1_micro", "Micro F1, at a score of 1/2"),
+    "eval_accuracy_of_all": ("exact_match", "Images with all labels right"),
+    "eval_mae": ("mae", "Mean absolute error"),
+    "eval_rmse": ("rmse", "Root of the mean squared error"),
+    "eval_r2": ("r_squared", "R squared"),
 }
+_NUMBERS = ("mae", "rmse", "r_squared", "r2")  # which aren't shares
 
 _NETWORK_IN_CARD = (
     "drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "layerscale_value", "initializer_range",
@@ -40,7 +49,7 @@ def training_content(
     data: ImageData | None = None,
     arguments: dict[str, dict[str, Any]] | None = None,
     pictures: list[tuple[str, str]] | None = None,
-    beside: dict[str, float] | None = None,
+    beside: dict[str, tuple[str, float]] | None = None,
     confusion_matrix: list[list[int]] | None = None,
 ) -> CardContent:
     """
@@ -52,7 +61,7 @@ def training_content(
         data: what it was trained and evaluated on, if it is known.
         arguments: a run's options by group (model, data, augmentation, training), if they are known.
         pictures: (file in the folder, caption).
-        beside: the accuracy of other models on the same images, by what they are.
+        beside: by what they are, what other models reach on the same images: the metric's name and its value.
         confusion_matrix: of the evaluation, true labels down.
     """
     args, model, adapter = trainer.args, trainer.model, None
@@ -63,11 +72,7 @@ def training_content(
     task, remote_code = task_of(model), getattr(args, "with_code", False)
     base = (arguments or {}).get("model", {}).get("model_name_or_path")
     source = f"by fine-tuning `{Path(base).name}`" if base else "from scratch" if arguments else "with the HF Trainer"
-    kind = f"image classifier with {counted(model.config.num_labels, 'label')}"
-    if isinstance(model, RefinerForMaskedImageModeling):
-        kind = "masked image model, which paints hidden patches from the others,"
-    elif task != CLASSIFICATION:
-        kind = "image model"
+    kind = _kind(model, task)
     on = f" on {markdown_text(data.name)}" if data else ""
     metrics = {kind: (text, round(measured[key], 6)) for key, (kind, text) in _METRICS.items() if key in measured}
     emissions = _emissions(Path(args.output_dir)) if "train_runtime" in measured else None
@@ -76,9 +81,7 @@ def training_content(
         summary=f"{kind_of(model)} {kind}, trained {source}{on}.{_adapts(adapter)}{_unfinished(trainer)}",
         refines=refines(model) or getattr(adapter, "peft_type", None) == "REFINEMENT",
         usage=usage_example(args.hub_model_id or name, remote_code, task, args.hub_revision, adapts=adapter and base),
-        limits=_limits(data, len(label_names_of(model.config)), "temperature" in measured)
-        if task == CLASSIFICATION
-        else _UNMEASURED,
+        limits=_limits(data, model.config, "temperature" in measured) if task == CLASSIFICATION else _UNMEASURED,
         results=_results(trainer, measured, metrics, data, beside or {}),
         by_label=_by_label(confusion_matrix, label_names_of(model.config)) if confusion_matrix else "",
         pictures=pictures or [],
@@ -102,6 +105,19 @@ def training_content(
             "hardware_used": emissions["hardware"],
         },
     )
+
+
+def _kind(model: Any, task: str) -> str:
+    """What the model does, as a sentence goes on with it."""
+    if isinstance(model, RefinerForMaskedImageModeling):
+        return "masked image model, which paints hidden patches from the others,"
+    if task != CLASSIFICATION:
+        return "image model"
+    names = label_names_of(model.config)
+    if model.config.problem_type == REGRESSION:
+        return f"image model that estimates a number ({markdown_text(names[0])}),"
+    several = ", any number of which a picture may have," if model.config.problem_type == MULTI_LABEL else ","
+    return f"image classifier with {counted(len(names), 'label')}{several}"
 
 
 def last_measured(trainer: Trainer) -> dict[str, float]:
@@ -129,21 +145,25 @@ def _unfinished(trainer: Trainer) -> str:
 
 
 def _results(
-    trainer: Trainer, measured: dict[str, float], metrics: dict, data: ImageData | None, beside: dict[str, float]
+    trainer: Trainer,
+    measured: dict[str, float],
+    metrics: dict,
+    data: ImageData | None,
+    beside: dict[str, tuple[str, float]],
 ) -> str:
     if "eval_loss" not in measured:
         return ""
-    rows = [(text, f"{value:.2%}") for text, value in metrics.values()]
-    for key, (_, text) in _METRICS.items():
+    rows = [(text, _shown(kind, value)) for kind, (text, value) in metrics.items()]
+    for key, (kind, text) in _METRICS.items():
         if (averaged := measured.get(key.replace("eval_", "eval_ema_"))) is not None:
-            rows.append((f"{text} of the averaged weights, in the folder `{EMA_FOLDER}`", f"{averaged:.2%}"))
-    rows += [(markdown_text(name), f"{accuracy:.2%}") for name, accuracy in beside.items()]
+            rows.append((f"{text} of the averaged weights, in the folder `{EMA_FOLDER}`", _shown(kind, averaged)))
+        if (on_test := measured.get(key.replace("eval_", "test_"))) is not None and data is not None:
+            rows.append(
+                (f"{text} on {_count(data.test, 'test image')}, measured once at the end", _shown(kind, on_test))
+            )
+    rows += [(markdown_text(name), _shown(metric, value)) for name, (metric, value) in beside.items()]
     if (error := measured.get("eval_calibration_error")) is not None:
         rows.append((f"Expected calibration error of the scores, in 15 bins{_divided(measured)}", f"{error:.2%}"))
-    if (accuracy := measured.get("test_accuracy")) is not None and data is not None:
-        rows.append(
-            (f"Top-1 accuracy on {_count(data.test, 'test image')}, measured once at the end", f"{accuracy:.2%}")
-        )
     masked = isinstance(trainer.model, RefinerForMaskedImageModeling)
     name = "Mean absolute difference of the hidden pixels, in the scale of the processor" if masked else "Loss"
     rows.append((name, f"{measured['eval_loss']:.4f}"))
@@ -152,6 +172,10 @@ def _results(
     count = _count(data.evaluation if data else trainer.eval_dataset, "image")
     of = f" ({data.evaluation_split}) of {markdown_text(data.name)}" if data else ""
     return f"Measured on {count}{of}.\n\n" + markdown_table(["", ""], rows)
+
+
+def _shown(metric: str, value: float) -> str:
+    return f"{value:.4g}" if metric in _NUMBERS else f"{value:.2%}"
 
 
 def _divided(measured: dict[str, float]) -> str:
@@ -241,18 +265,18 @@ def _footprint(emissions: dict[str, Any] | None) -> str:
     )
 
 
-def _limits(data: ImageData | None, num_labels: int, calibrated: bool) -> str:
+def _limits(data: ImageData | None, config: PreTrainedConfig, calibrated: bool) -> str:
     known = markdown_text(data.name) if data else "the data above"
-    scores = (
-        "Its scores are calibrated for pictures like these only"
-        if calibrated
-        else "Its scores have not been calibrated"
-    )
+    scores = "are calibrated for pictures like these only" if calibrated else "have not been calibrated"
+    knows = f"The model knows {counted(len(label_names_of(config)), 'label')} and gives every picture"
+    answers = {
+        MULTI_LABEL: f"{knows} a score for each, also pictures of something else.",
+        REGRESSION: "The model gives every picture a number, also pictures of something else.",
+    }
+    said = answers.get(str(config.problem_type), f"{knows} one of them, also pictures of something else.")
     return (
-        f"The model knows {counted(num_labels, 'label')} and gives every picture one of them, also pictures of "
-        f"something else. It has been measured on {known} only; expect less on pictures of another kind, size or "
-        f"origin. {scores}, and its behaviour on different groups of people or things has "
-        "not been examined."
+        f"{said} It has been measured on {known} only; expect less on pictures of another kind, size or origin. Its "
+        f"scores {scores}, and its behaviour on different groups of people or things has not been examined."
     )
 
 

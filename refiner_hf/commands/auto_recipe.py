@@ -62,8 +62,10 @@ def seconds_of(time_budget: str) -> float:
 
 def _make(given: dict[str, Any], seconds: float, processes: int, show: bool) -> Recipe:
     folder = Path(given.get("output_dir") or "trainer_output")
+    folds = given.get("k_folds") if given.get("fold") is None else None
+    folder, seconds = (folder, seconds) if folds is None else (folder / "fold_1", seconds / folds)
     file = folder / AUTO_RECIPE
-    if file.exists() and (folder / RUN_FILE).exists() and not (folder / FINISHED_FILE).exists():
+    if file.exists() and (folder / RUN_FILE).exists() and (folds or not (folder / FINISHED_FILE).exists()):
         if show:
             print(f"This run began with the options in {file}, and goes on with them.")
         return load_recipe(str(file))

@@ -2,10 +2,11 @@
 Open a web page that shows a network's classes for a picture, and where it looks before and after its maps are refined.
 
 The model is a Refiner, or any ViT of transformers, which has only maps as applied. The page offers the pictures in the
-model's folder examples/. Only this machine can open the page, unless it is shared. Ctrl-C ends it.
+model's folder examples/. Only this machine can open the page, unless it is shared or has another host. Ctrl-C ends it.
 
     refiner demo --model outputs/demo
     refiner demo --model outputs/demo --port 7861 --device cpu
+    refiner demo --model outputs/demo --host 0.0.0.0  # in a container: whoever reaches this machine can open it
     refiner demo --model outputs/demo --share         # also at a public address, by way of Gradio's servers
 """
 
@@ -23,6 +24,12 @@ from .running import command
 class DemoArguments:
     model: str = field(metadata={"help": "Folder or Hub name of a Refiner, ViT, DeiT, DINOv2 or the like."})
     port: int = field(default=7860, metadata={"help": "The page's port on this machine."})
+    host: str = field(
+        default=app.THIS_MACHINE,
+        metadata={
+            "help": "This machine's address for the page. With 0.0.0.0 whoever reaches this machine can open it."
+        },
+    )
     share: bool = field(default=False, metadata={"help": "Ask Gradio's service for a public address as well."})
     revision: str | None = revision_option()
     device: str | None = device_option()
@@ -32,7 +39,7 @@ class DemoArguments:
 def main(args: DemoArguments) -> None:
     """Shows the page until it is stopped."""
     network = open_network(args.model, pick_device(args.device), args.revision)
-    app.launch(network, find_examples(args.model), args.port, args.share)
+    app.launch(network, find_examples(args.model), args.port, args.share, args.host)
 
 
 def find_examples(model: str) -> list[Path]:

@@ -18,11 +18,23 @@ digits. The same command continues an interrupted run.
 from ..data.arguments import AugmentationArguments, DataArguments
 from ..training.arguments import ModelArguments, RefinerTrainingArguments
 from ..training.baseline import Baseline
+from ..training.folds import FoldsResult, run_folds
 from ..training.run import RunResult, run
-from ..utils.text import printable
+from ..utils.text import counted, printable
 from .recipes import Recipe
 from .running import command, if_interrupted
 from .training_options import parse_training
+
+
+# What is shown of problems without an accuracy, by the names of an evaluation.
+_OTHER = {
+    "map": "mAP",
+    "f1_micro": "micro F1",
+    "f1_macro": "macro F1",
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "r2": "R squared",
+}
 
 
 @command(parse=parse_training)
@@ -32,14 +44,17 @@ def main(
     augmentation_args: AugmentationArguments,
     training_args: RefinerTrainingArguments,
     recipe: Recipe,
-) -> RunResult:
+) -> RunResult | FoldsResult:
     """Runs the training or evaluation, and says what came out."""
     with if_interrupted("The same command continues from the last checkpoint."):
-        result = run(
-            model_args, data_args, augmentation_args, training_args, recipe.to_yaml({}) if recipe.is_auto else None
-        )
+        kept = recipe.to_yaml({}) if recipe.is_auto else None
+        begin = run if data_args.k_folds is None or data_args.fold is not None else run_folds
+        result = begin(model_args, data_args, augmentation_args, training_args, kept)
     if training_args.should_save:
-        report(result, data_args)
+        if isinstance(result, FoldsResult):
+            report_folds(result)
+        else:
+            report(result, data_args)
     return result
 
 
@@ -58,6 +73,10 @@ def report(result: RunResult, data_args: DataArguments) -> None:
             from ..data.digits import accuracy_seen
 
             print(accuracy_seen())
+    elif measured := {name: result.metrics[f"eval_{name}"] for name in _OTHER if f"eval_{name}" in result.metrics}:
+        print(f"On {result.data.evaluation_split}: " + ", ".join(f"{_OTHER[n]} {v:.4g}" for n, v in measured.items()))
+        if result.baseline is not None:
+            _compare(measured.get(result.baseline.metric), result.baseline)
     if not result.trained:
         print(f"Results: {result.folder}")
         return
@@ -69,6 +88,15 @@ def report(result: RunResult, data_args: DataArguments) -> None:
     print(f"\nThe finished folder, with model, card and pictures: {result.folder.resolve()}")
     if result.published:
         print(f"Published: {result.published.url} (commit {result.published.commit[:8]})")
+
+
+def report_folds(result: FoldsResult) -> None:
+    """Prints what was measured in a cross-validation."""
+    folds = counted(len(next(iter(result.metrics.values()))), "fold")
+    print(f"\nMeasured on {folds}, mean and standard deviation between them:\n")
+    for name in result.metrics:
+        print(f"  {name:<26} {result.mean(name):.4f} +- {result.standard_deviation(name):.4f}")
+    print(f"\nEach number, and a finished folder for each fold: {result.folder.resolve()}")
 
 
 def _report_accuracy(result: RunResult) -> None:
@@ -83,10 +111,11 @@ def _report_accuracy(result: RunResult) -> None:
         _compare(result.metrics["eval_accuracy"], result.baseline)
 
 
-def _compare(accuracy: float, baseline: Baseline) -> None:
+def _compare(value: float | None, baseline: Baseline) -> None:
     sides = f"trained on {baseline.trained_on:,} of the same images, measured on {baseline.measured_on:,}"
-    print(f"{str(baseline).capitalize()}, {sides}: {baseline.accuracy:.2%}")
-    if accuracy < baseline.accuracy:
+    shown = f"{_OTHER[baseline.metric]} {baseline.value:.4g}" if baseline.metric in _OTHER else f"{baseline.value:.2%}"
+    print(f"{str(baseline).capitalize()}, {sides}: {shown}")
+    if value is not None and value < baseline.value:
         print(
             "The network is behind this linear model. Try more --num_train_epochs; less augmentation "
             "(--crop_min_scale 0.8, without --auto_augment and --random_erasing); or a network that has learned from "

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from .labels import PROBLEM_TYPES, SINGLE_LABEL
+
 
 @dataclass
 class DataArguments:
@@ -30,6 +32,14 @@ class DataArguments:
             "decided by its content, so that a folder that grows never moves one from one side to the other."
         },
     )
+    k_folds: int | None = field(
+        default=None,
+        metadata={
+            "help": "Cross-validation: train so many times, each time without another part of the images, which is "
+            "measured on. For a small folder, whose held-out images would be few."
+        },
+    )
+    fold: int | None = field(default=None, metadata={"help": "Train only this one of the --k_folds, from 1."})
     streaming: bool = field(
         default=False, metadata={"help": "Read the dataset as it comes instead of downloading it; needs --max_steps."}
     )
@@ -40,6 +50,14 @@ class DataArguments:
     )
     label_column_name: str | None = field(
         default=None, metadata={"help": "Column of the labels. Found by its type or name where not given."}
+    )
+    problem_type: str = field(
+        default=SINGLE_LABEL,
+        metadata={
+            "help": "What is said of an image: one label; several, as a list or a text with ';' between them, such as "
+            "in the column labels of a folder's metadata.csv; or a number.",
+            "choices": list(PROBLEM_TYPES),
+        },
     )
     unreadable_images: str = field(
         default="stop",
@@ -69,8 +87,32 @@ class DataArguments:
         for name in ("max_train_samples", "max_eval_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}.")
+        self._check_folds()
+        if self.problem_type != SINGLE_LABEL and (self.streaming or self.embedded or self.label_map_dir):
+            raise ValueError(
+                f"--problem_type {self.problem_type} is for images on this machine (--train_dir, --dataset_name), "
+                "without --streaming and --label_map_dir."
+            )
         if self.streaming and not self.dataset_name:
             raise ValueError("--streaming is for a --dataset_name; folders and the digits are read from disk anyway.")
+
+    def _check_folds(self) -> None:
+        if self.fold is not None and (self.k_folds is None or not 1 <= self.fold <= self.k_folds):
+            raise ValueError(f"--fold must be a number from 1 to --k_folds, got {self.fold} of {self.k_folds}.")
+        if self.k_folds is None:
+            return
+        if self.k_folds < 2:
+            raise ValueError(f"--k_folds must be at least 2, got {self.k_folds}.")
+        if self.validation_dir or self.streaming:
+            raise ValueError("--k_folds divides the training images by itself: not with --validation_dir or a stream.")
+
+    @property
+    def held_out(self) -> tuple[float, float]:
+        """Which part of the training images is held out, where there is no validation set: from and to, in [0, 1]."""
+        if self.k_folds is None:
+            return 0.0, self.train_val_split
+        number = self.fold or 1
+        return (number - 1) / self.k_folds, number / self.k_folds
 
     @property
     def embedded(self) -> bool:

@@ -5,7 +5,7 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, List, Value
 
 from .columns import CONTENT_COLUMN, IMAGE_COLUMN, LABEL_COLUMN
 from .label_maps import key_of
@@ -47,13 +47,24 @@ def content_digests(data: Dataset, what: str) -> dict[str, str]:
     `contents`: a digest of the images, whatever their order; `rows`: one of the images with their labels as they come.
     """
     contents = content_hashes(data, what)
-    rows = np.stack((contents, numbers_in(data, LABEL_COLUMN)))
+    rows = np.stack((contents, _label_numbers(data)))
     return {"contents": _digest(np.sort(contents)), "rows": _digest(rows)}
 
 
 def numbers_in(data: Dataset, column: str) -> np.ndarray:
     """A column of integers, int64, without reading the images."""
     return np.asarray(data.select_columns([column]).with_format("numpy")[:][column], np.int64)
+
+
+def _label_numbers(data: Dataset) -> np.ndarray:
+    """A number for each row's label, or for its list of labels, int64; of a number with a point its bits."""
+    feature = data.features[LABEL_COLUMN]
+    if isinstance(feature, List):
+        digests = [blake2b(repr(sorted(each)).encode(), digest_size=8).digest() for each in data[LABEL_COLUMN]]
+        return np.array([int.from_bytes(each, "big", signed=True) for each in digests], np.int64)
+    if getattr(feature, "dtype", "") == "float32":
+        return np.array(data.with_format("pandas")[LABEL_COLUMN], np.float32).view(np.int32).astype(np.int64)
+    return numbers_in(data, LABEL_COLUMN)
 
 
 def _digest(numbers: np.ndarray) -> str:

@@ -114,7 +114,7 @@ class Rows(ABC):
         """At most `number` rows, spread evenly over all; the first ones of a stream."""
 
     @abstractmethod
-    def divided(self, share: float, seed: int, *, need_train: bool) -> tuple[Self, Self]:
+    def divided(self, part: tuple[float, float], seed: int, *, need_train: bool) -> tuple[Self, Self]:
         """What is left and what is held out, see [`~refiner_hf.data.validation_split.hold_out`]."""
 
     @abstractmethod
@@ -205,8 +205,8 @@ class StoredRows(Rows):
         number = min(number, len(self))
         return [self.data[i * len(self) // number] for i in range(number)]
 
-    def divided(self, share: float, seed: int, *, need_train: bool) -> tuple[Self, Self]:
-        left, held = hold_out(self.data, share, seed, need_train=need_train)
+    def divided(self, part: tuple[float, float], seed: int, *, need_train: bool) -> tuple[Self, Self]:
+        left, held = hold_out(self.data, part, seed, need_train=need_train)
         return type(self)(left), type(self)(held)
 
     def readable(self, what: str) -> tuple[Self, list[str]]:
@@ -257,7 +257,7 @@ class StreamedRows(Rows):
     def spread(self, number: int) -> list[dict[str, Any]]:
         return list(self.data.take(number))
 
-    def divided(self, share: float, seed: int, *, need_train: bool) -> tuple[Self, Self]:
+    def divided(self, part: tuple[float, float], seed: int, *, need_train: bool) -> tuple[Self, Self]:
         raise ValueError("A stream without a validation split can't be divided; name a dataset that has one.")
 
     def readable(self, what: str) -> tuple[Self, list[str]]:

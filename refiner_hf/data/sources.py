@@ -4,16 +4,19 @@ import glob
 import os
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import datasets
-from datasets import ClassLabel, Dataset, Image, load_dataset
+from datasets import ClassLabel, Dataset, Image, List, Value, load_dataset
 from transformers.utils import logging
 
 from ..utils.files import check_writable
+from ..utils.image_files import images_in
 from ..utils.text import counted
 from .arguments import DataArguments
 from .columns import IMAGE_COLUMN, LABEL_COLUMN
+from .labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL, as_label_lists, as_numbers, pick_label
 from .rows import Rows, StoredRows, StreamedRows
 
 
@@ -40,6 +43,7 @@ class ImageData:
     evaluation_split: str
     hub_id: str | None = None
     test: Rows | None = None
+    problem_type: str = SINGLE_LABEL
 
 
 def load_image_data(args: DataArguments, *, need_train: bool, need_evaluation: bool, seed: int) -> ImageData:
@@ -59,6 +63,8 @@ def load_image_data(args: DataArguments, *, need_train: bool, need_evaluation: b
     """
     splits, name = _load_splits(args)
     kept = {"test"} if args.test_dir and "train" in splits else set()  # for the end
+    if args.k_folds is not None and "train" in splits:
+        kept |= splits.keys() - {"train"}
     evaluation_split = next((split for split in EVALUATION_SPLITS if split in splits.keys() - kept), None)
     train, evaluation = splits.get("train"), splits.get(evaluation_split)
     if train is None and need_train:
@@ -68,15 +74,17 @@ def load_image_data(args: DataArguments, *, need_train: bool, need_evaluation: b
 
     test = splits.get("test") if evaluation_split != "test" and need_evaluation else None
     train, names = _standard_columns(train, args, need_train) if train is not None else (None, None)
-    if need_train and len(names) < 2:
+    if need_train and len(names) < 2 and args.problem_type == SINGLE_LABEL:
         raise ValueError(f"{name} has one label only, {names}: there is nothing to tell apart.")
     if evaluation is not None:
         evaluation, evaluation_names = _standard_columns(evaluation, args, need_evaluation)
         names = names or evaluation_names
         evaluation = evaluation.changed(lambda data: _relabel(data, evaluation_names, names, evaluation_split))
     elif need_evaluation:
-        train, evaluation = train.divided(args.train_val_split, seed, need_train=need_train)
+        train, evaluation = train.divided(args.held_out, seed, need_train=need_train)
         evaluation_split = f"{len(evaluation):,} of {len(train) + len(evaluation):,} images held out of train"
+        if args.k_folds is not None:
+            evaluation_split += f", fold {args.fold or 1} of {args.k_folds}"
         logger.warning(f"There is no validation set: evaluating on {evaluation_split}.")
 
     if test is not None:
@@ -90,6 +98,7 @@ def load_image_data(args: DataArguments, *, need_train: bool, need_evaluation: b
         evaluation_split=evaluation_split or "none",
         hub_id=args.dataset_name if args.dataset_name and not os.path.exists(args.dataset_name) else None,
         test=test,
+        problem_type=args.problem_type,
     )
 
 
@@ -132,15 +141,31 @@ def _load_folder(folder: str) -> Dataset:
     )
     if empty:
         raise ValueError(f"In {folder} there are labels without images: {', '.join(empty)}. Add some, or remove them.")
-    if not has_tables(path) and not any(file.is_file() for file in path.glob("*/*")):
+    described = has_tables(path) or any(path.rglob("metadata.*"))  # by files that say which images there are
+    if not described and not any(file.is_file() for file in path.glob("*/*")):
         raise ValueError(
             f"{folder} has no images in subfolders. Put them into one subfolder per label, such as "
             f"{path / 'cat' / '1.jpg'}."
         )
     data = read_files(path, drop_labels=False)
-    if not has_tables(path) and not any(path.rglob("metadata.*")):  # with such a file, that one says the labels
+    if not described:
         _check_nothing_left_out(path, data)
+    elif not has_tables(path):
+        _check_all_described(path, data)
     return data
+
+
+def _check_all_described(folder: Path, data: Dataset) -> None:
+    """
+    Raises:
+        `ValueError`: there are images of which the metadata say nothing; `datasets` leaves them out silently.
+    """
+    taken = {os.path.realpath(image["path"]) for image in data.cast_column("image", Image(decode=False))["image"]}
+    if left := [file for file in images_in(folder) if os.path.realpath(file) not in taken]:
+        raise ValueError(
+            f"The metadata in {folder} say nothing of {counted(len(left), 'image')}, such as {left[0]}. Add a row for "
+            "each, or move them away."
+        )
 
 
 def _check_nothing_left_out(folder: Path, data: Dataset) -> None:
@@ -214,14 +239,21 @@ def _standard_columns(rows: Rows, args: DataArguments, check_labels: bool) -> tu
         if column not in features:
             raise ValueError(f"The dataset has no column {column!r}, but {sorted(features)}.")
 
-    if not isinstance(features[label], ClassLabel):
-        rows = rows.with_class_labels(label)
-    names = rows.features[label].names
-    if check_labels:
-        rows.check_labels(label, len(names))
+    names = [label]
+    if args.problem_type == SINGLE_LABEL:
+        if not isinstance(features[label], ClassLabel):
+            rows = rows.with_class_labels(label)
+        names = rows.features[label].names
+        if check_labels:
+            rows.check_labels(label, len(names))
     # Done first, because renaming a stream's columns would decode its images and encode them again. Our own transform
     # decodes them: it can name a file that is damaged.
     rows = rows.changed(lambda data: data.cast_column(image, Image(decode=False)).select_columns([image, label]))
+    if args.problem_type == MULTI_LABEL:
+        data, names = as_label_lists(rows.data, label)
+        rows = type(rows)(data)
+    elif args.problem_type == REGRESSION:
+        rows = rows.changed(partial(as_numbers, column=label))
     renames = {old: new for old, new in ((image, IMAGE_COLUMN), (label, LABEL_COLUMN)) if old != new}
     return rows.changed(lambda data: data.rename_columns(renames)) if renames else rows, names
 
@@ -235,19 +267,18 @@ def _only_column(features, is_wanted, option: str) -> str:
 
 def _relabel(data, names: list[str], wanted: list[str], split: str):
     """Labels as positions in `wanted` instead of in `names`."""
-    if names == wanted:
+    if isinstance(data.features[LABEL_COLUMN], Value) or names == wanted:  # numbers have no names
         return data
     if unknown := sorted(set(names) - set(wanted)):
         raise ValueError(f"The {split} set has labels that the training set lacks: {unknown}.")
     position = [wanted.index(name) for name in names]
-    feature = ClassLabel(names=wanted)
+    several = isinstance(data.features[LABEL_COLUMN], List)
     features = data.features.copy()
-    features[LABEL_COLUMN] = feature
-    return data.map(lambda row: {LABEL_COLUMN: pick_label(position, row[LABEL_COLUMN])}, features=features)
+    features[LABEL_COLUMN] = List(ClassLabel(names=wanted)) if several else ClassLabel(names=wanted)
 
+    def relabelled(row: dict) -> dict:
+        given = row[LABEL_COLUMN]
+        new = [pick_label(position, each) for each in given] if several else pick_label(position, given)
+        return {LABEL_COLUMN: new}
 
-def pick_label(choices: list[int], label: int | None) -> int:
-    """`choices[label]`; raises a `ValueError` for a label that isn't one, such as the -1 of unlabelled test sets."""
-    if label is None or not 0 <= label < len(choices):
-        raise ValueError(f"An image has the label {label}; labels must lie in 0..{len(choices) - 1}.")
-    return choices[label]
+    return data.map(relabelled, features=features)

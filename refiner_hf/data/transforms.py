@@ -13,7 +13,8 @@ from ..utils.text import counted, name_some
 from .augmentation import Augment
 from .images import EncodedImage, decode_image
 from .label_maps import BOX, FLIPPED, MAP_CLASSES, MAP_SCORES, LabelMaps
-from .sources import IMAGE_COLUMN, LABEL_COLUMN, pick_label
+from .labels import LabelValues
+from .sources import IMAGE_COLUMN, LABEL_COLUMN
 
 
 class PrepareImages:
@@ -22,22 +23,21 @@ class PrepareImages:
 
     Args:
         to_pixels: a list of RGB images to a list of tensors (channels, height, width).
-        label_ids (`list[int]`, *optional*): the model's number of each of the data's labels, where they differ.
+        label_values ([`LabelValues`], *optional*): what the model takes for a label. Default: its number.
     """
 
     def __init__(
-        self, to_pixels: Callable[[list[PILImage.Image]], list[torch.Tensor]], label_ids: list[int] | None = None
+        self,
+        to_pixels: Callable[[list[PILImage.Image]], list[torch.Tensor]],
+        label_values: LabelValues = LabelValues(),  # noqa: B008 - it doesn't change
     ):
         self.to_pixels = to_pixels
-        self.label_ids = label_ids
+        self.label_values = label_values
 
     def __call__(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         prepared = {"pixel_values": self.to_pixels([decode_image(image) for image in batch[IMAGE_COLUMN]])}
         if LABEL_COLUMN in batch:
-            labels = batch[LABEL_COLUMN]
-            prepared[LABEL_COLUMN] = (
-                labels if self.label_ids is None else [pick_label(self.label_ids, label) for label in labels]
-            )
+            prepared[LABEL_COLUMN] = [self.label_values(label) for label in batch[LABEL_COLUMN]]
         return prepared
 
 
@@ -48,31 +48,27 @@ class PrepareTraining:
 
     Args:
         augment ([`Augment`]): an image to a random view of it.
-        label_ids (`list[int]`, *optional*): the model's number of each of the data's labels, where they differ.
+        label_values ([`LabelValues`]): what the model takes for a label.
         label_maps ([`LabelMaps`], *optional*): what a teacher sees in the images.
     """
 
-    def __init__(self, augment: Augment, label_ids: list[int] | None = None, label_maps: LabelMaps | None = None):
-        self.augment, self.label_ids, self.label_maps = augment, label_ids, label_maps
+    def __init__(self, augment: Augment, label_values: LabelValues, label_maps: LabelMaps | None = None):
+        self.augment, self.label_values, self.label_maps = augment, label_values, label_maps
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         image = EncodedImage(row[IMAGE_COLUMN])
         view = self.augment(image)
-        label = row[LABEL_COLUMN]
-        prepared = {
-            "pixel_values": view.pixels,
-            LABEL_COLUMN: label if self.label_ids is None else pick_label(self.label_ids, label),
-        }
+        prepared = {"pixel_values": view.pixels, LABEL_COLUMN: self.label_values(row[LABEL_COLUMN])}
         if self.label_maps is not None:
             label_map = self.label_maps({**row[IMAGE_COLUMN], "bytes": image.content})  # not to read a file twice
             classes = label_map.classes
-            if self.label_ids is not None:
-                if classes.max() >= len(self.label_ids):
+            if (label_ids := self.label_values.label_ids) is not None:
+                if classes.max() >= len(label_ids):
                     raise ValueError(
                         f"A label map has the class {classes.max()}, but the data has "
-                        f"{counted(len(self.label_ids), 'label')}: the maps are of another data set."
+                        f"{counted(len(label_ids), 'label')}: the maps are of another data set."
                     )
-                classes = np.asarray(self.label_ids, classes.dtype)[classes]
+                classes = np.asarray(label_ids, classes.dtype)[classes]
             prepared |= {MAP_SCORES: label_map.scores, MAP_CLASSES: classes, BOX: view.box, FLIPPED: view.flipped}
         return prepared
 

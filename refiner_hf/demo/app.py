@@ -28,7 +28,7 @@ from .rendering import (
     weights_of,
     which_refine,
 )
-from .serving import guards, own_folder
+from .serving import THIS_MACHINE, guards, own_folder
 
 
 File = dict[str, Any] | None  # as Gradio describes it, with its path
@@ -70,29 +70,35 @@ def build_demo(network: Network, examples: Sequence[str | Path] = ()) -> gr.Bloc
 
 @contextmanager
 def served(
-    network: Network, examples: Sequence[str | Path] = (), port: int | None = None, share: bool = False
+    network: Network,
+    examples: Sequence[str | Path] = (),
+    port: int | None = None,
+    share: bool = False,
+    host: str = THIS_MACHINE,
 ) -> Iterator[str]:
     """
     The page of [`build_demo`] on this machine, as long as the block lasts. The server sends
-    nothing to other servers, except with `share`. It answers only browsers on this machine, unless it is shared. What
-    visitors upload is deleted at the end.
+    nothing to other servers, except with `share`. It answers only browsers on this machine, unless it is shared or has
+    another `host`. What visitors upload is deleted at the end.
 
     Args:
         network, examples: see [`build_demo`].
         port (`int`, *optional*): where. Default: one that is free.
         share (`bool`, *optional*, defaults to `False`): whether to ask Gradio's service for a public address as well.
+        host (`str`, *optional*, defaults to `"127.0.0.1"`): this machine's address at which the page is; with
+            `"0.0.0.0"` whoever reaches this machine can open it, as in a container.
 
     Returns:
         the page's address (of a context manager).
 
     Raises:
-        `OSError`: the port is taken, or there is no such port.
+        `OSError`: the port is taken, or there is no such port, or no such address of this machine.
     """
     with own_folder():
         demo = build_demo(network, examples)
         try:
             _, address, public_address = demo.launch(
-                server_name="127.0.0.1",
+                server_name=host,
                 server_port=port,
                 share=share,
                 ssr_mode=False,
@@ -103,19 +109,27 @@ def served(
                 css=_CSS,
                 quiet=True,
                 prevent_thread_lock=True,
-                app_kwargs={"middleware": guards(share)},
+                app_kwargs={"middleware": guards(share or host != THIS_MACHINE)},
             )
         except (OSError, OverflowError) as error:
-            raise OSError(f"Port {port} can't be opened: it is taken, or there is no such port.") from error
+            raise OSError(
+                f"Port {port} can't be opened at {host}: it is taken, or this machine has no such port or address."
+            ) from error
         try:
             yield public_address or address
         finally:
             demo.close(verbose=False)
 
 
-def launch(network: Network, examples: Sequence[str | Path] = (), port: int = 7860, share: bool = False) -> None:
+def launch(
+    network: Network,
+    examples: Sequence[str | Path] = (),
+    port: int = 7860,
+    share: bool = False,
+    host: str = THIS_MACHINE,
+) -> None:
     """Shows the page until it is stopped (Ctrl-C). Arguments and errors as [`served`]'s."""
-    with served(network, examples, port, share) as address, suppress(KeyboardInterrupt):
+    with served(network, examples, port, share, host) as address, suppress(KeyboardInterrupt):
         print(f"Open {address} in a browser. Ctrl-C ends it.", flush=True)
         while True:
             time.sleep(1)

@@ -15,6 +15,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 
+THIS_MACHINE = "127.0.0.1"  # an address that no other machine reaches
 _FOLDER_OPTION = "GRADIO_TEMP_DIR"  # where Gradio reads it
 _HOUR = 3600  # seconds
 
@@ -40,7 +41,7 @@ def guards(public: bool) -> list[Middleware]:
     Middleware that protects the server: pages of other sites can't use it. Unless it is `public`, names of other
     domains for this machine can't be used either (DNS rebinding).
     """
-    own_names = [] if public else [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])]
+    own_names = [] if public else [Middleware(TrustedHostMiddleware, allowed_hosts=[THIS_MACHINE, "localhost"])]
     return [*own_names, Middleware(SameOriginMiddleware)]
 
 

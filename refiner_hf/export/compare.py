@@ -14,6 +14,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..benchmarking.measure import time_in_turns
 from ..data.arguments import DataArguments
+from ..data.labels import LabelValues
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN, ImageData, load_image_data
 from ..data.transforms import PrepareImages, evaluation_pixels, match_labels
 from ..utils.image_config import label_names_of
@@ -46,7 +47,8 @@ def compare(
         `accuracy`, `same_answers` (share in which it agrees with the model), `bytes` (of a file), and by batch size
         `images_per_second` (median of the rounds).
     """
-    prepare = PrepareImages(evaluation_pixels(processor), match_labels(images.labels, label_names_of(model.config)))
+    label_ids = match_labels(images.labels, label_names_of(model.config))
+    prepare = PrepareImages(evaluation_pixels(processor), LabelValues(label_ids=label_ids))
     contenders: dict[str, Answer] = {"PyTorch": partial(_answer, model)}
     contenders |= {file.name: partial(run_onnx, open_onnx(file)) for file in files}
 

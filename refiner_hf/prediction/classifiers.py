@@ -21,15 +21,16 @@ class Classifier(ABC):
 
     Args:
         name (`str`): what to call it in errors.
-        config ([`PreTrainedConfig`]): says the labels, and whether an image has one of them or any number.
+        config ([`PreTrainedConfig`]): says the labels, and whether an image has one of them, any number of them, or a
+            number of its own.
         processor ([`BaseImageProcessor`]): makes `pixel_values` of images.
 
     Raises:
-        `ValueError`: the model gives numbers, not labels.
+        `ValueError`: the model has no labels.
     """
 
     def __init__(self, name: str, config: PreTrainedConfig, processor: BaseImageProcessor):
-        if config.problem_type == "regression" or not config.id2label:
+        if not config.id2label:
             raise ValueError(f"{name} isn't an image classifier: it has no labels.")
         self.name, self.config, self.processor = name, config, processor
         self.labels = [config.id2label[i] for i in sorted(config.id2label)]
@@ -37,7 +38,7 @@ class Classifier(ABC):
     @torch.inference_mode()
     def scores(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """
-        (B, C, height, width) -> each label's probability (B, labels), on the CPU.
+        (B, C, height, width) -> each label's probability (B, labels), or a regression's number (B, 1), on the CPU.
 
         Raises:
             `ValueError`: the images or the labels don't fit the model, or it gives numbers that aren't finite.

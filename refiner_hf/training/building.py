@@ -9,23 +9,24 @@ from timm.data import Mixup
 from transformers import TrainerCallback, default_data_collator
 
 from ..data.columns import LABEL_COLUMN
+from ..data.labels import LabelValues
 from ..data.rows import Rows, TrainingOrder
 from ..data.transforms import PrepareImages, PrepareTraining, evaluation_pixels
 from ..utils.image_config import label_names_of
 from .early_stopping import EarlyStopping
 from .ema import EmaCallback
-from .metrics import ClassificationMetrics, rank_labels
+from .metrics import Metrics, metrics_for
 from .norm_statistics_callback import NormStatisticsCallback
 from .plan import Plan
 from .targets import TrainingTargets
 from .trainer import RefinerTrainer
 
 
-def build_trainer(plan: Plan) -> tuple[RefinerTrainer, ClassificationMetrics]:
-    """The Trainer, and the metrics that it computes, which keep the last confusion matrix."""
+def build_trainer(plan: Plan) -> tuple[RefinerTrainer, Metrics]:
+    """The Trainer, and the metrics that it computes."""
     args, mixes = plan.args, plan.augmentation_args
     for_evaluation = _prepare_for_evaluation(plan)
-    metrics = ClassificationMetrics(len(label_names_of(plan.model.config)))
+    metrics = metrics_of(plan)
     mixup = Mixup(mixes.mixup, mixes.cutmix, label_smoothing=0.0) if mixes.mixup or mixes.cutmix else None
     trainer = RefinerTrainer(
         model=plan.model,
@@ -35,7 +36,7 @@ def build_trainer(plan: Plan) -> tuple[RefinerTrainer, ClassificationMetrics]:
         processing_class=plan.processor,
         data_collator=default_data_collator,
         compute_metrics=metrics,
-        preprocess_logits_for_metrics=rank_labels,
+        preprocess_logits_for_metrics=metrics.reduce,
         callbacks=_callbacks(plan, for_evaluation) if args.do_train else [],
         make_targets=TrainingTargets(
             mixup=mixup,
@@ -49,7 +50,7 @@ def build_trainer(plan: Plan) -> tuple[RefinerTrainer, ClassificationMetrics]:
 def _training_images(plan: Plan) -> torch.utils.data.Dataset:
     args = plan.args
     assert plan.augment is not None and plan.data.train is not None  # a plan with training has them
-    prepare = PrepareTraining(plan.augment, plan.label_ids, plan.label_maps)
+    prepare = PrepareTraining(plan.augment, _label_values(plan), plan.label_maps)
     order = TrainingOrder(
         repeats=plan.augmentation_args.repeated_augmentation,
         seed=args.seed if args.data_seed is None else args.data_seed,
@@ -72,13 +73,22 @@ def _class_weights(plan: Plan) -> torch.Tensor:
     return weights
 
 
+def metrics_of(plan: Plan) -> Metrics:
+    """Those of the plan's kind of labels."""
+    return metrics_for(plan.data.problem_type, len(label_names_of(plan.model.config)))
+
+
 def test_images(plan: Plan) -> Any:
     """The test images of a plan that has some, for the Trainer."""
     return _prepared(plan.data.test, _prepare_for_evaluation(plan))
 
 
 def _prepare_for_evaluation(plan: Plan) -> PrepareImages:
-    return PrepareImages(evaluation_pixels(plan.processor), plan.label_ids)
+    return PrepareImages(evaluation_pixels(plan.processor), _label_values(plan))
+
+
+def _label_values(plan: Plan) -> LabelValues:
+    return LabelValues(plan.data.problem_type, len(label_names_of(plan.model.config)), plan.label_ids)
 
 
 def _prepared(rows: Rows | None, prepare: PrepareImages) -> Any:

@@ -13,7 +13,7 @@ from ..data.columns import IMAGE_COLUMN, LABEL_COLUMN
 from ..data.images import EncodedImage
 from ..data.rows import Rows
 from ..inspection.attention_views import as_picture
-from ..loss_refiner import problem_type_of
+from ..loss_refiner import MULTI_LABEL, REGRESSION, problem_type_of
 from ..utils.image_config import label_names_of
 from ..utils.text import counted
 from .output_folder import DRY_RUN
@@ -44,11 +44,15 @@ def _draw_batch(trainer: RefinerTrainer, plan: Plan, file: Path) -> None:
     problem = problem_type_of(inputs["labels"], config)
     inputs = trainer.make_targets(inputs, config.num_labels, grid, 0.0, problem)
     pictures = [as_picture(plan.processor, pixels) for pixels in inputs["pixel_values"][:_SHOWN]]
-    plot_predictions(pictures, [_title(target, names) for target in inputs["labels"][:_SHOWN]], file)
+    plot_predictions(pictures, [_title(target, names, problem) for target in inputs["labels"][:_SHOWN]], file)
 
 
-def _title(target: torch.Tensor, names: list[str]) -> str:
-    """The label of a picture, or of a mixed one the shares of its labels."""
+def _title(target: torch.Tensor, names: list[str], problem: str) -> str:
+    """The label of a picture, or of a mixed one the shares of its labels; or its number."""
+    if problem == REGRESSION:
+        return f"{target.item():.4g}"
+    if problem == MULTI_LABEL:
+        return ", ".join(names[i] for i in range(len(target)) if target[i] > 0.5) or "no label"
     if target.ndim == 0:
         return names[int(target)]
     shares = target[:, 1] if target.ndim == 2 else target  # of a dense target the image's own
@@ -97,7 +101,10 @@ def _count(rows: Rows) -> str:
 def _labels(rows: Rows, names: list[str]) -> str:
     if rows.streamed:
         return counted(len(names), "label")
-    counts = Counter(rows.labels(LABEL_COLUMN))
+    given = rows.labels(LABEL_COLUMN)
+    if given and isinstance(given[0], float):
+        return f"{names[0]} from {min(given):.4g} to {max(given):.4g}"
+    counts = Counter(label for each in given for label in (each if isinstance(each, list) else [each]))
     (most, largest), (least, smallest) = counts.most_common()[0], counts.most_common()[-1]
     return f"{counted(len(names), 'label')}, from {smallest:,} ({names[least]}) to {largest:,} ({names[most]}) images"
 

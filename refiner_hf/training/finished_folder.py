@@ -13,6 +13,7 @@ from ..cards.card import make_card, refines
 from ..cards.plots import plot_confusion_matrix, plot_learning_curve, plot_predictions
 from ..cards.training import training_content
 from ..data.images import decode_image
+from ..data.labels import SINGLE_LABEL
 from ..data.rows import StoredRows
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN, ImageData
 from ..hub.code import add_code
@@ -25,7 +26,7 @@ from ..utils.text import counted
 from .arguments import RefinerTrainingArguments
 from .baseline import Baseline
 from .map_analysis import analyze_folder
-from .metrics import Answers, ClassificationMetrics
+from .metrics import Answers, Metrics
 
 
 logger = logging.get_logger(__name__)
@@ -50,7 +51,7 @@ def finish_folder(
     data: ImageData,
     arguments: dict[str, dict[str, Any]],
     measured: dict[str, float],
-    metrics: ClassificationMetrics,
+    metrics: Metrics,
     baseline: Baseline | None,
 ) -> list[Example]:
     """
@@ -76,7 +77,7 @@ def finish_folder(
     if (confusion_matrix := metrics.confusion_matrix) is not None:
         plot_confusion_matrix(confusion_matrix, label_names_of(trainer.model.config), folder / "confusion_matrix.png")
         pictures.append(("confusion_matrix.png", captions.confusion_matrix(data.evaluation_split)))
-    examples = predict_examples(folder, data, args.example_pictures or EXAMPLES) if data.evaluation is not None else []
+    examples = predict_examples(folder, data, args.example_pictures or EXAMPLES) if _have_one_label(data) else []
     if examples and args.example_pictures:
         titles = [f"{example.label}: {example.answer} {example.score:.0%}" for example in examples]
         plot_predictions([example.image for example in examples], titles, folder / "predictions.png")
@@ -98,7 +99,12 @@ def finish_folder(
     beside = (
         {}
         if baseline is None
-        else {f"{str(baseline).capitalize()}, trained on {counted(baseline.trained_on, 'image')}": baseline.accuracy}
+        else {
+            f"{str(baseline).capitalize()}, trained on {counted(baseline.trained_on, 'image')}": (
+                baseline.metric,
+                baseline.value,
+            )
+        }
     )
     facts = training_content(
         trainer,
@@ -111,6 +117,11 @@ def finish_folder(
     )
     make_card(facts).save(folder / "README.md")
     return examples
+
+
+def _have_one_label(data: ImageData) -> bool:
+    """Whether there are evaluation images, and the best answer for one can be compared with its label."""
+    return data.evaluation is not None and data.problem_type == SINGLE_LABEL
 
 
 def predict_examples(folder: Path, data: ImageData, count: int) -> list[Example]:

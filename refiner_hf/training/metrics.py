@@ -1,13 +1,15 @@
-"""Accuracy, F1 and the confusion matrix, as a metric of `evaluate`."""
+"""What is measured in an evaluation: of one label an image, of several, and of numbers."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import evaluate
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+from sklearn.metrics import accuracy_score, average_precision_score, confusion_matrix, f1_score, r2_score
 from transformers import EvalPrediction
+
+from ..loss_refiner import MULTI_LABEL, REGRESSION
 
 
 class RankedClassification(evaluate.Metric):
@@ -38,19 +40,79 @@ class RankedClassification(evaluate.Metric):
         return {**result, "confusion_matrix": counts.tolist()}
 
 
-class ClassificationMetrics:
+class Metrics:
     """
-    `compute_metrics` of a Trainer. Beside the numbers it returns, it keeps of the last evaluation the
-    `confusion_matrix`, and the [`Answers`].
+    `compute_metrics` of a Trainer, with `reduce` as its `preprocess_logits_for_metrics`. Of the last evaluation it
+    keeps, where images have one label, the `confusion_matrix` and the [`Answers`].
+    """
 
-    Use together with [`rank_labels`] as `preprocess_logits_for_metrics`.
+    confusion_matrix: list[list[int]] | None = None
+    answers: "Answers | None" = None
+
+    @staticmethod
+    def reduce(logits: torch.Tensor | tuple, labels: torch.Tensor) -> Any:
+        """What is kept of a batch's logits (images, labels) until the end of an evaluation."""
+        return logits[0] if isinstance(logits, tuple) else logits
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The numbers, by name."""
+        raise NotImplementedError
+
+
+class MultiLabelMetrics(Metrics):
     """
+    Of images with any number of labels: the mean average precision ("map") over the labels that some image has and
+    some has not; F1 at a score of 1/2, over all answers ("f1_micro") and as a mean over labels ("f1_macro"); and the
+    share of images whose labels are all right ("accuracy_of_all").
+    """
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        logits, truth = np.asarray(prediction.predictions), np.asarray(prediction.label_ids) > 0.5
+        measurable = truth.any(0) & ~truth.all(0)
+        given = logits > 0  # a score above 1/2
+        result = {
+            "f1_micro": float(f1_score(truth, given, average="micro", zero_division=0)),
+            "f1_macro": float(f1_score(truth, given, average="macro", zero_division=0)),
+            "accuracy_of_all": float((truth == given).all(1).mean()),
+        }
+        if measurable.any():
+            result["map"] = float(
+                average_precision_score(truth[:, measurable], logits[:, measurable], average="macro")
+            )
+        return result
+
+
+class RegressionMetrics(Metrics):
+    """Of numbers: the mean absolute error ("mae"), the root of the mean squared one ("rmse"), and R squared ("r2")."""
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        given, truth = np.ravel(prediction.predictions), np.ravel(prediction.label_ids)
+        result = {
+            "mae": float(np.abs(given - truth).mean()),
+            "rmse": float(np.sqrt(np.square(given - truth).mean())),
+        }
+        if len(truth) > 1:
+            result["r2"] = float(r2_score(truth, given))
+        return result
+
+
+def metrics_for(problem_type: str, num_labels: int) -> Metrics:
+    """The metrics of a kind of problem, named as in a configuration."""
+    if problem_type == MULTI_LABEL:
+        return MultiLabelMetrics()
+    return RegressionMetrics() if problem_type == REGRESSION else ClassificationMetrics(num_labels)
+
+
+class ClassificationMetrics(Metrics):
+    """Of images with one label: as [`RankedClassification`], and the expected calibration error."""
 
     def __init__(self, num_labels: int):
         self.num_labels = num_labels
-        self.confusion_matrix: list[list[int]] | None = None
-        self.answers: Answers | None = None
         self._metric = RankedClassification(keep_in_memory=True)
+
+    @staticmethod
+    def reduce(logits: torch.Tensor | tuple, labels: torch.Tensor) -> Any:
+        return rank_labels(logits, labels)
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         (ranked, scores), references = prediction.predictions, prediction.label_ids

@@ -16,6 +16,7 @@ from ..cards.card import license_card
 from ..data.arguments import AugmentationArguments, DataArguments
 from ..data.augmentation import Augment
 from ..data.label_maps import LabelMaps, open_label_maps
+from ..data.labels import REGRESSION, SINGLE_LABEL
 from ..data.sources import ImageData, load_image_data
 from ..data.unreadable import raise_if_unreadable
 from ..hub.repository import prepare_repository, with_retries
@@ -102,6 +103,7 @@ def make_plan(
     source = source_of_model(model_args)
     model, label_ids = load_model(model_args, source, data.labels, keep_labels=not args.do_train)
     processor = load_processor(model_args, source, model)
+    _set_problem_type(model, data.problem_type, trained=args.do_train)
     if args.do_train and model_args.adapter != "none":
         assert data.train is not None
         model = add_adapter(model, processor, data.train.sample(_FOR_STATISTICS, args.seed), model_args)
@@ -177,6 +179,19 @@ def _readable(
     return data, reasons
 
 
+def _set_problem_type(model: PreTrainedModel, wanted: str, *, trained: bool) -> None:
+    """
+    Raises:
+        `ValueError`: a network that isn't trained is for another kind of problem.
+    """
+    had = model.config.problem_type or SINGLE_LABEL
+    if had != wanted and not trained:
+        raise ValueError(f"The model's problem type is {had}, and the data's {wanted}: give --problem_type {had}.")
+    if had != wanted:
+        config: Any = model.config  # whose annotation has the three names
+        config.problem_type = wanted
+
+
 def _check_training(
     data: ImageData,
     model: PreTrainedModel,
@@ -195,6 +210,8 @@ def _check_training(
             raise ValueError("--repeated_augmentation needs a data set of known length, not a stream.")
     elif data.train.count == 0:
         raise ValueError("There are no training images.")
+    if data.problem_type != SINGLE_LABEL:
+        _check_other_problem(data.problem_type, augmentation_args, args)
     mixed = augmentation_args.mixup or augmentation_args.cutmix
     if mixed and args.per_device_train_batch_size % 2:
         raise ValueError("--mixup and --cutmix need an even --per_device_train_batch_size.")
@@ -204,3 +221,18 @@ def _check_training(
         logger.warning(
             "There are label maps, but no dense head for their patches: only the class token learns of them."
         )
+
+
+def _check_other_problem(
+    problem_type: str, augmentation_args: AugmentationArguments, args: RefinerTrainingArguments
+) -> None:
+    """What goes only with one label an image."""
+    given = [
+        name
+        for name, value in (("--class_weights", args.class_weights != "none"), ("--calibrate", args.calibrate))
+        if value
+    ]
+    if problem_type == REGRESSION:
+        given += ["--label_smoothing_factor"] * (args.label_smoothing_factor > 0)
+    if given:
+        raise ValueError(f"{' and '.join(given)} can't be had with --problem_type {problem_type}.")

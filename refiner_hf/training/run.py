@@ -20,11 +20,11 @@ from ..utils.run_files import AUTO_RECIPE, RUN_FILE
 from ..utils.text import counted
 from .arguments import ModelArguments, RefinerTrainingArguments
 from .baseline import Baseline, linear_baseline
-from .building import build_trainer, test_images
+from .building import build_trainer, metrics_of, test_images
 from .calibration import calibrate
 from .dry_run import dry_run
 from .finished_folder import BY_LABEL, CONFUSION_MATRIX, Example, finish_folder
-from .metrics import ClassificationMetrics
+from .metrics import Metrics
 from .output_folder import push_command
 from .plan import Plan, make_plan
 from .same_data import DATA_FILE
@@ -135,7 +135,7 @@ def _train_and_evaluate(trainer: RefinerTrainer, plan: Plan) -> dict[str, float]
 def _measure_test(trainer: RefinerTrainer, plan: Plan) -> dict[str, float]:
     """On the test images, with metrics of their own: the others keep the confusions of the evaluation images."""
     keep = trainer.compute_metrics
-    trainer.compute_metrics = ClassificationMetrics(len(label_names_of(plan.model.config)))
+    trainer.compute_metrics = metrics_of(plan)
     try:
         measured = trainer.evaluate(test_images(plan), metric_key_prefix="test")
     finally:
@@ -151,7 +151,7 @@ def _measure_baseline(trainer: RefinerTrainer, plan: Plan) -> Baseline | None:
         return None
     baseline = linear_baseline(plan.data, plan.args.seed)
     if baseline is not None:
-        trainer.save_metrics("baseline", {"baseline_accuracy": baseline.accuracy})
+        trainer.save_metrics("baseline", {f"baseline_{baseline.metric}": baseline.value})
     return baseline
 
 
@@ -159,7 +159,7 @@ def _finish(
     trainer: RefinerTrainer,
     plan: Plan,
     measured: dict[str, float],
-    metrics: ClassificationMetrics,
+    metrics: Metrics,
     baseline: Baseline | None,
 ) -> list[Example]:
     """Saves the model and finishes its folder; returns what the saved model answers for a few evaluation pictures."""

@@ -81,24 +81,24 @@ class TestSmallSets:
     def test_about_the_share(self):
         rows = table(range(4000), np.arange(4000) % 3)
         for share in (0.05, 0.5, 0.9):
-            left, held = hold_out(rows, share, seed=3)
+            left, held = hold_out(rows, (0, share), seed=3)
             assert len(left) + len(held) == 4000 and abs(len(held) / 4000 - share) < 0.04
 
     def test_a_larger_share_holds_out_the_same_and_more(self):
         rows = table(range(300), np.arange(300) % 3)
-        (_, few), (_, many) = (sides(hold_out(rows, share, seed=3)) for share in (0.2, 0.4))
+        (_, few), (_, many) = (sides(hold_out(rows, (0, share), seed=3)) for share in (0.2, 0.4))
         assert few < many
 
     def test_nothing_is_held_out(self):
         with pytest.raises(ValueError, match="None of the 6 images is held out at --train_val_split 1e-09.*Raise"):
-            hold_out(table(range(6), [0, 1] * 3), 1e-9, seed=0)
+            hold_out(table(range(6), [0, 1] * 3), (0, 1e-9), seed=0)
 
     def test_a_label_that_could_not_be_learned(self):
         rows = table([*range(50), *["one"] * 3], [*[0, 1] * 25, *[2] * 3])
         place = validation_split._place(content_hashes(rows, "some").tolist()[-1], 0)
         with pytest.raises(ValueError, match="All images of fox are held out.*--validation_dir"):
-            hold_out(rows, place + 1e-6, seed=0)
-        left, held = hold_out(rows, place + 1e-6, seed=0, need_train=False)
+            hold_out(rows, (0, place + 1e-6), seed=0)
+        left, held = hold_out(rows, (0, place + 1e-6), seed=0, need_train=False)
         assert len(left) + len(held) == 53, "only measured, there is nothing to learn"
 
     def test_a_label_of_which_nothing_is_measured(self, monkeypatch):
@@ -106,7 +106,7 @@ class TestSmallSets:
         monkeypatch.setattr(validation_split.logger, "warning", said.append)
         rows = table([*range(50), "one"], [*[0, 1] * 25, 2])
         place = validation_split._place(content_hashes(rows, "some").tolist()[-1], 0)
-        hold_out(rows, place, seed=0)
+        hold_out(rows, (0, place), seed=0)
         assert said == ["No image of fox is held out: nothing will be measured of them."]
 
     def test_how_many_is_said(self, tmp_path):

@@ -408,6 +408,15 @@ class TestServer:
         assert "event: " in answer and "confidences" not in answer
 
 
+def test_another_host_answers_to_other_names(network, photo):
+    """As in a container, whose page is asked for by another machine's name. Other sites' pages still can't use it."""
+    with served(network(), [photo], host="0.0.0.0") as address:
+        at_home = address.replace("0.0.0.0", "127.0.0.1")
+        assert httpx.get(at_home, headers={"Host": "photos.example"}, timeout=30).status_code == 200
+        refused = httpx.get(at_home, headers={"Host": "photos.example", "Origin": "http://evil.example"}, timeout=30)
+        assert refused.status_code == 403
+
+
 class TestCommand:
     def test_offers_the_examples_of_the_folder(self, folder, monkeypatch):
         write_folder(folder, 2, ("examples",))
@@ -417,7 +426,7 @@ class TestCommand:
             "refiner_hf.demo.app.launch", lambda *args: given.update(demo=build_demo(*args[:2]), args=args[2:])
         )
         main(["--model", str(folder), "--port", "7999", "--device", "cpu"])
-        assert given["args"] == (7999, False) and given["demo"].title == "Where tiny looks"
+        assert given["args"] == (7999, False, "127.0.0.1") and given["demo"].title == "Where tiny looks"
         assert find_examples(str(folder)) == [folder / "examples" / f"{i}.png" for i in range(2)]
         (offered,) = (block for block in given["demo"].blocks.values() if isinstance(block, gr.Dataset))
         assert len(offered.samples) == 2

@@ -12,7 +12,7 @@ export TORCH_LOGS = -torch.utils._pytree
 LOWEST = $(shell sed -nE 's/^ +(torch|torchvision|transformers|huggingface_hub) >=([0-9.]+).*/\1==\2/p' setup.cfg)
 LOWEST_BIN = .venv-lowest/bin
 
-.PHONY: help install demo test test-all test-lowest test-gpu benchmark docs style check cards clean
+.PHONY: help install demo test test-all test-lowest test-gpu benchmark docs style check cards notebook clean
 
 help:
 	@echo "make demo         train a small Refiner on scikit-learn's digits into outputs/demo"
@@ -23,7 +23,7 @@ help:
 	@echo "make benchmark    speed and memory against eager, plain attention and ViT, into docs/benchmarks/"
 	@echo "make docs         render docs/ into site/"
 	@echo "make style        format the code        make check   check style without changing anything"
-	@echo "make cards        write model_cards/ anew"
+	@echo "make cards        write model_cards/ anew      make notebook   docs/quick_start.ipynb, of the page"
 
 install: $(VENV)/installed
 
@@ -73,6 +73,9 @@ check: install
 
 cards: install
 	$(BIN)/python scripts/write_cards.py
+
+notebook: install
+	$(BIN)/python scripts/make_notebook.py
 
 clean:
 	rm -rf outputs site build dist *.egg-info .pytest_cache .ruff_cache

@@ -34,9 +34,11 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from refiner_hf.training.baseline import SIDE
+from refiner_hf.utils.markdown import markdown_table
 
 
 matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
 
 
 Pictures = tuple[list[Image.Image], list[str]]  # and their labels
@@ -216,6 +218,64 @@ def train_one(place: Path, out: Path, seed: int, time_budget: str, options: list
     }
 
 
+# ---- Report ----
+
+
+def summaries(results: list[dict]) -> list[dict]:
+    """For each data set, contender and time: mean and standard deviation over the seeds."""
+    keys = list(dict.fromkeys((each["data"], each["contender"], each["time_budget"]) for each in results))
+    found = []
+    for key in sorted(keys, key=lambda key: list(DATA).index(key[0])):
+        runs = [each for each in results if (each["data"], each["contender"], each["time_budget"]) == key]
+        accuracies = [100 * each["accuracy"] for each in runs]
+        found.append(
+            {
+                "data": key[0],
+                "contender": key[1],
+                "time": key[2] or "",
+                "seeds": len(runs),
+                "mean": float(np.mean(accuracies)),
+                "deviation": float(np.std(accuracies, ddof=1)) if len(runs) > 1 else 0.0,
+                "epochs": float(np.mean([each["epochs"] for each in runs])) if "epochs" in runs[0] else None,
+                "seconds": float(np.mean([each["seconds"] for each in runs])) if "seconds" in runs[0] else None,
+            }
+        )
+    return found
+
+
+def write_report(results: list[dict], folder: Path) -> None:
+    """auto.md with a table, auto.png with a plot."""
+    found = summaries(results)
+    rows = [
+        (
+            each["data"],
+            each["contender"],
+            each["time"],
+            f"{each['mean']:.1f} ± {each['deviation']:.1f}",
+            "" if each["epochs"] is None else f"{each['epochs']:.0f}",
+            "" if each["seconds"] is None else f"{each['seconds']:.0f}",
+            str(each["seeds"]),
+        )
+        for each in found
+    ]
+    head = ["data", "network", "time", "accuracy, %", "epochs", "seconds", "seeds"]
+    (folder / "auto.md").write_text(markdown_table(head, rows) + "\n")
+    data = list(dict.fromkeys(each["data"] for each in found))
+    figure, axes = plt.subplots(1, len(data), figsize=(3 * len(data), 3.5), squeeze=False)
+    for axis, name in zip(axes[0], data):
+        of_it = [each for each in found if each["data"] == name]
+        labels = [f"{each['contender']} {each['time']}".strip() for each in of_it]
+        colours = ["tab:gray" if not each["time"] else "tab:blue" for each in of_it]
+        axis.barh(labels, [each["mean"] for each in of_it], xerr=[each["deviation"] for each in of_it], color=colours)
+        axis.set_xlim(max(0, min(each["mean"] for each in of_it) - 8), 100)
+        axis.invert_yaxis()
+        axis.set_title(name)
+        axis.set_xlabel("accuracy, %")
+    figure.tight_layout()
+    figure.savefig(folder / "auto.png", dpi=150)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
@@ -257,6 +317,7 @@ def main() -> None:
                 out = args.output_dir / "runs" / f"{data}_{seed}"
                 measured = train_one(place, out, seed, args.time_budget, CONTENDERS[name])
                 note(data=data, seed=seed, contender=name, time_budget=args.time_budget, **measured)
+    write_report(results, args.output_dir)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from unittest import SkipTest
 
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 from sybil import Document, Example, Region
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 from sybil.parsers.markdown.lexers import DirectiveInHTMLCommentLexer
@@ -25,6 +27,8 @@ from transformers import (
     ViTImageProcessor,
     pipeline,
 )
+
+from scripts.make_notebook import make_notebook
 
 from .conftest import GOLDEN, assert_close
 from .images import write_folder
@@ -166,6 +170,27 @@ def test_every_block_runs(page, workplace):
             example.evaluate()
     if page.stem in ANSWERS:
         ANSWERS[page.stem](document.namespace)
+
+
+class TestNotebook:
+    """docs/quick_start.ipynb, which is made of the page."""
+
+    FILE = ROOT / "docs" / "quick_start.ipynb"
+
+    def test_is_of_the_page(self):
+        page = (ROOT / "docs" / "quick_start.md").read_text()
+        written = nbformat.read(self.FILE, as_version=4)
+        assert written == nbformat.from_dict(make_notebook(page)), "make notebook"
+        cells = [cell.source for cell in written.cells if cell.cell_type == "code"]
+        assert len(cells) >= 6 and any(source.startswith("%%bash") for source in cells)
+
+    @pytest.mark.slow
+    def test_runs(self, workplace, monkeypatch):
+        monkeypatch.setenv("TESTED_WITH", "--time_budget 5s")
+        notebook = nbformat.read(self.FILE, as_version=4)
+        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(workplace)}}).execute()
+        assert (workplace / "first" / "model.safetensors").exists()
+        assert (workplace / "answers.csv").read_text().count("\n") == 25
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

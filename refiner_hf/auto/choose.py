@@ -195,7 +195,7 @@ def _length(choices: Choices, facts: Facts, seconds: float, speed: Speed | None,
         evaluations = max(_FEWEST, min(evaluations, int(_FOR_EVALUATIONS * seconds / once)))
         fitting = max(1, int((_PLANNED * seconds - evaluations * once) / (an_epoch * speed.step)))
         epochs = min(fitting, _MOST_EPOCHS)
-        more = "; more would add nothing" if fitting > epochs else f": what fits into {_time(seconds)}"
+        more = ": more were never tried" if fitting > epochs else f": what fits into {_time(seconds)}"
         choices.add("num_train_epochs", epochs, f"{speed.step:.3g} s for a step{more}")
         steps = epochs * an_epoch
     each = max(1, round(steps / evaluations))

@@ -237,10 +237,12 @@ class RefinerTrainer(PushingTrainer):
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         if self.optimizer is not None or not isinstance(self.args, RefinerTrainingArguments):
             return super().create_optimizer(*args, **kwargs)
+        given = self.optimizer_cls_and_kwargs
         if self.args.timm_optim is not None:
             optimizer_class, options = optimizer_of_timm(self.args.timm_optim)
             self.optimizer_cls_and_kwargs = optimizer_class, {"lr": self.args.learning_rate, **options}
         optimizer, images = super().create_optimizer(*args, **kwargs), self.get_total_train_batch_size(self.args)
+        self.optimizer_cls_and_kwargs = given  # another training may have another
         for group in optimizer.param_groups:
             group["lr"] = scaled_learning_rate(group["lr"], images, self.args.learning_rate_batch_size)
         if self.args.layer_decay < 1:

@@ -37,6 +37,35 @@ def seen_in(pixels):
     return levels[0, :, 0].mean(), levels[1, 0].mean(), levels[0, :, -1].mean(), levels[1, -1].mean()
 
 
+class TestRotation:
+    def views(self, processor, image, count=20, **fields):
+        augment = Augment(processor, AugmentationArguments(crop_min_scale=1.0, horizontal_flip=False, **fields))
+        for seed in range(count):
+            with random_numbers_of(seed):
+                yield augment(EncodedImage(encoded(image))).pixels * 0.5 + 0.5
+
+    def angles(self, processor, degrees):
+        """Of a ramp from left to right: the direction in which it grows."""
+        for pixels in self.views(processor, ramp(64, 64), rotation=degrees):
+            middle = pixels[0, 4:-4, 4:-4]
+            across, down = (middle[:, 1:] - middle[:, :-1]).mean(), (middle[1:] - middle[:-1]).mean()
+            yield torch.rad2deg(torch.atan2(down, across)).item()
+
+    def test_turns_to_both_sides_by_so_much_at_most(self, processor):
+        found = list(self.angles(processor, 20))
+        assert -21 < min(found) < -8 and 8 < max(found) < 21
+        assert max(map(abs, self.angles(processor, 0))) < 1
+
+    def test_no_corner_is_black(self, processor):
+        white = Image.new("RGB", (40, 30), "white")
+        assert all(pixels.min() > 0.98 for pixels in self.views(processor, white, rotation=45))
+
+    @pytest.mark.parametrize("degrees", [-1, 181])
+    def test_refused(self, degrees):
+        with pytest.raises(ValueError, match="--rotation must be in"):
+            AugmentationArguments(rotation=degrees)
+
+
 @pytest.mark.parametrize("kind, options", [("png", {}), ("jpeg", {"quality": 95})])
 @pytest.mark.parametrize("size", [(200, 100), (1600, 1200)])
 def test_a_view_says_what_it_shows(processor, kind, options, size):

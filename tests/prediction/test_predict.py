@@ -604,10 +604,6 @@ class TestModels:
         BertModel(BertConfig(**size)).save_pretrained(tmp_path / "bert")
         assert "'bert' model, which isn't an image" in self.refused(tmp_path / "bert", photos, table)
 
-    def test_a_regression(self, photos, table, tmp_path):
-        model = save_vit(tmp_path / "regression", problem_type="regression", id2label={0: "age"})
-        assert "has no labels" in self.refused(model, photos, table)
-
     def test_damaged_weights(self, vit, photos, table, tmp_path):
         weights = shutil.copytree(vit, tmp_path / "damaged") / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-1000])

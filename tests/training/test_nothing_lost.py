@@ -25,7 +25,8 @@ EVERYTHING = [
     "--train_val_split", "0.34", "--save_strategy", "steps", "--save_steps", "3", "--eval_strategy", "steps",
     "--eval_steps", "3", "--ema_decay", "0.9", "--mixup", "0.8", "--cutmix", "1.0", "--auto_augment",
     "rand-m9-mstd0.5-inc1", "--random_erasing", "0.5", "--label_smoothing_factor", "0.1", "--cooldown_steps", "0.2",
-    "--layer_decay", "0.8", "--repeated_augmentation", "2", "--gradient_accumulation_steps", "1",
+    "--layer_decay", "0.8", "--timm_optim", "nmuon", "--rotation", "10",
+    "--repeated_augmentation", "2", "--gradient_accumulation_steps", "1",
     "--config_overrides", json.dumps(dict(
         image_size=16, patch_size=4, hidden_size=24, num_hidden_layers=2, num_attention_heads=2, drop_path_rate=0.2,
         token_mixing=True, cosine_regularizer_weight=0.1,

@@ -1,6 +1,8 @@
-"""Learning rates: of layers, batch sizes, and at the end."""
+"""Optimizers of timm; learning rates: of layers, batch sizes, and at the end."""
 
 import pytest
+import torch
+from timm.optim import Muon
 
 from refiner_hf.training.arguments import RefinerTrainingArguments
 from refiner_hf.training.optimization import scaled_learning_rate
@@ -78,6 +80,47 @@ def test_layers_learn_more_slowly_the_earlier_they_come(tiny_model, tmp_path):
     trainer.optimizer.step(), trainer.lr_scheduler.step()
     after = trainer.lr_scheduler.get_last_lr()
     assert [a / b["initial_lr"] for a, b in zip(after, groups)] == pytest.approx([0.9] * len(groups))
+
+
+class TestTimm:
+    """`timm_optim`, an optimizer of timm in place of `optim`."""
+
+    def test_the_groups_are_ours(self, tiny_model, tmp_path):
+        """Decay, rates and layers as for any other; of Muon the matrices, while what isn't one gets AdamW's steps."""
+        args = arguments(
+            tmp_path, timm_optim="nmuon", learning_rate=0.005, weight_decay=0.1, layer_decay=0.5,
+            learning_rate_batch_size=2,
+        )  # fmt: skip
+        model = tiny_model()
+        trainer = RefinerTrainer(model, args)
+        optimizer = trainer.create_optimizer()
+        assert type(optimizer) is Muon and optimizer.defaults["nesterov"]
+        images = trainer.get_total_train_batch_size(args)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.005 * images / 2)
+        assert {group["weight_decay"] for group in optimizer.param_groups} == {0.1, 0.0}
+        assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(model.parameters()))
+
+    def test_a_step_orthogonalizes_matrices(self, tiny_model, tmp_path):
+        model = tiny_model()
+        trainer = RefinerTrainer(model, arguments(tmp_path, timm_optim="nmuon", learning_rate=0.01, weight_decay=0.0))
+        optimizer = trainer.create_optimizer()
+        weight = model.refiner.layers[0].mlp.fc1.weight
+        before = weight.detach().clone()
+        loss = model(torch.rand(4, 3, 16, 16), labels=torch.tensor([0, 1, 2, 3])).loss
+        loss.backward()
+        optimizer.step()
+        values = torch.linalg.svdvals((weight - before).detach())
+        assert values.max() / values[: len(values) // 2].min() < 2, "AdamW's step of one batch has a few large ones"
+
+    def test_arguments_count_when_a_training_begins(self, tiny_model, tmp_path):
+        trainer = RefinerTrainer(tiny_model(), arguments(tmp_path, timm_optim="lion", learning_rate=0.1))
+        assert type(trainer.create_optimizer()).__name__ == "Lion"
+        trainer.optimizer, trainer.args.timm_optim = None, None
+        assert type(trainer.create_optimizer()).__name__ == "AdamW"
+
+    def test_a_name_that_timm_does_not_know(self, tmp_path):
+        with pytest.raises(ValueError, match="--timm_optim moun: timm has no optimizer of this name"):
+            RefinerTrainingArguments(output_dir=str(tmp_path), use_cpu=True, timm_optim="moun")
 
 
 def test_rate_follows_the_number_of_images_in_a_step():

@@ -20,7 +20,7 @@ def choose_options(given: dict[str, Any], seconds: float, processes: int = 1) ->
     Args:
         given (`dict[str, Any]`): options by name, `config_overrides` as a mapping.
         seconds (`float`): how long the training, with its evaluations, may take.
-        processes (`int`, *optional*, defaults to 1): how many train together. This one alone times the steps.
+        processes (`int`, *optional*, defaults to 1): how many train together, each of which calls this.
 
     Raises:
         `ValueError`, `OSError`: as for a training whose options don't fit its data.
@@ -29,7 +29,8 @@ def choose_options(given: dict[str, Any], seconds: float, processes: int = 1) ->
         given = {**given, "use_cpu": True}  # without this, the Trainer refuses bfloat16
     _, data_args, _, args = to_arguments(given)
     _check(data_args)
-    data = load_image_data(data_args, need_train=True, need_evaluation=True, seed=args.seed)
+    with args.main_process_first(desc="loading the data"):  # others find it in the cache of `datasets`
+        data = load_image_data(data_args, need_train=True, need_evaluation=True, seed=args.seed)
     assert data.train is not None and data.evaluation is not None
     statistics = 0 if args.freeze_norms else args.norm_statistics_images
     facts = look(data.train, data.labels, evaluated=data.evaluation.count or 0, for_statistics=statistics)

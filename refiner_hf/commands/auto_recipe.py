@@ -23,7 +23,7 @@ _NOT_KEPT = {"output_dir", "train_dir", "validation_dir", "test_dir", "cache_dir
 def make_auto_recipe(given: dict[str, Any], time_budget: str, *, show: bool) -> Recipe:
     """
     The options that weren't given, chosen for the data and the time. A run that has begun goes on with what was chosen
-    then. The first process chooses for all.
+    then. Several processes time their steps together, and the first one chooses.
 
     Args:
         given (`dict[str, Any]`): the options that were given, by name; `config_overrides` as a mapping.
@@ -34,16 +34,7 @@ def make_auto_recipe(given: dict[str, Any], time_budget: str, *, show: bool) -> 
         `ValueError`: a time that isn't one; data or options that don't fit.
     """
     seconds, processes = seconds_of(time_budget), Processes()
-    found: list[Any] = [None]
-    if processes.is_first:
-        try:
-            found = [_make(given, seconds, processes.count, show)]
-        except (ValueError, OSError) as error:
-            found = [error]
-    recipe = processes.from_first(found[0])
-    if isinstance(recipe, Exception):
-        raise recipe
-    return recipe
+    return processes.from_first(_make(given, seconds, processes.count, show and processes.is_first))
 
 
 def seconds_of(time_budget: str) -> float:

@@ -12,6 +12,7 @@ from functools import wraps
 from types import FrameType
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
@@ -62,7 +63,9 @@ def command(*kinds: type, parse: Callable[[list[str], str, str], tuple] | None =
             words = sys.argv[1:] if argv is None else argv
             try:
                 with _signals_raise():
-                    return act(*(parse or _parser_of(kinds))(words, program, module.__doc__ or ""))
+                    result = act(*(parse or _parser_of(kinds))(words, program, module.__doc__ or ""))
+                _leave_other_processes()
+                return result
             except _IN_WORDS as error:
                 sys.exit(f"Error: {str(error) or type(error).__name__}{_what_to_do(error)}")
             except KeyboardInterrupt as interrupt:
@@ -72,6 +75,15 @@ def command(*kinds: type, parse: Callable[[list[str], str, str], tuple] | None =
         return main
 
     return decorate
+
+
+def _leave_other_processes() -> None:
+    """
+    Ends the talk with other processes of the job, if there are any. A process that ends while its threads still listen
+    to them is now and then aborted, and torchrun then takes the whole job for failed.
+    """
+    if "WORLD_SIZE" in os.environ and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _parser_of(kinds: tuple[type, ...]) -> Callable[[list[str], str, str], tuple]:

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 from datasets import load_dataset
 from safetensors.torch import load_file
 
@@ -61,6 +62,16 @@ def runs(photos, tmp_path_factory):
         assert run.returncode == 0, run.stderr[-3000:]
         folders.append(folder)
     return folders
+
+
+def test_auto_times_and_chooses_for_all_processes(photos, tmp_path):
+    words = [*data(photos)[1:], "--output_dir", str(tmp_path / "out"), "--use_cpu", "--report_to", "none"]
+    run = launch(2, "auto", *words, "--time_budget", "6s", "--disable_tqdm", "true")
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("Chosen (an option") == 1
+    recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    state = load_json(tmp_path / "out" / "trainer_state.json")
+    assert state["epoch"] == recipe["num_train_epochs"] and state["global_step"] >= 1
 
 
 def test_two_processes_train_as_one_with_the_joined_batch(runs):

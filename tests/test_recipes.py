@@ -146,7 +146,7 @@ class TestBase:
         [
             (
                 {"mine": "base: none.yaml"},
-                r"mine.yaml has the base none.yaml. There is no file .*none.yaml, .*there are digits",
+                r"mine.yaml has the base none.yaml. There is no file .*none.yaml, .*there are defaults, digits",
             ),
             ({"mine": "base: [digits]"}, r"has the base \['digits'\]. There is no"),
             ({"mine": "base: mine.yaml"}, "own base: mine.yaml on mine.yaml"),
@@ -180,7 +180,7 @@ class TestWhatIsOnlyABase:
         with pytest.raises(SystemExit):
             parse_arguments(["--help"])
         text = "".join(capsys.readouterr().out.split())
-        assert f"Recipes:{','.join(recipe_names())}," in text and not any(f"{name}," in text for name in BASES)
+        assert f"Recipes:auto,{','.join(recipe_names())}," in text and not any(f"{name}," in text for name in BASES)
 
 
 class TestShowRecipe:

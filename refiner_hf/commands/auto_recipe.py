@@ -15,7 +15,6 @@ from ..utils.text import counted
 from .recipes import AUTO, Recipe, load_recipe
 
 
-TIME_BUDGET = "20min"
 # Of the given options these aren't part of the recipe: they say where things are, which differs from run to run.
 _NOT_KEPT = {"output_dir", "train_dir", "validation_dir", "test_dir", "cache_dir", "token", "hub_token", "dry_run"}
 

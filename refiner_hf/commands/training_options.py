@@ -10,9 +10,11 @@ from transformers import HfArgumentParser
 from ..auto.options import KINDS, Arguments
 from ..data.arguments import AugmentationArguments, DataArguments
 from ..training.arguments import ModelArguments, RefinerTrainingArguments
-from .auto_recipe import TIME_BUDGET, make_auto_recipe
 from .recipes import AUTO, Recipe, as_mapping, load_recipe, recipe_names
 from .running import HelpFormatter
+
+
+TIME_BUDGET = "20min"  # if none is given
 
 
 def parse_arguments(argv: list[str] | None = None) -> Arguments:
@@ -58,6 +60,8 @@ def parse_training(
         parser.error("--time_budget is for the recipe auto, which chooses what fits into it.")
     given = _given(parser, argv)
     if name == AUTO:
+        from .auto_recipe import make_auto_recipe  # which opens the data, with packages for training
+
         recipe = make_auto_recipe(given, vars(about).get("time_budget", TIME_BUDGET), show="show_recipe" not in about)
     else:
         recipe = load_recipe(name) if name is not None else Recipe({})

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .labels import PROBLEM_TYPES, SINGLE_LABEL
+from ..loss_refiner import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 
 @dataclass
@@ -56,7 +56,7 @@ class DataArguments:
         metadata={
             "help": "What is said of an image: one label; several, as a list or a text with ';' between them, such as "
             "in the column labels of a folder's metadata.csv; or a number.",
-            "choices": list(PROBLEM_TYPES),
+            "choices": [SINGLE_LABEL, MULTI_LABEL, REGRESSION],
         },
     )
     unreadable_images: str = field(

@@ -9,7 +9,6 @@ from datasets import ClassLabel, Dataset, List, Value
 from ..loss_refiner import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 
-PROBLEM_TYPES = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
 SEPARATOR = ";"  # between the labels of an image in a text
 
 

@@ -17,6 +17,9 @@ from .labels import LabelValues
 from .sources import IMAGE_COLUMN, LABEL_COLUMN
 
 
+_NUMBERS = LabelValues()
+
+
 class PrepareImages:
     """
     Batches of encoded images and labels to `pixel_values` and `labels`.
@@ -29,7 +32,7 @@ class PrepareImages:
     def __init__(
         self,
         to_pixels: Callable[[list[PILImage.Image]], list[torch.Tensor]],
-        label_values: LabelValues = LabelValues(),  # noqa: B008 - it doesn't change
+        label_values: LabelValues = _NUMBERS,
     ):
         self.to_pixels = to_pixels
         self.label_values = label_values
@@ -48,11 +51,16 @@ class PrepareTraining:
 
     Args:
         augment ([`Augment`]): an image to a random view of it.
-        label_values ([`LabelValues`]): what the model takes for a label.
+        label_values ([`LabelValues`], *optional*): what the model takes for a label. Default: its number.
         label_maps ([`LabelMaps`], *optional*): what a teacher sees in the images.
     """
 
-    def __init__(self, augment: Augment, label_values: LabelValues, label_maps: LabelMaps | None = None):
+    def __init__(
+        self,
+        augment: Augment,
+        label_values: LabelValues = _NUMBERS,
+        label_maps: LabelMaps | None = None,
+    ):
         self.augment, self.label_values, self.label_maps = augment, label_values, label_maps
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

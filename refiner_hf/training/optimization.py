@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from timm.optim import get_optimizer_info
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -17,6 +16,8 @@ def optimizer_of_timm(name: str) -> tuple[type[torch.optim.Optimizer], dict[str,
     Raises:
         `ValueError`: timm has none of this name.
     """
+    from timm.optim import get_optimizer_info  # a package for training, while options are read without it
+
     try:
         info = get_optimizer_info(name)
     except ValueError as error:

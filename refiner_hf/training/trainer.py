@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
@@ -234,15 +234,17 @@ class RefinerTrainer(PushingTrainer):
             if parameter.ndim > 1 and not name.endswith(_UNDECAYED)
         ]
 
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: PreTrainedModel | None = None) -> tuple[Any, Any]:
+        if getattr(args, "timm_optim", None) is None:
+            return PushingTrainer.get_optimizer_cls_and_kwargs(args, model)
+        optimizer_class, options = optimizer_of_timm(args.timm_optim)
+        return optimizer_class, {"lr": args.learning_rate, **options}
+
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         if self.optimizer is not None or not isinstance(self.args, RefinerTrainingArguments):
             return super().create_optimizer(*args, **kwargs)
-        given = self.optimizer_cls_and_kwargs
-        if self.args.timm_optim is not None:
-            optimizer_class, options = optimizer_of_timm(self.args.timm_optim)
-            self.optimizer_cls_and_kwargs = optimizer_class, {"lr": self.args.learning_rate, **options}
         optimizer, images = super().create_optimizer(*args, **kwargs), self.get_total_train_batch_size(self.args)
-        self.optimizer_cls_and_kwargs = given  # another training may have another
         for group in optimizer.param_groups:
             group["lr"] = scaled_learning_rate(group["lr"], images, self.args.learning_rate_batch_size)
         if self.args.layer_decay < 1:

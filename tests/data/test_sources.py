@@ -14,6 +14,7 @@ from refiner_hf.data import sources
 from refiner_hf.data.arguments import DataArguments
 from refiner_hf.data.digits import SEEN, accuracy_seen, digits_splits
 from refiner_hf.data.images import decode_image
+from refiner_hf.data.labels import LabelValues
 from refiner_hf.data.sources import load_image_data
 from refiner_hf.data.transforms import PrepareImages, evaluation_pixels, match_labels
 from refiner_hf.data.unreadable import raise_if_unreadable
@@ -265,14 +266,16 @@ class TestTransforms:
         data = load(train_dir=str(folder), need_evaluation=False)
         ids = match_labels(data.labels, ["red", "violet", "blue", "green"])
         assert ids == [2, 3, 0]
-        rows = data.train.prepared(PrepareImages(evaluation_pixels(processor), ids))[:24]
+        rows = data.train.prepared(PrepareImages(evaluation_pixels(processor), LabelValues(label_ids=ids)))[:24]
         assert rows["labels"] == [ids[label] for label in labels_of(data.train)]
 
     @pytest.mark.parametrize("label", [-1, 3, None])
     def test_labels_out_of_range(self, label, processor, folder):
         row = load(train_dir=str(folder), need_evaluation=False).train[0]
         with pytest.raises(ValueError, match="label"):
-            PrepareImages(evaluation_pixels(processor), [2, 1, 0])({"image": [row["image"]], "labels": [label]})
+            PrepareImages(evaluation_pixels(processor), LabelValues(label_ids=[2, 1, 0]))(
+                {"image": [row["image"]], "labels": [label]}
+            )
 
     def test_files_are_turned_upright(self, tmp_path):
         pixels = np.arange(20 * 30 * 3, dtype=np.uint32).reshape(20, 30, 3).astype(np.uint8)

@@ -103,7 +103,7 @@ class TestStrategies:
 
     def test_training_is_the_same_as_without(self, hub, options, tmp_path):
         pushed = main([*options, "--hub_strategy", "every_save", "--hub_always_push"])
-        alone = main([*options[:2], "--output_dir", str(tmp_path / "alone"), *options[4:-5]])
+        alone = main([*options[:3], "--output_dir", str(tmp_path / "alone"), *options[5:-5]])
         assert alone.published is None
         a, b = (load((folder / "model.safetensors").read_bytes()) for folder in (pushed.folder, alone.folder))
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

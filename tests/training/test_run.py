@@ -127,7 +127,7 @@ class TestFinishedFolder:
                 f"{result.metrics['eval_calibration_error']:.2%}"
             ),
             f"Logistic regression on thumbnails of 16 x 16 pixels, trained on {60 - held} images": (
-                f"{result.baseline.accuracy:.2%}"
+                f"{result.baseline.value:.2%}"
             ),
             "Loss": f"{result.metrics['eval_loss']:.4f}",
         }

@@ -34,6 +34,7 @@ OVERRIDDEN = {
     "evaluate": "eval_dataset ignore_keys metric_key_prefix",
     "get_decay_parameter_names": "model",
     "get_eval_dataloader": "eval_dataset",
+    "get_optimizer_cls_and_kwargs": "model",  # after the arguments: it is static
     "get_train_dataloader": "",
     "init_hf_repo": "token [private]",
     "log": "logs start_time",

@@ -79,11 +79,18 @@ def command(*kinds: type, parse: Callable[[list[str], str, str], tuple] | None =
 
 def _leave_other_processes() -> None:
     """
-    Ends the talk with other processes of the job, if there are any. A process that ends while its threads still listen
-    to them is now and then aborted, and torchrun then takes the whole job for failed.
+    Ends the talk with other processes of the job, if there are any. Of those only the first one has something to do
+    when Python ends, such as reports; the others end at once. When they ended as usual, a thread of theirs was now and
+    then aborted ("terminate called without an active exception"), and torchrun took the whole job for failed.
     """
-    if "WORLD_SIZE" in os.environ and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if "WORLD_SIZE" not in os.environ or not torch.distributed.is_initialized():
+        return
+    first = torch.distributed.get_rank() == 0
+    torch.distributed.destroy_process_group()
+    if not first:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _parser_of(kinds: tuple[type, ...]) -> Callable[[list[str], str, str], tuple]:

@@ -19,6 +19,7 @@ Measure = Callable[[dict[str, Any]], Speed]  # options to how fast they are here
 
 _SMALL = 40  # pixels: up to here images are taken as they are
 _SIDE = 64  # pixels: larger images are made as small as this
+_LAYERS = 2
 _PATCHES = 6  # at least so many on a side
 _MOST_EPOCHS = 300
 _PLANNED = 0.9  # of the time; the rest is for what can't be foreseen
@@ -115,10 +116,12 @@ def _new_network(choices: Choices, facts: Facts) -> None:
     choices.add_field("image_size", side, reason)
     patch = _patch_size(side)
     choices.add_field("patch_size", patch, f"{side // patch} x {side // patch} patches")
-    layers = ["plain", "shared_refined"]
-    choices.add_field("num_hidden_layers", len(layers), "trained for long in the time, where deeper ones would not be")
-    choices.add_field("attention_types", layers, "as in the published networks: the second layer refines")
-    choices.add_field("hidden_size", 96, "wider layers need more time for the same result")
+    fields = choices.given_fields
+    count = fields.get("num_hidden_layers") or len(fields.get("attention_types") or ()) or _LAYERS
+    choices.add_field("num_hidden_layers", count, "trained for long in the time, where deeper ones would not be")
+    layers = [("plain", "shared_refined")[i % 2] for i in range(count)]
+    choices.add_field("attention_types", layers, "as in the published networks: every second layer refines")
+    choices.add_field("hidden_size", 96, "narrow, as there are few layers and little time")
     choices.add_field("num_attention_heads", 4, "24 numbers for each")
     choices.add_field("layerscale_value", 0.1, "for few layers")
     choices.add("crop_pct", 1.0, "what is evaluated is the whole image")
@@ -162,7 +165,7 @@ def _optimisation(choices: Choices) -> None:
         choices.add("learning_rate", 1e-4, "a network that has learned changes little")
     else:
         choices.add("timm_optim", "nmuon", "gets further than AdamW in the same time")
-        choices.add("learning_rate", 0.005, "the best for this optimizer and a small network")
+        choices.add("learning_rate", 0.005, "the best of three for this optimizer and a small network")
     choices.add("per_device_train_batch_size", 64, "enough images for the batch norms' statistics")
     choices.add("per_device_eval_batch_size", 128, "")
     choices.add("lr_scheduler_type", "cosine", "falls to 0 at the end of the time")

@@ -111,6 +111,17 @@ class TestGiven:
         network = choices.options["config_overrides"]
         assert network["hidden_size"] == 48 and network["use_conv_stem"] is False and network["patch_size"] == 4
 
+    @pytest.mark.parametrize(
+        "given, layers, types",
+        [
+            ({"num_hidden_layers": 3}, 3, ["plain", "shared_refined", "plain"]),
+            ({"attention_types": ["plain"] * 4}, 4, ["plain"] * 4),
+        ],
+    )
+    def test_number_and_kinds_of_layers_fit_each_other(self, given, layers, types):
+        network = chosen(config_overrides=given)[0].options["config_overrides"]
+        assert (network["num_hidden_layers"], network["attention_types"]) == (layers, types)
+
     @pytest.mark.parametrize("given", [{"image_size": 32}, {"config_overrides": {"image_size": 32}}])
     def test_the_patches_fit_a_given_size(self, given):
         choices, _ = chosen(PHOTOS, **given)

@@ -1,12 +1,12 @@
 """What the choice of a training's options needs to know of its images."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..data.columns import IMAGE_COLUMN, LABEL_COLUMN
 from ..data.images import EncodedImage, UnreadableImageError
+from ..data.labels import count_labels
 from ..data.rows import Rows
 
 
@@ -77,4 +77,4 @@ def _counts(labels: list) -> list[int]:
     """How many images each label has; of numbers, all."""
     if isinstance(labels[0], float):
         return [len(labels)]
-    return list(Counter(label for each in labels for label in (each if isinstance(each, list) else [each])).values())
+    return list(count_labels(labels).values())

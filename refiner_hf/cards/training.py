@@ -110,13 +110,13 @@ def training_content(
 def _kind(model: Any, task: str) -> str:
     """What the model does, as a sentence goes on with it."""
     if isinstance(model, RefinerForMaskedImageModeling):
-        return "masked image model, which paints hidden patches from the others,"
+        return "masked image model, which paints hidden patches from the others"
     if task != CLASSIFICATION:
         return "image model"
     names = label_names_of(model.config)
     if model.config.problem_type == REGRESSION:
-        return f"image model that estimates a number ({markdown_text(names[0])}),"
-    several = ", any number of which a picture may have," if model.config.problem_type == MULTI_LABEL else ","
+        return f"image model that estimates a number ({markdown_text(names[0])})"
+    several = ", any number of which a picture may have" if model.config.problem_type == MULTI_LABEL else ""
     return f"image classifier with {counted(len(names), 'label')}{several}"
 
 

@@ -1,5 +1,6 @@
 """What is said of an image: one label, several, or a number; and what a network takes for it."""
 
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,11 @@ class LabelValues:
 
     def _number(self, label: int) -> int:
         return label if self.label_ids is None else pick_label(self.label_ids, label)
+
+
+def count_labels(labels: list) -> Counter[int]:
+    """How many images each label has, of one label an image or of lists."""
+    return Counter(label for each in labels for label in (each if isinstance(each, list) else [each]))
 
 
 def pick_label(choices: list[int], label: int | None) -> int:

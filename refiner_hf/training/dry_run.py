@@ -1,6 +1,5 @@
 """What a training would do, without training: the plan in words, and a batch as the network would see it."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from ..cards.architecture import network_facts
 from ..cards.plots import plot_predictions
 from ..data.columns import IMAGE_COLUMN, LABEL_COLUMN
 from ..data.images import EncodedImage
+from ..data.labels import count_labels
 from ..data.rows import Rows
 from ..inspection.attention_views import as_picture
 from ..loss_refiner import MULTI_LABEL, REGRESSION, problem_type_of
@@ -104,7 +104,7 @@ def _labels(rows: Rows, names: list[str]) -> str:
     given = rows.labels(LABEL_COLUMN)
     if given and isinstance(given[0], float):
         return f"{names[0]} from {min(given):.4g} to {max(given):.4g}"
-    counts = Counter(label for each in given for label in (each if isinstance(each, list) else [each]))
+    counts = count_labels(given)
     (most, largest), (least, smallest) = counts.most_common()[0], counts.most_common()[-1]
     return f"{counted(len(names), 'label')}, from {smallest:,} ({names[least]}) to {largest:,} ({names[most]}) images"
 

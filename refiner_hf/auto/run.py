@@ -1,5 +1,6 @@
 """From the options that a user has given to all of a training's."""
 
+import os
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from .choose import Choices, choose
 from .look import Facts, look
 from .options import to_arguments
 from .timing import measure_speed
+
+
+_MOST_WORKERS = 8  # of each process
 
 
 def choose_options(given: dict[str, Any], seconds: float, processes: int = 1) -> tuple[Facts, Choices]:
@@ -41,6 +45,8 @@ def choose_options(given: dict[str, Any], seconds: float, processes: int = 1) ->
         measure=lambda options: measure_speed(to_arguments(options), data),
         # A CPU may have it or not, which a trial shows.
         has_bf16=args.use_cpu or is_torch_bf16_gpu_available(),
+        # A training on the CPU takes all cores itself; there, workers made no step faster.
+        workers=0 if args.use_cpu else min(_MOST_WORKERS, (os.cpu_count() or 1) // processes),
         processes=processes,
     )
     return facts, choices

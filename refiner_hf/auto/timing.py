@@ -19,6 +19,7 @@ from .options import Arguments
 
 
 _WARM_UP, _STEPS, _SECONDS = 3, 15, 6.0  # steps that don't count; then at most so many, or so long
+_AHEAD = 2  # batches that each worker prepares ahead, torch's default
 _EVALUATED = 128  # images
 
 
@@ -33,18 +34,19 @@ class Speed:
 class _Clock(TrainerCallback):
     """Notes when each step ends, and ends a training that has taken long enough; of several processes none alone."""
 
-    def __init__(self) -> None:
+    def __init__(self, warm_up: int) -> None:
+        self.warm_up = warm_up
         self.ends: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
         self.ends.append(time.perf_counter())
-        if args.world_size == 1 and len(self.ends) > _WARM_UP + 1:
-            control.should_training_stop |= self.ends[-1] - self.ends[_WARM_UP] > _SECONDS
+        if args.world_size == 1 and len(self.ends) > self.warm_up + 1:
+            control.should_training_stop |= self.ends[-1] - self.ends[self.warm_up] > _SECONDS
 
     @property
     def seconds(self) -> float:
         """For a step, without the first ones, which are slower."""
-        return (self.ends[-1] - self.ends[_WARM_UP]) / (len(self.ends) - 1 - _WARM_UP)
+        return (self.ends[-1] - self.ends[self.warm_up]) / (len(self.ends) - 1 - self.warm_up)
 
 
 @contextmanager
@@ -69,9 +71,10 @@ def measure_speed(arguments: Arguments, data: ImageData) -> Speed:
     assert data.evaluation is not None and data.evaluation.count
     images = min(_EVALUATED, data.evaluation.count)
     data = replace(data, evaluation=data.evaluation.at_most(images, arguments[3].seed))
-    clock = _Clock()
+    # Besides, steps whose images workers have prepared before the first one.
+    clock = _Clock(_WARM_UP + arguments[3].dataloader_num_workers * _AHEAD)
     with TemporaryDirectory() as folder, _quiet():
-        trainer, _ = build_trainer(_short_plan(arguments, data, folder))
+        trainer, _ = build_trainer(_short_plan(arguments, data, folder, clock.warm_up + _STEPS))
         trainer.add_callback(clock)
         trainer.train()
         start = time.perf_counter()
@@ -81,11 +84,11 @@ def measure_speed(arguments: Arguments, data: ImageData) -> Speed:
     return Speed(clock.seconds, evaluated / images)
 
 
-def _short_plan(arguments: Arguments, data: ImageData, folder: str) -> Plan:
+def _short_plan(arguments: Arguments, data: ImageData, folder: str, steps: int) -> Plan:
     model_args, data_args, augmentation_args, training_args = arguments
     # Nothing is written, logged or evaluated in between, and no norm's statistics are re-estimated.
     args = replace(
-        training_args, output_dir=folder, max_steps=_WARM_UP + _STEPS, eval_strategy="no", save_strategy="no",
+        training_args, output_dir=folder, max_steps=steps, eval_strategy="no", save_strategy="no",
         logging_strategy="no", report_to="none", load_best_model_at_end=False, early_stopping_patience=None,
         push_to_hub=False, disable_tqdm=True, norm_statistics_images=0, do_train=True, do_eval=True,
     )  # fmt: skip

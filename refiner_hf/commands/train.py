@@ -2,15 +2,15 @@
 Train, fine-tune or evaluate a Refiner.
 
 The first word may name a recipe or a YAML or JSON file of options; options after it win. The recipe auto, which data
-without a recipe get, looks at the images and chooses what fits into --time_budget; others, such as from_scratch,
-fine_tune and imagenet_s_224, are in refiner_hf/recipes/. Without options, a small Refiner learns scikit-learn's
+without a recipe get, looks at the images and chooses what fits into --time_budget; others, such as fine_tune
+and imagenet_s_224, are in refiner_hf/recipes/. Without options, a small Refiner learns scikit-learn's
 digits. The same command continues an interrupted run.
 
     refiner train                                                     # digits, under two minutes on 2 CPU cores
     refiner train --train_dir photos --output_dir out                 # photos/LABEL/*.jpg; --dry_run only says what
     refiner train auto --train_dir photos --output_dir out --time_budget 1h --horizontal_flip true
     refiner train fine_tune --model_name_or_path MODEL --train_dir photos --output_dir out
-    refiner train from_scratch --train_dir photos --output_dir out --push_to_hub --hub_model_id USER/NAME --verify_push
+    refiner train --train_dir photos --output_dir out --push_to_hub --hub_model_id USER/NAME --verify_push
     refiner train --show_recipe imagenet_s_224 --num_train_epochs 100 # prints that recipe, changed so, as one file
     refiner train --model_name_or_path out --validation_dir more_photos --do_eval --output_dir out_eval
 """

@@ -174,9 +174,13 @@ class TestLook:
         assert look(rows, data.labels, evaluated=1, for_statistics=1).height == 24
 
 
-def test_timing_leaves_nothing(photos, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_timing_leaves_nothing(photos, tmp_path, monkeypatch, capsys, workers):
     monkeypatch.chdir(tmp_path)
-    options = {"train_dir": str(photos), "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 8}
+    options = {
+        "train_dir": str(photos), "use_cpu": True, "report_to": "none", "per_device_train_batch_size": 8,
+        "dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0,
+    }  # fmt: skip
     network = {"image_size": 16, "patch_size": 4, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     speed = measure_speed(to_arguments({**options, "config_overrides": network}), load(photos))
     assert speed.step > 0 and speed.evaluated > 0

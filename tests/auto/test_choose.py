@@ -17,7 +17,7 @@ PHOTOS = Facts(
 )
 
 
-def chosen(facts=SMALL, seconds=600.0, speed=0.1, halved=0.06, has_bf16=True, processes=1, **given):
+def chosen(facts=SMALL, seconds=600.0, speed=0.1, halved=0.06, has_bf16=True, workers=0, processes=1, **given):
     """The choices, and the options of each trial; a step takes `speed` seconds, in bfloat16 `halved`."""
     tried = []
 
@@ -25,7 +25,9 @@ def chosen(facts=SMALL, seconds=600.0, speed=0.1, halved=0.06, has_bf16=True, pr
         tried.append(options)
         return Speed(step=halved if options.get("bf16") else speed, evaluated=0.001)
 
-    choices = choose(facts, given, seconds=seconds, measure=measure, has_bf16=has_bf16, processes=processes)
+    choices = choose(
+        facts, given, seconds=seconds, measure=measure, has_bf16=has_bf16, workers=workers, processes=processes
+    )
     return choices, tried
 
 
@@ -87,6 +89,15 @@ def test_bfloat16_only_where_it_is_faster(halved, taken):
 def test_a_machine_without_bfloat16_is_not_tried():
     choices, tried = chosen(has_bf16=False)
     assert len(tried) == 1 and "bf16" not in choices.options
+
+
+def test_workers_prepare_images_where_there_are_cores_for_them():
+    assert "dataloader_num_workers" not in chosen()[0].options
+    choices, tried = chosen(workers=6)
+    workers = {"dataloader_num_workers": 6, "dataloader_persistent_workers": True}
+    assert all(options.items() >= workers.items() for options in (choices.options, *tried))
+    given, _ = chosen(workers=6, dataloader_num_workers=0)  # torch refuses persistent workers where there are none
+    assert given.options["dataloader_num_workers"] == 0 and not given.options["dataloader_persistent_workers"]
 
 
 @pytest.mark.parametrize("length", [{"num_train_epochs": 3}, {"max_steps": 20}])

@@ -405,12 +405,11 @@ class TestFineTuning:
 
 
 class TestMoreData:
-    def test_recipe_from_scratch(self, tmp_path, photos):
-        overrides = json.loads(TINY) | {"use_dense_head": True}
+    def test_the_card_names_the_augmentation_and_has_no_pictures_unasked(self, tmp_path, photos):
         main(
-            ["from_scratch", "--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), "--max_steps", "2",
-             "--config_overrides", json.dumps(overrides), "--dataloader_num_workers", "0", "--use_cpu",
-             "--eval_strategy", "no", "--load_best_model_at_end", "False", "--save_strategy", "no",
+            ["imagenet_s_224", "--train_dir", str(photos), "--output_dir", str(tmp_path / "out"), "--max_steps", "2",
+             "--config_overrides", TINY, "--dataloader_num_workers", "0", "--dataloader_persistent_workers", "False",
+             "--per_device_train_batch_size", "4", "--use_cpu", "--eval_strategy", "no", "--save_strategy", "no",
              "--report_to", "none", "--disable_tqdm", "True"]
         )  # fmt: skip
         card = (tmp_path / "out" / "README.md").read_text()
@@ -550,7 +549,7 @@ class TestBadInput:
             )  # fmt: skip
 
     def test_missing_recipe(self):
-        with pytest.raises(SystemExit, match="digits, fine_tune, from_scratch"):
+        with pytest.raises(SystemExit, match="digits, fine_tune, imagenet_l_224"):
             main(["fast_recipe"])
 
     def test_folder_that_can_not_be_written(self, tmp_path, photos):

@@ -91,6 +91,10 @@ CONTENDERS: dict[str, Contender] = {
     "plain, 4 layers": Contender(network=layers(*["plain"] * 4), beside="4 layers"),
     "no stem": Contender(network={"use_conv_stem": False}),
     "plain, no stem": Contender(network={**PLAIN, "use_conv_stem": False}, beside="no stem"),
+    "no stem, 6 layers": Contender(network=layers(*["plain", "shared_refined"] * 3, use_conv_stem=False)),
+    "plain, no stem, 6 layers": Contender(
+        network=layers(*["plain"] * 6, use_conv_stem=False), beside="no stem, 6 layers"
+    ),
     "AdamW": Contender(ADAMW),
     "plain, AdamW": Contender(ADAMW, PLAIN, beside="AdamW"),
     # The rest of what is chosen.

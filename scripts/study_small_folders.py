@@ -369,9 +369,12 @@ class Study:
     def has(self, **result: object) -> bool:
         return any(result.items() <= each.items() for each in self.results)
 
-    def pictures(self, data: str, seed: int) -> Path:
-        """A folder with `train` and `test`, written once, with the linear model and the SVM measured."""
-        place = self.folder / "folders" / f"{data}_{seed}"
+    def place(self, data: str, seed: int) -> Path:
+        return self.folder / "folders" / f"{data}_{seed}"
+
+    def write_pictures(self, data: str, seed: int) -> None:
+        """Folders `train` and `test`, written once, with the linear model and the SVM measured."""
+        place = self.place(data, seed)
         if not (place.exists() and self.has(data=data, seed=seed, time_budget=None)):
             (self.folder / "data").mkdir(parents=True, exist_ok=True)
             train, test = DATA[data](self.folder / "data", seed)
@@ -383,12 +386,10 @@ class Study:
             part.rename(place)
             for name, accuracy in baselines(train, test).items():
                 self.note(data=data, seed=seed, contender=name, time_budget=None, accuracy=accuracy)
-        return place
 
     def train(self, data: str, seed: int, contender: str, time_budget: str, cores: Queue) -> None:
         out = self.folder / "runs" / f"{data}_{seed}_{list(CONTENDERS).index(contender)}"
-        place = self.folder / "folders" / f"{data}_{seed}"
-        measured = train_one(place, out, seed, time_budget, CONTENDERS[contender].words, cores)
+        measured = train_one(self.place(data, seed), out, seed, time_budget, CONTENDERS[contender].words, cores)
         self.note(data=data, seed=seed, contender=contender, time_budget=time_budget, **measured)
 
 
@@ -403,7 +404,7 @@ def main() -> None:
     study = Study(args.output_dir)
     wanted = [(data, seed) for seed in range(args.seeds) for data in args.data]
     for data, seed in wanted:  # before anything is timed
-        study.pictures(data, seed)
+        study.write_pictures(data, seed)
     available = os.sched_getaffinity(0)
     cores: Queue = Queue()
     for core in available:

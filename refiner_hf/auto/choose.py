@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..configuration_refiner import RefinerConfig
 from ..data.labels import REGRESSION, SINGLE_LABEL
 from ..utils.text import counted
 from .look import Facts
@@ -130,7 +131,7 @@ def _new_network(choices: Choices, facts: Facts) -> None:
     fields = choices.given_fields
     count = fields.get("num_hidden_layers") or len(fields.get("attention_types") or ()) or _LAYERS
     choices.add_field("num_hidden_layers", count, "trained for long in the time, where deeper ones would not be")
-    layers = [("plain", "shared_refined")[i % 2] for i in range(count)]
+    layers = RefinerConfig(num_hidden_layers=count).attention_types
     choices.add_field("attention_types", layers, "as in the published networks: every second layer refines")
     choices.add_field("hidden_size", 96, "narrow, as there are few layers and little time")
     choices.add_field("num_attention_heads", 4, "24 numbers for each")

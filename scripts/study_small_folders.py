@@ -97,8 +97,11 @@ CONTENDERS: dict[str, Contender] = {
     ),
     "AdamW": Contender(ADAMW),
     "plain, AdamW": Contender(ADAMW, PLAIN, beside="AdamW"),
+    "half of Muon's rate": Contender(options("--learning_rate 0.0025")),
+    "twice Muon's rate": Contender(options("--learning_rate 0.01")),
     # The rest of what is chosen.
     "no dense head": Contender(network={"use_dense_head": False}),
+    "128 pixels": Contender(options("--image_size 128")),
     "no rotation": Contender(options("--rotation 0")),
     "mirrored": Contender(options("--horizontal_flip true")),
     "mixup and cutmix": Contender(options("--mixup 0.8 --cutmix 1.0")),

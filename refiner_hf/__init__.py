@@ -2,43 +2,20 @@
 """
 Refiner vision transformers (arXiv 2106.03714) for Hugging Face. Importing this registers the Auto classes.
 
-The model is imported at once. Everything else that is public comes when it is first asked for: it may need packages
-that using a model doesn't (`pip install 'refiner_hf[train]'` and the like).
+All that is public comes when it is first asked for: torch and transformers' models take seconds to import, and some of
+it needs packages that using a model doesn't (`pip install 'refiner_hf[train]'` and the like).
 """
 
 from importlib import import_module
-from importlib.metadata import version as version_of
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from packaging.version import Version
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    AutoModelForMaskedImageModeling,
-)
-
-from .attention_refiner import REFINE_IMPLEMENTATIONS
-from .configuration_refiner import RefinerConfig
-from .encoder_models_refiner import RefinedConfig
-from .image_processing_pil_refiner import RefinerImageProcessorPil
-from .image_processing_refiner import RefinerImageProcessor
-from .modeling_refiner import (
-    RefinerBackbone,
-    RefinerForImageClassification,
-    RefinerForMaskedImageModeling,
-    RefinerImageClassifierOutput,
-    RefinerModel,
-    RefinerModelOutput,
-    RefinerPreTrainedModel,
-)
+from .registration import register
 from .version import __version__
 
 
 if TYPE_CHECKING:
+    from .attention_refiner import REFINE_IMPLEMENTATIONS
+    from .configuration_refiner import RefinerConfig
     from .conversion.checkpoint import convert_checkpoint
     from .data.digits import digits_splits
     from .data.masking import MaskPatches
@@ -47,35 +24,45 @@ if TYPE_CHECKING:
     from .encoders.refine import refine
     from .export.graph import export_onnx, quantize_onnx
     from .hub.publish import publish_folder
+    from .image_processing_pil_refiner import RefinerImageProcessorPil
+    from .image_processing_refiner import RefinerImageProcessor
     from .inspection.analysis import analyze
     from .inspection.attention_views import view_attention
     from .inspection.layer_views import refined_maps, watch_layers
     from .inspection.networks import Network, open_network
+    from .modeling_refiner import (
+        RefinerBackbone,
+        RefinerForImageClassification,
+        RefinerForMaskedImageModeling,
+        RefinerImageClassifierOutput,
+        RefinerModel,
+        RefinerModelOutput,
+        RefinerPreTrainedModel,
+    )
     from .prediction.predict import predict
     from .training.arguments import RefinerTrainingArguments
     from .training.norm_statistics_callback import NormStatisticsCallback
     from .training.trainer import RefinerTrainer
 
-AutoConfig.register("refiner", RefinerConfig)
-AutoConfig.register("refined", RefinedConfig)
-AutoModel.register(RefinerConfig, RefinerModel)
-AutoModelForImageClassification.register(RefinerConfig, RefinerForImageClassification)
-AutoModelForMaskedImageModeling.register(RefinerConfig, RefinerForMaskedImageModeling)
-AutoBackbone.register(RefinerConfig, RefinerBackbone)
-AutoImageProcessor.register(
-    RefinerConfig,
-    image_processor_classes={"torchvision": RefinerImageProcessor, "pil": RefinerImageProcessorPil},
-)
-
-if find_spec("peft") and Version(version_of("peft")) >= Version("0.21"):  # PEFT then knows adapters of refinements
-    from .encoders import adapter  # noqa: F401
+register()
 
 # Where each name lies that is imported when it is first asked for.
 _MODULES = {
+    "REFINE_IMPLEMENTATIONS": "attention_refiner",
     "MaskPatches": "data.masking",
     "Network": "inspection.networks",
     "NormStatisticsCallback": "training.norm_statistics_callback",
     "RefinementAdapterConfig": "encoders.adapter",
+    "RefinerBackbone": "modeling_refiner",
+    "RefinerConfig": "configuration_refiner",
+    "RefinerForImageClassification": "modeling_refiner",
+    "RefinerForMaskedImageModeling": "modeling_refiner",
+    "RefinerImageClassifierOutput": "modeling_refiner",
+    "RefinerImageProcessor": "image_processing_refiner",
+    "RefinerImageProcessorPil": "image_processing_pil_refiner",
+    "RefinerModel": "modeling_refiner",
+    "RefinerModelOutput": "modeling_refiner",
+    "RefinerPreTrainedModel": "modeling_refiner",
     "RefinerTrainer": "training.trainer",
     "RefinerTrainingArguments": "training.arguments",
     "analyze": "inspection.analysis",

@@ -16,6 +16,7 @@ from .blocked_convolution_refiner import blocked_convolution
 from .blocked_refiner import blocked_refine
 from .configuration_refiner import RefinerConfig
 from .folding_refiner import can_bypass, is_transformed, needs_training_form
+from .native_refiner import native_refine, why_not_native
 from .normalization_refiner import RefinerBatchNorm2d
 from .recomputing_refiner import why_not_recomputed
 from .triton_refiner import triton_refine, why_not_triton
@@ -177,6 +178,10 @@ def _why_not_blocked(
     return why_not_recomputed(refinement)
 
 
+def _why_not_native(refinement: RefinerMapRefinement, attention_map: torch.Tensor, masked: bool = False) -> str | None:
+    return _why_not_blocked(refinement, attention_map, masked) or why_not_native(refinement, attention_map, masked)
+
+
 def _why_not_kernels(
     refinement: RefinerMapRefinement, attention_map: torch.Tensor, masked: bool = False
 ) -> str | None:
@@ -189,10 +194,10 @@ class RefineImplementation(NamedTuple):
 
     `refine(refinement, map, scale, mask)` computes it: with a mask the map is zero where that is false, and what the
     result is there doesn't matter. `why_not(refinement, map, masked=False)` says why it can't, or `None` where it can.
-    It runs on the device types `devices`, by default on all. `fastest_from` has those on which `"auto"` takes it: with
-    gradients only where a layer's expanded maps have at least so many bytes; with a mask a kind's
-    `masked_pieces_pay_from` says it. For smaller ones many small operations cost more than they save (see the curves
-    in docs/benchmarks/).
+    It runs on the device types `devices`, by default on all. `fastest_from` has those on which `"auto"` takes it where
+    none before it can: with gradients only where a layer's expanded maps have at least so many bytes; with a mask a
+    kind's `masked_pieces_pay_from` says it. For smaller ones many small operations cost more than they save (see the
+    curves in docs/benchmarks/).
     """
 
     refine: Callable[[RefinerMapRefinement, torch.Tensor, float, torch.Tensor | None], torch.Tensor]
@@ -207,6 +212,12 @@ class RefineImplementation(NamedTuple):
 
 REFINE_IMPLEMENTATIONS: dict[str, RefineImplementation] = {
     "eager": RefineImplementation(eager_refine, lambda refinement, attention_map, masked=False: None),
+    "native": RefineImplementation(
+        native_refine,
+        _why_not_native,
+        devices=("cpu",),
+        fastest_from={"cpu": 0},
+    ),
     "blocked": RefineImplementation(
         _blocked,
         _why_not_blocked,
@@ -266,13 +277,15 @@ def _fastest(refinement: RefinerMapRefinement, attention_map: torch.Tensor, mask
     fastest = {name: each for name, each in REFINE_IMPLEMENTATIONS.items() if device in each.fastest_from}
     if not fastest:
         return "eager", f"there is nothing faster for {device}"
-    name, implementation = next(iter(fastest.items()))
-    if obstacle := implementation.why_not(refinement, attention_map, masked):
-        return "eager", f"{name!r} doesn't fit, {obstacle}"
+    obstacles = {name: each.why_not(refinement, attention_map, masked) for name, each in fastest.items()}
+    name = next((name for name, obstacle in obstacles.items() if obstacle is None), None)
+    if name is None:
+        last = list(obstacles)[-1]  # which can do the most
+        return "eager", f"{last!r} doesn't fit, {obstacles[last]}"
     # Processes that synchronize must pick alike, whatever the sizes of their batches.
     if needs_training_form(refinement, attention_map) and not refinement.output_norm.synchronizing:
         expanded = attention_map[:, 0].numel() * refinement.expanded_heads * attention_map.itemsize
-        least = implementation.fastest_from[device]
+        least = fastest[name].fastest_from[device]
         if masked and device == "cpu":
             least = refinement.masked_pieces_pay_from
         if expanded < least:

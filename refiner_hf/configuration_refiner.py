@@ -22,14 +22,10 @@ from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 
+from .choices_refiner import ATTENTION_TYPES, REFINEMENT_NAMES
 from .code_refiner import named_code_beside
 
 
-ATTENTION_TYPES = ("plain", "refined", "shared_refined")
-# Their classes are in refinements_refiner.py.
-REFINEMENT_NAMES = [
-    "expansion_convolution", "convolution", "expansion", "no_reduction", "talking_heads", "feature_convolution",
-]  # fmt: skip
 _MOST_LAYERS = 10_000  # far above any network; below it a mistake is found before anything long begins
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .attention_refiner import RefinerMapRefinement, set_refine_implementation
@@ -22,31 +21,6 @@ from .encoder_attention_refiner import REFINED_ATTENTION, attach_refinement
 
 # Importing it makes a classifier of DINOv3 known.
 from .encoder_classifier_refiner import DINOv3ViTForImageClassification  # noqa: F401
-
-
-class RefinedConfig(PreTrainedConfig):
-    """
-    What [`~transformers.AutoConfig`] makes of a refined model's `config.json`: the configuration of the model that it
-    is made of, with two more fields.
-
-    - `base_model_type` (`str`): the model type of that model.
-    - `refinement_config` (`dict`): `refinement`, `expansion_ratio` and `refinement_kernel_size` as in
-      [`RefinerConfig`], and `modules`: the name of every attention module with its `num_attention_heads` and
-      `hidden_size` where it is refined, else `None`.
-    """
-
-    model_type = "refined"
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """
-        Raises:
-            `ValueError`: `base_model_type` is missing or unknown.
-        """
-        name = config_dict.get("base_model_type")
-        if not isinstance(name, str) or name not in CONFIG_MAPPING:
-            raise ValueError(f"The configuration says base_model_type={name!r}, which transformers doesn't know.")
-        return refined_config_class(CONFIG_MAPPING[name]).from_dict(config_dict, **kwargs)
 
 
 class RefinedConfigMixin:

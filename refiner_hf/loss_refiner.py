@@ -10,11 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .choices_refiner import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from .configuration_refiner import RefinerConfig
 from .token_mixing_refiner import mix_targets
-
-
-SINGLE_LABEL, MULTI_LABEL, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 
 
 def image_classification_loss(

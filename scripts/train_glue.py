@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from refiner_hf import NormStatisticsCallback, refine
-from refiner_hf.configuration_refiner import REFINEMENT_NAMES
+from refiner_hf.choices_refiner import REFINEMENT_NAMES
 
 
 # By task: its columns of texts, and how its validation split is called.

@@ -18,7 +18,7 @@ from refiner_hf import (
 from refiner_hf.attention_refiner import REFINE_IMPLEMENTATIONS, RefinerMapRefinement, WeightsPanel
 from refiner_hf.benchmarking.contenders import contender_names
 from refiner_hf.cards.architecture import describe_network
-from refiner_hf.configuration_refiner import REFINEMENT_NAMES
+from refiner_hf.choices_refiner import REFINEMENT_NAMES
 from refiner_hf.inspection.attention_views import APPLIED, BEFORE, view_attention
 from refiner_hf.inspection.networks import Network
 from refiner_hf.inspection.pictures import plot_weights

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..choices_refiner import REGRESSION, SINGLE_LABEL
 from ..configuration_refiner import RefinerConfig
-from ..data.labels import REGRESSION, SINGLE_LABEL
 from ..utils.text import counted
 from .look import Facts
 from .timing import Speed

@@ -6,7 +6,8 @@ from typing import Any
 from transformers import HfArgumentParser
 
 from ..data.arguments import AugmentationArguments, DataArguments
-from ..training.arguments import ModelArguments, RefinerTrainingArguments
+from ..training.arguments import RefinerTrainingArguments
+from ..training.model_arguments import ModelArguments
 
 
 Arguments = tuple[ModelArguments, DataArguments, AugmentationArguments, RefinerTrainingArguments]

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig, Trainer
 
+from ..choices_refiner import MULTI_LABEL, REGRESSION
 from ..data.sources import ImageData
-from ..loss_refiner import MULTI_LABEL, REGRESSION
 from ..modeling_refiner import RefinerForMaskedImageModeling
 from ..utils.confusions import most_confused, scores_by_label
 from ..utils.image_config import label_names_of

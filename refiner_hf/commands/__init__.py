@@ -49,13 +49,10 @@ def main(argv: list[str] | None = None) -> None:
         argv.insert(0, program.removeprefix(ALIAS))
     name, words = _parse(argv)
     try:
-        module = importlib.import_module(f".{COMMANDS[name].module}", __name__)
+        importlib.import_module(f".{COMMANDS[name].module}", __name__).main(words)
     except ModuleNotFoundError as error:
         extra = COMMANDS[name].extra
         sys.exit(f"Error: refiner {name} needs {error.name}. Install it with: pip install 'refiner_hf[{extra}]'")
-    except KeyboardInterrupt:  # importing takes seconds
-        sys.exit(130)
-    module.main(words)
 
 
 def _parse(argv: list[str]) -> tuple[str, list[str]]:

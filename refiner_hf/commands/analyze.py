@@ -17,11 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.image_sample import decoded, load_images
-from ..data.text_sample import has_texts, load_texts
-from ..inspection.analysis import analyze
-from ..inspection.networks import open_network, short_names
-from ..inspection.report import facts_of, summary_table, write_analyses
 from ..utils.locking import locked_folder
 from ..utils.text import counted
 from .options import device_option, pick_device
@@ -62,6 +57,12 @@ class AnalyzeArguments:
 @command(AnalyzeArguments)
 def main(args: AnalyzeArguments) -> None:
     """Measures the networks, and prints means over their layers."""
+    from ..data.image_sample import decoded, load_images
+    from ..data.text_sample import has_texts, load_texts
+    from ..inspection.analysis import analyze
+    from ..inspection.networks import open_network, short_names
+    from ..inspection.report import facts_of, summary_table, write_analyses
+
     folder, device = Path(args.output_dir), pick_device(args.device)
     with locked_folder(folder):
         texts = args.data is not None and has_texts(args.data)

@@ -15,9 +15,7 @@ import shlex
 from dataclasses import fields
 from pathlib import Path
 
-from ..benchmarking.record import read_record
-from ..benchmarking.report import write_report
-from ..benchmarking.run import BenchmarkOptions, run_benchmark
+from ..benchmarking.options import BenchmarkOptions
 from ..utils.locking import locked_beside
 from ..utils.paths import without_paths
 from .running import command, if_interrupted
@@ -26,6 +24,10 @@ from .running import command, if_interrupted
 @command(BenchmarkOptions)
 def main(options: BenchmarkOptions) -> None:
     """Measures what the record doesn't hold yet, and writes the report."""
+    from ..benchmarking.record import read_record
+    from ..benchmarking.report import write_report
+    from ..benchmarking.run import run_benchmark
+
     options.stem.parent.mkdir(parents=True, exist_ok=True)
     with locked_beside(options.stem):
         path = Path(f"{options.stem}.json")

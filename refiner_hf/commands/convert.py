@@ -8,10 +8,11 @@ Architecture, image size, heads, layout, dense head and stem are read from the f
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from ..conversion.checkpoint import convert_checkpoint
+from ..utils.new_folder import check_new
 from ..utils.text import counted
-from .options import with_code_option
+from .options import check_there, with_code_option
 from .running import command
 
 
@@ -33,6 +34,10 @@ class ConversionArguments:
 @command(ConversionArguments)
 def main(args: ConversionArguments) -> None:
     """Converts the file, and says what it holds."""
+    check_there(args.checkpoint)
+    check_new(Path(args.output_dir))
+    from ..conversion.checkpoint import convert_checkpoint
+
     model = convert_checkpoint(**vars(args))
     config = model.config
     size = "x".join(map(str, config.image_height_width))

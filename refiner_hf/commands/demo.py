@@ -13,8 +13,7 @@ model's folder examples/. Only this machine can open the page, unless it is shar
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..demo import app
-from ..inspection.networks import open_network
+from ..demo import THIS_MACHINE
 from ..utils.image_files import images_in
 from .options import device_option, pick_device, revision_option
 from .running import command
@@ -25,7 +24,7 @@ class DemoArguments:
     model: str = field(metadata={"help": "Folder or Hub name of a Refiner, ViT, DeiT, DINOv2 or the like."})
     port: int = field(default=7860, metadata={"help": "The page's port on this machine."})
     host: str = field(
-        default=app.THIS_MACHINE,
+        default=THIS_MACHINE,
         metadata={
             "help": "This machine's address for the page. With 0.0.0.0 whoever reaches this machine can open it."
         },
@@ -38,6 +37,9 @@ class DemoArguments:
 @command(DemoArguments)
 def main(args: DemoArguments) -> None:
     """Shows the page until it is stopped."""
+    from ..demo import app
+    from ..inspection.networks import open_network
+
     network = open_network(args.model, pick_device(args.device), args.revision)
     app.launch(network, find_examples(args.model), args.port, args.share, args.host)
 

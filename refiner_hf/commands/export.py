@@ -9,10 +9,7 @@ Export a classifier as an ONNX graph, and check that its answers are the model's
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..export.exported_folder import export_folder, load_for_export
-from ..export.graph import INPUT, OUTPUT
 from ..utils.files import write_json
-from ..utils.image_config import image_shape_of
 from ..utils.new_folder import check_new
 from ..utils.text import counted
 from .options import revision_option
@@ -43,6 +40,10 @@ def main(args: ExportArguments) -> None:
     """Writes the folder, and compares the graphs with the model."""
     folder = Path(args.output_dir)
     check_new(folder)
+    from ..export.exported_folder import export_folder, load_for_export
+    from ..export.graph import INPUT, OUTPUT
+    from ..utils.image_config import image_shape_of
+
     model, processor = load_for_export(args.model, args.revision)
     if args.measure_on:
         try:  # comparing needs the packages for training

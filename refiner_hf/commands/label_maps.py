@@ -14,11 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.arguments import DataArguments
-from ..data.sources import load_image_data
-from ..data.unreadable import raise_if_unreadable
-from ..labelling.make import make_label_maps
-from ..labelling.teachers import load_teacher
-from ..utils.processes import Processes
 from ..utils.text import counted
 from .options import device_option, pick_device, revision_option
 from .running import command, if_interrupted
@@ -54,6 +49,12 @@ def main(args: LabelMapArguments, data_args: DataArguments) -> None:
     """Makes the maps, and says how often the teacher agrees with the labels."""
     if data_args.streaming:
         raise ValueError("Label maps can't be made of a stream: leave out --streaming.")
+    from ..data.sources import load_image_data
+    from ..data.unreadable import raise_if_unreadable
+    from ..labelling.make import make_label_maps
+    from ..labelling.teachers import load_teacher
+    from ..utils.processes import Processes
+
     device, teacher = pick_device(args.device), load_teacher(args.teacher, args.image_size, args.revision)
     data = load_image_data(data_args, need_train=True, need_evaluation=False, seed=0)
     assert data.train is not None  # it was needed

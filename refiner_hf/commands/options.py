@@ -1,8 +1,7 @@
 """What the options of several commands share."""
 
+import os
 from dataclasses import field
-
-import torch
 
 
 def revision_option(of: str = "a model") -> str | None:
@@ -27,7 +26,21 @@ def pick_device(name: str | None) -> str:
     Raises:
         `ValueError`: there is no such device.
     """
+    import torch
+
     available = torch.cuda.is_available()
     if name is not None and name.startswith("cuda") and not available:
         raise ValueError(f"There is no {name} here: torch {torch.__version__} finds no GPU. Give --device cpu.")
     return name or ("cuda" if available else "cpu")
+
+
+def check_there(*paths: str | None) -> None:
+    """
+    Before anything long begins, such as importing torch.
+
+    Raises:
+        `FileNotFoundError`: there is no such file or folder.
+    """
+    for path in paths:
+        if path is not None and not os.path.exists(path):
+            raise FileNotFoundError(f"There is no file or folder {path}.")

@@ -12,17 +12,20 @@ start it with torchrun or accelerate.
     torchrun --nproc_per_node 4 -m refiner_hf predict --model outputs/demo --images photos --output_file answers.csv
 """
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..prediction.predict import DEFAULT_WORKERS, Predictions, list_unreadable, predict
-from ..prediction.table import partial_file, whole_rows
-from ..utils.processes import Processes
+from ..utils.image_files import check_images
 from ..utils.text import FORMULA, counted, printable
 from .options import device_option, pick_device, revision_option
 from .running import command, if_interrupted
 
+
+if TYPE_CHECKING:
+    from ..prediction.predict import Predictions
 
 _LABELS_SHOWN = 10
 
@@ -45,7 +48,9 @@ class PredictArguments:
         metadata={"help": "Also a column of features, the numbers that the model makes its answer of. In parquet."},
     )
     batch_size: int = field(default=32, metadata={"help": "Images at a time."})
-    num_workers: int = field(default=DEFAULT_WORKERS, metadata={"help": "Processes that read images ahead."})
+    num_workers: int = field(
+        default=min(4, os.cpu_count() or 1), metadata={"help": "Processes that read images ahead."}
+    )
     revision: str | None = revision_option()
     device: str | None = device_option()
 
@@ -53,6 +58,11 @@ class PredictArguments:
 @command(PredictArguments)
 def main(args: PredictArguments) -> None:
     """Writes the table, and says how many images got each label."""
+    check_images(args.images)
+    from ..prediction.predict import list_unreadable, predict
+    from ..prediction.table import partial_file
+    from ..utils.processes import Processes
+
     with if_interrupted(lambda: _what_is_kept(partial_file(Path(args.output_file)))):
         predictions = predict(**{**vars(args), "device": pick_device(args.device)})
     if not Processes().is_first:
@@ -62,7 +72,7 @@ def main(args: PredictArguments) -> None:
         print(list_unreadable(predictions.unreadable), file=sys.stderr)
 
 
-def _summary(predictions: Predictions, output_file: str) -> str:
+def _summary(predictions: "Predictions", output_file: str) -> str:
     labels = predictions.labels
     lines = [f"{counted(labels.total(), 'image')}:"]
     lines += [f"  {printable(label)}: {count:,}" for label, count in labels.most_common(_LABELS_SHOWN)]
@@ -76,6 +86,8 @@ def _summary(predictions: Predictions, output_file: str) -> str:
 
 
 def _what_is_kept(partial: Path) -> str:
+    from ..prediction.table import whole_rows
+
     if not partial.exists():
         return "Nothing was written yet."
     rows = max(0, len(whole_rows(partial)[0]) - 1)

@@ -10,8 +10,7 @@ and the model's code if asked. The folder isn't changed. After a failure the sam
 
 from dataclasses import dataclass, field
 
-from ..hub.publish import publish_folder
-from ..hub.verification import verify
+from .options import check_there
 from .running import command
 
 
@@ -53,6 +52,10 @@ class PushArguments:
 @command(PushArguments)
 def main(args: PushArguments) -> None:
     """Publishes the folder."""
+    check_there(args.folder)
+    from ..hub.publish import publish_folder
+    from ..hub.verification import verify
+
     published = publish_folder(
         args.folder,
         args.repo_id,

@@ -9,10 +9,10 @@ teaches the refinements.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from ..configuration_refiner import REFINEMENT_NAMES
-from ..data.samples import load_sample
-from ..encoders.folder import refine_to_folder
+from ..choices_refiner import REFINEMENT_NAMES
+from ..utils.new_folder import check_new
 from ..utils.text import counted
 from .options import revision_option, with_code_option
 from .running import command
@@ -50,6 +50,10 @@ class RefineArguments:
 @command(RefineArguments)
 def main(args: RefineArguments) -> None:
     """Makes the folder, and says what is new in it."""
+    check_new(Path(args.output_dir))
+    from ..data.samples import load_sample
+    from ..encoders.folder import refine_to_folder
+
     options = dict(vars(args))
     if options["layers"] is not None:
         if min(options["layers"]) < 1:

@@ -1,18 +1,18 @@
 """How every command runs: its options, its errors in words, its exit codes, and what Ctrl-C and SIGTERM do."""
 
 import argparse
+import difflib
 import errno
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from types import FrameType
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import HfArgumentParser
@@ -83,10 +83,14 @@ def _leave_other_processes() -> None:
     when Python ends, such as reports; the others end at once. When they ended as usual, a thread of theirs was now and
     then aborted ("terminate called without an active exception"), and torchrun took the whole job for failed.
     """
-    if "WORLD_SIZE" not in os.environ or not torch.distributed.is_initialized():
+    if "WORLD_SIZE" not in os.environ:
         return
-    first = torch.distributed.get_rank() == 0
-    torch.distributed.destroy_process_group()
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        return
+    first = distributed.get_rank() == 0
+    distributed.destroy_process_group()
     if not first:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -98,9 +102,28 @@ def _parser_of(kinds: tuple[type, ...]) -> Callable[[list[str], str, str], tuple
         parser = HfArgumentParser(
             kinds, prog=program, description=description, formatter_class=HelpFormatter, allow_abbrev=False
         )
+        check_options(parser, parser.parse_known_args(words)[1])
         return parser.parse_args_into_dataclasses(words)
 
     return parse
+
+
+def check_options(parser: argparse.ArgumentParser, unknown: list[str], others: Iterable[str] = ()) -> None:
+    """
+    Ends the process where there is an option that a command doesn't have, with the nearest one that it has.
+
+    Args:
+        parser: of the command.
+        unknown (`list[str]`): the words that it doesn't know.
+        others (*optional*): names of options that it has beside those of `parser`.
+    """
+    known = {word.lstrip("-").replace("-", "_") for action in parser._actions for word in action.option_strings}
+    known |= {*others, *(f"no_{name}" for name in others)}
+    for word in unknown:
+        name = word.lstrip("-").split("=")[0].replace("-", "_")
+        if word.startswith("--") and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            parser.error(f"there is no option --{name}." + (f" Did you mean --{near[0]}?" if near else ""))
 
 
 @contextmanager

@@ -2,22 +2,31 @@
 
 import argparse
 import json
+import os
+import textwrap
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import HfArgumentParser
 
-from ..auto.options import KINDS, Arguments
 from ..data.arguments import AugmentationArguments, DataArguments
-from ..training.arguments import ModelArguments, RefinerTrainingArguments
+from ..training.model_arguments import ModelArguments
+from ..training.options import RefinerTrainingOptions
+from .library_options import library_options
 from .recipes import AUTO, Recipe, as_mapping, load_recipe, recipe_names
-from .running import HelpFormatter
+from .running import HelpFormatter, check_options
 
+
+if TYPE_CHECKING:
+    from ..auto.options import Arguments
+    from ..training.arguments import RefinerTrainingArguments
 
 TIME_BUDGET = "20min"  # if none is given
+# Without transformers' training options, so that help is there at once.
+_OWN_KINDS: Any = (ModelArguments, DataArguments, AugmentationArguments, RefinerTrainingOptions)
 
 
-def parse_arguments(argv: list[str] | None = None) -> Arguments:
+def parse_arguments(argv: list[str] | None = None) -> "Arguments":
     """A command line to arguments: see [`parse_training`]."""
     *arguments, _ = parse_training(argv)
     return tuple(arguments)
@@ -25,7 +34,7 @@ def parse_arguments(argv: list[str] | None = None) -> Arguments:
 
 def parse_training(
     argv: list[str] | None = None, program: str | None = None, description: str = ""
-) -> tuple[ModelArguments, DataArguments, AugmentationArguments, RefinerTrainingArguments, Recipe]:
+) -> "tuple[ModelArguments, DataArguments, AugmentationArguments, RefinerTrainingArguments, Recipe]":
     """
     A command line to arguments. The first word may name a YAML or JSON file, or one of this package's recipes;
     options after it win over the file. Without file, a training on named data gets the recipe `auto`, which is made
@@ -43,19 +52,18 @@ def parse_training(
     Raises:
         `ValueError`: what is wrong with the recipe. (What is wrong with an option ends the process.)
     """
-    own = _own_options()
+    own = _options_about_it()
     about, argv = own.parse_known_args(argv)
+    if "help_all" in about:
+        _parser(program, description, own).print_help()
+        own.exit()
+    _check_quickly(argv, program, description, own)
+    from ..auto.options import KINDS
+
     if "show_recipe" in about:
         argv.insert(0, about.show_recipe)
     name = argv.pop(0) if argv and not argv[0].startswith("-") else _usual_recipe(argv)
-    parser = HfArgumentParser(
-        KINDS,
-        prog=program,
-        description=description,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-        parents=[own],
-    )
+    parser = _parser(program, description, own)
     if "time_budget" in about and name != AUTO:
         parser.error("--time_budget is for the recipe auto, which chooses what fits into it.")
     given = _given(parser, argv)
@@ -83,9 +91,54 @@ def parse_training(
         parser.error(str(error))
 
 
-def _own_options() -> argparse.ArgumentParser:
-    """What is about the recipe, and no option of a training."""
+def _parser(program: str | None, description: str, own: argparse.ArgumentParser) -> HfArgumentParser:
+    """Of all options, those of transformers among them; making it takes seconds."""
+    from ..auto.options import KINDS
+
+    return _parser_of(KINDS, program, description, own)
+
+
+def _parser_of(kinds: Any, program: str | None, description: str, own: argparse.ArgumentParser) -> HfArgumentParser:
+    return HfArgumentParser(
+        kinds,
+        prog=program,
+        description=description,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+        parents=[own],
+    )
+
+
+def _check_quickly(argv: list[str], program: str | None, description: str, own: argparse.ArgumentParser) -> None:
+    """
+    Shows help; finds options that there aren't, values that they can't have, and folders that aren't there. All that
+    without torch, at once.
+    """
+    of_transformers = library_options()
+    parser = _parser_of(_OWN_KINDS, program, description, own)
+    parser.epilog = textwrap.fill(
+        "More options, of transformers' TrainingArguments, which --help_all describes: "
+        + ", ".join(f"--{name}" for name in of_transformers),
+        width=100,
+        break_on_hyphens=False,
+    )
+    known, others = parser.parse_known_args(argv)
+    check_options(parser, others, of_transformers)
+    for folder in (known.train_dir, known.validation_dir, known.test_dir):
+        if folder is not None and not os.path.isdir(folder):
+            raise ValueError(f"There is no folder {folder}.")
+
+
+def _options_about_it() -> argparse.ArgumentParser:
+    """What is about the recipe and the help, and no option of a training."""
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument(
+        "--help_all",
+        "--help-all",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="Show all options, with those of transformers' TrainingArguments.",
+    )
     own.add_argument(
         "--show_recipe",
         "--show-recipe",

@@ -13,13 +13,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from ..image_processing_pil_refiner import open_image, to_8_bit_rgb
-from ..inspection.attention_views import name_of, view_attention
-from ..inspection.networks import open_network
-from ..inspection.page import query_bytes, write_page
-from ..inspection.pictures import plot_heads, plot_overview, plot_weights
 from ..utils.locking import locked_folder
-from .options import device_option, pick_device, revision_option
+from .options import check_there, device_option, pick_device, revision_option
 from .running import command
 
 
@@ -49,6 +44,7 @@ class VisualizeArguments:
 @command(VisualizeArguments)
 def main(args: VisualizeArguments) -> None:
     """Draws the pictures."""
+    check_there(args.image)
     with locked_folder(args.output_dir):
         for written in visualize(args):
             print(f"Wrote {written}")
@@ -56,6 +52,12 @@ def main(args: VisualizeArguments) -> None:
 
 def visualize(args: VisualizeArguments) -> list[Path]:
     """Draws what `args` asks for; returns the files."""
+    from ..image_processing_pil_refiner import open_image, to_8_bit_rgb
+    from ..inspection.attention_views import name_of, view_attention
+    from ..inspection.networks import open_network
+    from ..inspection.page import query_bytes, write_page
+    from ..inspection.pictures import plot_heads, plot_overview, plot_weights
+
     image = to_8_bit_rgb(open_image(args.image))
     patches = [_parse_patch(text) for text in args.patch or []]
     folder = Path(args.output_dir)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..loss_refiner import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from ..choices_refiner import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 
 @dataclass

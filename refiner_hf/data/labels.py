@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, List, Value
 
-from ..loss_refiner import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from ..choices_refiner import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 
 SEPARATOR = ";"  # between the labels of an image in a text

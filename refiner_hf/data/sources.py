@@ -11,12 +11,13 @@ import datasets
 from datasets import ClassLabel, Dataset, Image, List, Value, load_dataset
 from transformers.utils import logging
 
+from ..choices_refiner import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from ..utils.files import check_writable
 from ..utils.image_files import images_in
 from ..utils.text import counted
 from .arguments import DataArguments
 from .columns import IMAGE_COLUMN, LABEL_COLUMN
-from .labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL, as_label_lists, as_numbers, pick_label
+from .labels import as_label_lists, as_numbers, pick_label
 from .rows import Rows, StoredRows, StreamedRows
 
 

@@ -14,6 +14,7 @@ from ..image_processing_pil_refiner import open_image, to_8_bit_rgb
 from ..inspection.attention_views import APPLIED, BEFORE, name_of
 from ..inspection.networks import Network
 from ..utils.markdown import markdown_text
+from . import THIS_MACHINE
 from .rendering import (
     TOP,
     VisitorState,
@@ -28,7 +29,7 @@ from .rendering import (
     weights_of,
     which_refine,
 )
-from .serving import THIS_MACHINE, guards, own_folder
+from .serving import guards, own_folder
 
 
 File = dict[str, Any] | None  # as Gradio describes it, with its path

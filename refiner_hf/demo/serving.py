@@ -14,8 +14,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from . import THIS_MACHINE
 
-THIS_MACHINE = "127.0.0.1"  # an address that no other machine reaches
+
 _FOLDER_OPTION = "GRADIO_TEMP_DIR"  # where Gradio reads it
 _HOUR = 3600  # seconds
 

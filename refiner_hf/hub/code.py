@@ -20,7 +20,7 @@ AUTO_MAP = {
     "AutoBackbone": "modeling_refiner.RefinerBackbone",
 }
 # A refined model of transformers: the configuration's class knows those of the models.
-REFINED_AUTO_MAP = {"AutoConfig": "encoder_models_refiner.RefinedConfig"}
+REFINED_AUTO_MAP = {"AutoConfig": "encoder_configuration_refiner.RefinedConfig"}
 PROCESSOR_AUTO_MAP = {
     "AutoImageProcessor": {
         "torchvision": "image_processing_refiner.RefinerImageProcessor",

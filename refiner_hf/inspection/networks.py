@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel
 
-from ..encoder_models_refiner import RefinedConfig, class_as_saved
+from ..encoder_configuration_refiner import RefinedConfig
+from ..encoder_models_refiner import class_as_saved
 from ..encoders.inputs import longest_text
 from ..utils.fitting import try_out, try_out_on_text
 from ..utils.loading import load_config, load_image_processor, load_network, load_tokenizer

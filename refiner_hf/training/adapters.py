@@ -10,7 +10,7 @@ from ..data.rows import Rows
 from ..normalization_refiner import RefinerBatchNorm2d
 from ..utils.errors import explain_errors
 from ..utils.heads import head_modules
-from .arguments import ModelArguments
+from .model_arguments import ModelArguments
 
 
 def add_adapter(model: PreTrainedModel, processor: BaseImageProcessor, images: Rows, args: ModelArguments) -> Any:

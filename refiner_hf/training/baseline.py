@@ -12,9 +12,9 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MultiLabelBinarizer, StandardScaler
 
+from ..choices_refiner import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from ..data.columns import IMAGE_COLUMN, LABEL_COLUMN
 from ..data.images import EncodedImage
-from ..data.labels import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from ..data.rows import Rows
 from ..data.sources import ImageData
 

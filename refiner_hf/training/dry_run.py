@@ -8,12 +8,13 @@ import torch
 
 from ..cards.architecture import network_facts
 from ..cards.plots import plot_predictions
+from ..choices_refiner import MULTI_LABEL, REGRESSION
 from ..data.columns import IMAGE_COLUMN, LABEL_COLUMN
 from ..data.images import EncodedImage
 from ..data.labels import count_labels
 from ..data.rows import Rows
 from ..inspection.attention_views import as_picture
-from ..loss_refiner import MULTI_LABEL, REGRESSION, problem_type_of
+from ..loss_refiner import problem_type_of
 from ..utils.image_config import label_names_of
 from ..utils.text import counted
 from .output_folder import DRY_RUN

@@ -12,8 +12,8 @@ from ..cards import captions
 from ..cards.card import make_card, refines
 from ..cards.plots import plot_confusion_matrix, plot_learning_curve, plot_predictions
 from ..cards.training import training_content
+from ..choices_refiner import SINGLE_LABEL
 from ..data.images import decode_image
-from ..data.labels import SINGLE_LABEL
 from ..data.rows import StoredRows
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN, ImageData
 from ..hub.code import add_code

@@ -10,7 +10,8 @@ from transformers.utils import logging
 
 from ..data.arguments import AugmentationArguments, DataArguments
 from ..utils.files import read_json, write_json
-from .arguments import ModelArguments, RefinerTrainingArguments
+from .arguments import RefinerTrainingArguments
+from .model_arguments import ModelArguments
 from .output_folder import FINISHED_FILE
 from .run import RunResult, run
 

@@ -19,7 +19,7 @@ from ..utils.heads import head_modules
 from ..utils.image_config import image_size_of, label_names_of, set_image_size
 from ..utils.loading import has_image_processor, load_config, load_image_processor, load_network
 from ..utils.model_source import Source, find_source
-from .arguments import ModelArguments
+from .model_arguments import ModelArguments
 
 
 logger = logging.get_logger(__name__)

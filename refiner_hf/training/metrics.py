@@ -9,7 +9,7 @@ import torch
 from sklearn.metrics import accuracy_score, average_precision_score, confusion_matrix, f1_score, r2_score
 from transformers import EvalPrediction
 
-from ..loss_refiner import MULTI_LABEL, REGRESSION
+from ..choices_refiner import MULTI_LABEL, REGRESSION
 
 
 class RankedClassification(evaluate.Metric):

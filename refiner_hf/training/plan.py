@@ -13,17 +13,18 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import logging
 
 from ..cards.card import license_card
+from ..choices_refiner import REGRESSION, SINGLE_LABEL
 from ..data.arguments import AugmentationArguments, DataArguments
 from ..data.augmentation import Augment
 from ..data.label_maps import LabelMaps, open_label_maps
-from ..data.labels import REGRESSION, SINGLE_LABEL
 from ..data.sources import ImageData, load_image_data
 from ..data.unreadable import raise_if_unreadable
 from ..hub.repository import prepare_repository, with_retries
 from ..modeling_refiner import RefinerForImageClassification
 from .adapters import add_adapter
-from .arguments import ModelArguments, RefinerTrainingArguments
+from .arguments import RefinerTrainingArguments
 from .initial_model import load_model, load_processor, source_of_model
+from .model_arguments import ModelArguments
 from .output_folder import prepare_output_folder, repository
 from .same_data import check_same_data, facts_of_data
 

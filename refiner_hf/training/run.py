@@ -18,13 +18,14 @@ from ..utils.files import write_json
 from ..utils.image_config import label_names_of
 from ..utils.run_files import AUTO_RECIPE, RUN_FILE
 from ..utils.text import counted
-from .arguments import ModelArguments, RefinerTrainingArguments
+from .arguments import RefinerTrainingArguments
 from .baseline import Baseline, linear_baseline
 from .building import build_trainer, metrics_of, test_images
 from .calibration import calibrate
 from .dry_run import dry_run
 from .finished_folder import BY_LABEL, CONFUSION_MATRIX, Example, finish_folder
 from .metrics import Metrics
+from .model_arguments import ModelArguments
 from .output_folder import push_command
 from .plan import Plan, make_plan
 from .same_data import DATA_FILE

@@ -10,8 +10,8 @@ from timm.data import Mixup
 from torch import nn
 from torchvision.ops import roi_align
 
+from ..choices_refiner import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from ..data.label_maps import BOX, FLIPPED, MAP_CLASSES, MAP_SCORES
-from ..loss_refiner import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 
 class TrainingTargets:

@@ -23,6 +23,18 @@ def find_images(given: Iterable[str | os.PathLike]) -> list[str]:
     return sorted({os.path.abspath(file): file for file in found}.values())
 
 
+def check_images(given: Iterable[str]) -> None:
+    """
+    What can be said of [`find_images`]' argument at once, without looking into folders.
+
+    Raises:
+        `ValueError`: a file or folder that isn't there.
+    """
+    for each in given:
+        if not os.path.lexists(each) and not glob.has_magic(each):
+            raise ValueError(_nothing_at(each))
+
+
 def _expand(given: str) -> list[str]:
     if os.path.isdir(given):
         files = list(images_in(given))
@@ -31,10 +43,14 @@ def _expand(given: str) -> list[str]:
         return [given]
     else:
         files = [file for file in glob.glob(given, recursive=True) if not os.path.isdir(file)]
-        problem = f"There is no file or folder {given}, and as a pattern it matches none."
+        problem = _nothing_at(given)
     if not files:
         raise ValueError(problem)
     return files
+
+
+def _nothing_at(given: str) -> str:
+    return f"There is no file or folder {given}, and as a pattern it matches none."
 
 
 def images_in(folder: str | os.PathLike[str]) -> Iterator[str]:

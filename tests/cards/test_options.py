@@ -13,7 +13,8 @@ from refiner_hf.cards.options import public_options, public_value, training_rows
 from refiner_hf.cards.training import training_content
 from refiner_hf.data.arguments import AugmentationArguments, DataArguments
 from refiner_hf.hub.publish import public_files
-from refiner_hf.training.arguments import ModelArguments, RefinerTrainingArguments
+from refiner_hf.training.arguments import RefinerTrainingArguments
+from refiner_hf.training.model_arguments import ModelArguments
 from refiner_hf.utils.run_files import RUN_FILE
 
 

@@ -13,11 +13,13 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import register_flop_formula
 
 from .folding_refiner import NORMS, named_norms_of, needs_training_form
 
@@ -32,20 +34,26 @@ def native_refine(
     refinement: Any, attention_map: torch.Tensor, scale: float = 1.0, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """As [`blocked_refiner.blocked_refine`], where [`why_not_native`] has nothing against it."""
-    attention_map = attention_map.contiguous()
-    output = torch.empty_like(attention_map)
-    batch, heads, size, _ = attention_map.shape
-    expanded, _, kernel, _ = refinement.local_attention.weight.shape
     norms: dict[str, Any] = named_norms_of(refinement)
-    tensors: list[Any] = [None if refinement.expansion is None else refinement.expansion.weight]
+    tensors = [None if refinement.expansion is None else refinement.expansion.weight]
     tensors += [refinement.local_attention.weight, refinement.reduction.weight]
     for name in NORMS:
         norm = norms.get(name)
         tensors += 4 * [None] if norm is None else [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-    tensors = [None if tensor is None else tensor.detach().to(torch.float32).contiguous() for tensor in tensors]
-    addresses = [None if tensor is None else tensor.data_ptr() for tensor in (attention_map, output, *tensors)]
-    sizes = (batch, heads, expanded, size, kernel, attention_map.dtype == torch.bfloat16, torch.get_num_threads())
     eps = [norms[name].eps if name in norms else 0.0 for name in NORMS]
+    return torch.ops.refiner_hf.refine(attention_map.contiguous(), tensors, eps, scale)
+
+
+def _refine(
+    attention_map: torch.Tensor, weights: list[torch.Tensor | None], eps: list[float], scale: float
+) -> torch.Tensor:
+    """The operation: calls the function. Its arguments are in the order in which that takes them."""
+    output = torch.empty_like(attention_map)
+    weights = [None if weight is None else weight.to(torch.float32).contiguous() for weight in weights]
+    addresses = [None if each is None else each.data_ptr() for each in (attention_map, output, *weights)]
+    batch, heads, size, _ = attention_map.shape
+    expanded, _, kernel, _ = weights[1].shape  # type: ignore[union-attr]
+    sizes = (batch, heads, expanded, size, kernel, attention_map.dtype == torch.bfloat16, torch.get_num_threads())
     function: Any = _loaded()
     failed = function(
         (ctypes.c_void_p * len(addresses))(*addresses),
@@ -57,6 +65,21 @@ def native_refine(
     if failed:
         raise MemoryError("There is too little memory to refine attention maps.")
     return output
+
+
+def _count_flops(map_shape: torch.Size, weight_shapes: list[torch.Size | None], *others: Any, **more: Any) -> int:
+    """Multiplications and additions of the weights with a map, as torch counts those of its own operations."""
+    batch, _, rows, columns = map_shape
+    return 2 * batch * rows * columns * sum(prod(shape) for shape in weight_shapes[:3] if shape is not None)
+
+
+# Torch knows it as an operation: profilers and counters see it, compilers take it as it is. Code from the Hub has no
+# C++ beside it, and would define it twice.
+if SOURCE.is_file():
+    torch.library.define("refiner_hf::refine", "(Tensor map, Tensor?[] weights, float[] eps, float scale) -> Tensor")
+    torch.library.impl("refiner_hf::refine", "cpu", _refine)
+    torch.library.register_fake("refiner_hf::refine", lambda map, weights, eps, scale: torch.empty_like(map))
+    register_flop_formula(torch.ops.refiner_hf.refine)(_count_flops)
 
 
 def why_not_native(refinement: nn.Module, attention_map: torch.Tensor, masked: bool) -> str | None:

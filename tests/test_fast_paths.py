@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from refiner_hf import RefinerForImageClassification
+from refiner_hf import RefinerForImageClassification, native_refiner
 from refiner_hf.attention_refiner import pick_implementation
 from refiner_hf.normalization_refiner import RefinerBatchNorm2d
 
@@ -58,11 +58,14 @@ class TestChoice:
         refinement.config.refine_implementation = asked
         return pick_implementation(refinement, maps)
 
-    def test_inference_on_a_cpu_is_blocked(self, lines):
+    @pytest.mark.parametrize("compiler", [True, False])
+    def test_inference_on_a_cpu(self, lines, compiler, monkeypatch):
+        monkeypatch.setattr(native_refiner, "_loaded", lambda: print if compiler else "there is no compiler")
+        fastest = "native" if compiler else "blocked"
         with torch.no_grad():
-            assert self.picked(make_maps(), make_refinement().eval()) == "blocked"
-        assert self.picked(make_maps(), make_refinement().eval().requires_grad_(False)) == "blocked"
-        assert lines == [("info", "Attention maps are refined by 'blocked': the fastest on cpu.")]  # once
+            assert self.picked(make_maps(), make_refinement().eval()) == fastest
+        assert self.picked(make_maps(), make_refinement().eval().requires_grad_(False)) == fastest
+        assert lines == [("info", f"Attention maps are refined by {fastest!r}: the fastest on cpu.")]  # once
 
     def test_training_goes_by_the_size_of_the_maps(self, lines):
         assert self.picked(torch.rand(2, 4, 9, 9)) == "eager"
@@ -114,7 +117,7 @@ class TestChoice:
             refinement.output_norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
         assert self.picked(make_maps(), refinement) == "eager"
 
-    @pytest.mark.parametrize("asked", ["auto", "blocked", "triton"])
+    @pytest.mark.parametrize("asked", ["auto", "native", "blocked", "triton"])
     def test_eager_where_there_is_next_to_nothing(self, asked):
         refinement = make_refinement()
         assert self.picked(make_maps(images=0), refinement, asked) == "eager"

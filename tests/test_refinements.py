@@ -139,4 +139,4 @@ def test_the_benchmark_has_the_implementations_of_the_registry(monkeypatch):
     implementation = REFINE_IMPLEMENTATIONS["blocked"]._replace(devices=("cuda",), fastest_from={})
     monkeypatch.setitem(REFINE_IMPLEMENTATIONS, "new", implementation)
     assert "new" in contender_names("op", "cuda") and "new" not in contender_names("op", "cpu")
-    assert contender_names("op", "cpu") == ["eager", "blocked", "auto"]
+    assert contender_names("op", "cpu") == ["eager", "native", "blocked", "auto"]

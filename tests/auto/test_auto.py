@@ -120,7 +120,7 @@ class TestOptions:
         assert model.overrides["attention_types"] == ["plain", "plain"] and model.overrides["hidden_size"] == 48
         assert model.overrides["patch_size"] == 4 and augmentation.mixup == 0.5 and args.timm_optim == "nmuon"
 
-    @pytest.mark.parametrize("words", [["digits"], ["defaults", "--train_dir", "photos"], []])
+    @pytest.mark.parametrize("words", [["digits"], ["defaults", "--train_dir", "."], []])
     def test_a_time_for_another_recipe_is_refused(self, words, capsys):
         with pytest.raises(SystemExit):
             main([*words, "--time_budget", "1h"])

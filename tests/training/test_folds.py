@@ -90,7 +90,7 @@ def test_with_auto(photos, tmp_path, capsys):
     "words, says",
     [
         (["--k_folds", "1"], "--k_folds must be at least 2"),
-        (["--k_folds", "2", "--validation_dir", "x"], "divides the training images by itself"),
+        (["--k_folds", "2", "--validation_dir", "."], "divides the training images by itself"),
         (["--fold", "2"], "--fold must be a number from 1 to --k_folds"),
         (["--k_folds", "2", "--fold", "3"], "--fold must be a number from 1 to --k_folds"),
         (["--k_folds", "2", "--push_to_hub"], "none is pushed"),

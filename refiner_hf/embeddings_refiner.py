@@ -13,6 +13,7 @@ from torch import nn
 
 from .configuration_refiner import RefinerConfig
 from .folding_refiner import can_bypass, folded_convolution, is_transformed, is_untouched
+from .inference_refiner import infers_on_cpu, linear
 from .normalization_refiner import RefinerBatchNorm2d
 from .token_mixing_refiner import mix_tokens
 
@@ -37,7 +38,7 @@ class RefinerConvStem(nn.Module):
         """(B, C, height, width) -> (B, 128, height / 2, width / 2)."""
         hidden_states = pixel_values
         inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(pixel_values))
-        if inference and pixel_values.device.type == "cpu":  # faster there; with a backward pass slower
+        if infers_on_cpu(pixel_values):  # faster there; with a backward pass slower
             hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
         for convolution, norm in (
             (self.convolution1, self.convolution1_norm),
@@ -70,20 +71,19 @@ class RefinerPatchEmbeddings(nn.Module):
         """(B, C, height, width) -> (B, P, D)."""
         if self.stem is not None:
             pixel_values = self.stem(pixel_values)
-        # What is recorded is the same with and without gradients.
-        trains_on_cpu = pixel_values.device.type == "cpu" and torch.is_grad_enabled()
-        if trains_on_cpu and is_untouched(self.projection) and not is_transformed(pixel_values):
+        on_cpu = pixel_values.device.type == "cpu" and not is_transformed(pixel_values)
+        if on_cpu and is_untouched(self.projection):
             return self._project_patches(pixel_values)
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
 
     def _project_patches(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The projection as one matrix product: faster on CPUs, mostly backward."""
+        """The projection as one matrix product: faster on CPUs, mostly backward and with a single image."""
         height, width = self.projection.kernel_size
         patches = hidden_states.unflatten(3, (-1, width)).unflatten(
             2, (-1, height)
         )  # (B, C, rows, height, columns, width)
         patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        return nn.functional.linear(patches, self.projection.weight.flatten(1), self.projection.bias)
+        return linear(patches, self.projection.weight.flatten(1), self.projection.bias)
 
 
 class RefinerEmbeddings(nn.Module):

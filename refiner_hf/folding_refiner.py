@@ -142,8 +142,13 @@ def is_untouched(module: nn.Module) -> bool:
     Whether a convolution or norm needn't be called: it is no adapter around one, and has no hook, neither a user's nor
     accelerate's, which loads an offloaded weight when the module is called.
     """
+    return type(module) in (nn.Conv2d, RefinerBatchNorm2d) and not has_hooks(module)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) in (nn.Conv2d, RefinerBatchNorm2d) and not any(hooks) and "forward" not in vars(module)
+    return any(hooks) or "forward" in vars(module)
 
 
 def is_transformed(tensor: torch.Tensor) -> bool:

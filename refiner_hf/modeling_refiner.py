@@ -48,6 +48,7 @@ from .attention_refiner import RefinerMapRefinement, check_refine_implementation
 from .configuration_refiner import RefinerConfig
 from .embeddings_refiner import RefinerEmbeddings, patches_to_pixels
 from .folding_refiner import is_transformed
+from .inference_refiner import call_linear, call_linear_and_activation
 from .loss_refiner import image_classification_loss
 from .normalization_refiner import RefinerBatchNorm2d
 from .refinements_refiner import make_refinement
@@ -119,19 +120,19 @@ class RefinerAttention(nn.Module):
             the output (B, N, D), the map that weighted the values, and the map passed on to the next layer; no maps
             where they aren't needed and the values could be weighted without ever making one.
         """
-        value = self._heads(self.v_proj(hidden_states))
+        value = self._heads(call_linear(self.v_proj, hidden_states))
         if self.attention_type != "plain":
             value = self.refinement.refine_values(value)
         if self.attention_type == "shared_refined":
             attention_map, passed_on = self.refinement(previous_map, self.scaling), previous_map
         else:
-            query, key = self._heads(self.q_proj(hidden_states)), self._heads(self.k_proj(hidden_states))
+            query, key = (self._heads(call_linear(each, hidden_states)) for each in (self.q_proj, self.k_proj))
             if not map_needed and self._is_plain(previous_map):
                 output = nn.functional.scaled_dot_product_attention(query, key, value, scale=self.scaling)
-                return self.o_proj(output.transpose(1, 2).flatten(2)), None, None
+                return call_linear(self.o_proj, output.transpose(1, 2).flatten(2)), None, None
             attention_map = passed_on = self._own_map(query, key, previous_map)
         attention_output = (attention_map @ value).transpose(1, 2).flatten(2)
-        return self.o_proj(attention_output), attention_map, passed_on
+        return call_linear(self.o_proj, attention_output), attention_map, passed_on
 
     def _own_map(self, query: torch.Tensor, key: torch.Tensor, previous_map: torch.Tensor | None) -> torch.Tensor:
         """(B, H, N, D / H), the same, (B, H, N, N) -> (B, H, N, N)."""
@@ -169,7 +170,7 @@ class RefinerMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+        return call_linear(self.fc2, call_linear_and_activation(self.fc1, self.activation_fn, hidden_states))
 
 
 class RefinerLayerScale(nn.Module):

@@ -196,7 +196,8 @@ class RefineImplementation(NamedTuple):
     result is there doesn't matter. `why_not(refinement, map, masked=False)` says why it can't, or `None` where it can.
     It runs on the device types `devices`, by default on all. `fastest_from` has those on which `"auto"` takes it where
     none before it can: with gradients only where a layer's expanded maps have at least so many bytes; with a mask a
-    kind's `masked_pieces_pay_from` says it. For smaller ones many small operations cost more than they save (see the
+    kind's `masked_pieces_pay_from` says it. Compilers get only those that are an operation which they know how to call
+    (`compiles`). For smaller ones many small operations cost more than they save (see the
     curves in docs/benchmarks/).
     """
 
@@ -204,6 +205,7 @@ class RefineImplementation(NamedTuple):
     why_not: Callable[..., str | None]
     devices: tuple[str, ...] | None = None
     fastest_from: dict[str, int] = {}
+    compiles: bool = False
 
     def runs_on(self, device: str) -> bool:
         """Whether there is any map on this type of device that it can refine."""
@@ -217,6 +219,7 @@ REFINE_IMPLEMENTATIONS: dict[str, RefineImplementation] = {
         _why_not_native,
         devices=("cpu",),
         fastest_from={"cpu": 0},
+        compiles=True,
     ),
     "blocked": RefineImplementation(
         _blocked,
@@ -272,9 +275,13 @@ def pick_implementation(refinement: RefinerMapRefinement, attention_map: torch.T
 
 def _fastest(refinement: RefinerMapRefinement, attention_map: torch.Tensor, masked: bool) -> tuple[str, str]:
     device = attention_map.device.type
-    if torch.compiler.is_compiling() or is_transformed(attention_map):
-        return "eager", "the model is being compiled, traced or transformed, which does best with plain operations"
-    fastest = {name: each for name, each in REFINE_IMPLEMENTATIONS.items() if device in each.fastest_from}
+    if is_transformed(attention_map):
+        return "eager", "the model is being traced or transformed, which takes plain operations"
+    fastest = {
+        name: each
+        for name, each in REFINE_IMPLEMENTATIONS.items()
+        if device in each.fastest_from and (each.compiles or not torch.compiler.is_compiling())
+    }
     if not fastest:
         return "eager", f"there is nothing faster for {device}"
     obstacles = {name: each.why_not(refinement, attention_map, masked) for name, each in fastest.items()}

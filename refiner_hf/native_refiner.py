@@ -92,6 +92,11 @@ def why_not_native(refinement: nn.Module, attention_map: torch.Tensor, masked: b
         return "it is for refinements with a distributed local attention"
     if needs_training_form(refinement, attention_map):
         return "it is for evaluation without gradients"
+    return _why_not_loaded()
+
+
+@torch.compiler.assume_constant_result  # compilers needn't look into it
+def _why_not_loaded() -> str | None:
     loaded = _loaded()
     return loaded if isinstance(loaded, str) else None
 

@@ -191,3 +191,45 @@ class TestCompiling:
         said = self.run(tmp_path / "cache", CXX=str(compiler))
         assert said == f"its C++ function can't be had: {compiler} says: no such processor"
         assert list((tmp_path / "cache" / "refiner_hf").iterdir()) == []
+
+
+@needs_compiler
+class TestCompilers:
+    def test_it_is_a_sound_operation(self):
+        refinement, maps = make_refinement().eval(), make_maps()
+        norms = [refinement.expansion_norm, refinement.local_attention_norm, refinement.reduction_norm]
+        weights = [refinement.expansion.weight, refinement.local_attention.weight, refinement.reduction.weight]
+        for norm in (*norms, refinement.output_norm):
+            weights += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        arguments = (maps, [weight.detach() for weight in weights], [norm.eps for norm in norms] + [1e-5], 0.7)
+        torch.library.opcheck(
+            torch.ops.refiner_hf.refine.default, arguments, test_utils=("test_schema", "test_faketensor")
+        )
+
+    def test_a_compiled_model_keeps_it(self, tiny_model):
+        """In one graph, with the number of images left open."""
+        model, graphs = tiny_model().eval(), []
+
+        def keep(graph, inputs):
+            graphs.append([node.target for node in graph.graph.nodes])
+            return graph
+
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=keep)
+        with torch.no_grad():
+            for images in (2, 5):
+                pixels = torch.randn(images, 3, 16, 16)
+                assert_close(compiled(pixels).logits, model(pixels).logits, 1e-5)
+        refining = sum("refined" in each for each in model.config.attention_types)
+        assert [graph.count(torch.ops.refiner_hf.refine) for graph in graphs] == [refining]
+
+    def test_training_compiles_without_it(self, tiny_model):
+        model, targets = tiny_model().train(), []
+
+        def keep(graph, inputs):
+            targets.extend(node.target for node in graph.graph.nodes)
+            return graph
+
+        torch._dynamo.reset()
+        torch.compile(model, fullgraph=True, backend=keep)(torch.randn(2, 3, 16, 16)).logits.sum().backward()
+        assert targets and torch.ops.refiner_hf.refine not in targets

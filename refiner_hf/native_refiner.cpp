@@ -21,15 +21,15 @@ constexpr int64_t WIDTH = 16;  // floats in a vector
 constexpr int64_t WIDTH = 8;
 #endif
 typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
-constexpr int64_t BLOCK = 4;  // rows of a matrix whose product with a vector or two is made at a time
+constexpr int64_t BLOCK = 6;  // rows of a matrix whose product with some vectors is made at a time
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector values) { *reinterpret_cast<Vector*>(to) = values; }
 inline Vector all(float value) { return Vector{} + value; }
 
 inline Vector relu6(Vector values) {  // NaN stays NaN
-    values = values < all(0) ? all(0) : values;
-    return values > all(6) ? all(6) : values;
+    values = all(0) > values ? all(0) : values;
+    return all(6) < values ? all(6) : values;
 }
 
 inline float from_bfloat16(uint16_t value) {
@@ -97,20 +97,29 @@ inline void product(const std::vector<float>& weight, const float* bias, const f
     }
 }
 
-// to (E, V vectors) = the convolution of the rows around at a column. K is the kernel's side where it is known early.
-template <int V, int K>
+// to (E, R rows, V vectors) = the convolution at R rows and a column, of the rows around. K is the kernel's side where it is
+// known early.
+template <int R, int V, int K>
 inline void convolve(const Problem& p, const float* const* around, int64_t stride, int64_t column, float* to) {
     const int64_t k = K ? K : p.kernel;
     for (int64_t e = 0; e < p.expanded; ++e) {
         const float* w = p.local.data() + e * k * k;
-        Vector sums[V];
-        for (int v = 0; v < V; ++v) sums[v] = all(p.local_bias[e]);
-        for (int64_t i = 0; i < k; ++i) {
+        Vector sums[R][V];
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) sums[r][v] = all(p.local_bias[e]);
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < k + R - 1; ++i) {
             const float* row = around[i] + e * stride + column;
+#pragma GCC unroll 3
             for (int64_t j = 0; j < k; ++j)
-                for (int v = 0; v < V; ++v) sums[v] += w[i * k + j] * load(row + j + v * WIDTH);
+                for (int v = 0; v < V; ++v) {
+                    const Vector values = load(row + j + v * WIDTH);
+                    for (int r = 0; r < R; ++r)
+                        if (i - r >= 0 && i - r < k) sums[r][v] += w[(i - r) * k + j] * values;
+                }
         }
-        for (int v = 0; v < V; ++v) store(to + (e * V + v) * WIDTH, relu6(sums[v]));
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) store(to + ((e * R + r) * V + v) * WIDTH, relu6(sums[r][v]));
     }
 }
 
@@ -123,12 +132,12 @@ class Worker {
           width((p.size + WIDTH - 1) / WIDTH * WIDTH),
           stride(width + 2 * pad),
           rows_stride((p.expanded + BLOCK - 1) / BLOCK * BLOCK * stride + WIDTH),
-          ring(p.kernel * rows_stride, 0.0f),
+          ring((p.kernel + 1) * rows_stride, 0.0f),
           nothing(rows_stride, 0.0f),
           source(p.heads * width, 0.0f),
-          hidden((p.expanded + BLOCK) * 2 * WIDTH),
-          reduced((p.heads + BLOCK) * 2 * WIDTH),
-          around(p.kernel) {}
+          hidden((p.expanded + BLOCK) * 4 * WIDTH),
+          reduced((p.heads + BLOCK) * 4 * WIDTH),
+          around(p.kernel + 1) {}
 
     void work() {
         const int64_t blocks = (p.size + p.block_rows - 1) / p.block_rows;
@@ -141,15 +150,18 @@ class Worker {
    private:
     void refine_rows(int64_t image, int64_t first, int64_t last) {
         int64_t made = std::max<int64_t>(first - pad, 0);  // the next expanded row to make
-        for (int64_t row = first; row < last; ++row) {
-            for (; made < std::min(row + pad + 1, p.size); ++made) expand(image, made);
-            for (int64_t i = 0; i < p.kernel; ++i) {
+        for (int64_t row = first; row < last; row += 2) {
+            const int64_t rows = std::min<int64_t>(last - row, 2);
+            for (; made < std::min(row + rows + pad, p.size); ++made) expand(image, made);
+            for (int64_t i = 0; i < p.kernel + rows - 1; ++i) {
                 const int64_t at = row - pad + i;
-                around[i] = at < 0 || at >= p.size ? nothing.data() : ring.data() + at % p.kernel * rows_stride;
+                around[i] = at < 0 || at >= p.size ? nothing.data() : ring.data() + at % (p.kernel + 1) * rows_stride;
             }
             int64_t column = 0;
-            for (; column + WIDTH < width; column += 2 * WIDTH) refine_columns<2>(image, row, column);
-            for (; column < width; column += WIDTH) refine_columns<1>(image, row, column);
+            for (; column + WIDTH < width; column += 2 * WIDTH)
+                rows == 2 ? refine_tile<2, 2>(image, row, column) : refine_tile<1, 2>(image, row, column);
+            for (; column < width; column += WIDTH)
+                rows == 2 ? refine_tile<2, 1>(image, row, column) : refine_tile<1, 1>(image, row, column);
         }
     }
 
@@ -169,9 +181,10 @@ class Worker {
                 std::memcpy(to, static_cast<const float*>(p.map) + at, p.size * sizeof(float));
             }
         }
-        float* to = ring.data() + row % p.kernel * rows_stride;
+        float* to = ring.data() + row % (p.kernel + 1) * rows_stride;
         if (p.has_expansion) {
             int64_t column = 0;
+            for (; column + 3 * WIDTH < width; column += 4 * WIDTH) expand_columns<4>(to, column);
             for (; column + WIDTH < width; column += 2 * WIDTH) expand_columns<2>(to, column);
             for (; column < width; column += WIDTH) expand_columns<1>(to, column);
         } else {
@@ -188,25 +201,30 @@ class Worker {
                          p.heads);
     }
 
-    template <int V>
-    void refine_columns(int64_t image, int64_t row, int64_t column) {
+    template <int R, int V>
+    void refine_tile(int64_t image, int64_t first, int64_t column) {
+        constexpr int VECTORS = R * V;
         if (p.kernel == 3)
-            convolve<V, 3>(p, around.data(), stride, column, hidden.data());
+            convolve<R, V, 3>(p, around.data(), stride, column, hidden.data());
         else
-            convolve<V, 0>(p, around.data(), stride, column, hidden.data());
-        product<V, false>(p.reduce, nullptr, hidden.data(), V * WIDTH, reduced.data(), V * WIDTH, p.heads, p.expanded);
+            convolve<R, V, 0>(p, around.data(), stride, column, hidden.data());
+        product<VECTORS, false>(p.reduce, nullptr, hidden.data(), VECTORS * WIDTH, reduced.data(), VECTORS * WIDTH, p.heads,
+                                p.expanded);
         const int64_t count = std::min(V * WIDTH, p.size - column);
         for (int64_t h = 0; h < p.heads; ++h) {
-            const int64_t at = place(image, h, row) + column;
-            const float gain = p.identity[h], bias = p.constant[h], *z = reduced.data() + h * V * WIDTH;
-            if (p.is_bfloat16) {
-                const uint16_t* from = static_cast<const uint16_t*>(p.map) + at;
-                uint16_t* to = static_cast<uint16_t*>(p.output) + at;
-                for (int64_t c = 0; c < count; ++c) to[c] = to_bfloat16(z[c] + gain * from_bfloat16(from[c]) + bias);
-            } else {
-                const float* from = static_cast<const float*>(p.map) + at;
-                float* to = static_cast<float*>(p.output) + at;
-                for (int64_t c = 0; c < count; ++c) to[c] = z[c] + gain * from[c] + bias;
+            const float gain = p.identity[h], bias = p.constant[h];
+            for (int64_t r = 0; r < R; ++r) {
+                const int64_t at = place(image, h, first + r) + column;
+                const float* z = reduced.data() + (h * VECTORS + r * V) * WIDTH;
+                if (p.is_bfloat16) {
+                    const uint16_t* from = static_cast<const uint16_t*>(p.map) + at;
+                    uint16_t* to = static_cast<uint16_t*>(p.output) + at;
+                    for (int64_t c = 0; c < count; ++c) to[c] = to_bfloat16(z[c] + gain * from_bfloat16(from[c]) + bias);
+                } else {
+                    const float* from = static_cast<const float*>(p.map) + at;
+                    float* to = static_cast<float*>(p.output) + at;
+                    for (int64_t c = 0; c < count; ++c) to[c] = z[c] + gain * from[c] + bias;
+                }
             }
         }
     }

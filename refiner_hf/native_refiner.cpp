@@ -15,13 +15,14 @@
 
 namespace {
 
+// Floats in a vector, and rows of a matrix whose product with some vectors is made at a time: so many that all sums stay in
+// registers.
 #ifdef __AVX512F__
-constexpr int64_t WIDTH = 16;  // floats in a vector
+constexpr int64_t WIDTH = 16, BLOCK = 6;
 #else
-constexpr int64_t WIDTH = 8;
+constexpr int64_t WIDTH = 8, BLOCK = 3;
 #endif
 typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
-constexpr int64_t BLOCK = 6;  // rows of a matrix whose product with some vectors is made at a time
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector values) { *reinterpret_cast<Vector*>(to) = values; }

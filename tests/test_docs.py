@@ -195,7 +195,7 @@ class TestNotebook:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_no_block_is_overlooked(page):
-    """Each is Python, bash or what a command says, or has a reason not to run; and nothing hides as an indented block."""
+    """Each is Python, bash or what a command says, or has a reason not to run; nothing hides as an indented block."""
     text = page.read_text()
     languages = re.findall(r"^```(.+)$", text, re.MULTILINE)
     others = [language for language in languages if language not in ("python", "bash")]

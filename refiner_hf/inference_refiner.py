@@ -1,10 +1,12 @@
 # Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
 """What a CPU does faster where nothing is differentiated, recorded or compiled."""
 
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 from transformers.activations import GELUActivation
 
 from .folding_refiner import has_hooks, is_transformed
@@ -12,6 +14,14 @@ from .folding_refiner import has_hooks, is_transformed
 
 # A product of oneDNN's that torch takes in what it compiles; elsewhere it takes another library's in float32.
 _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+
+
+def _count_flops(inputs_shape: torch.Size, weight_shape: torch.Size, *others: Any, **more: Any) -> int:
+    return 2 * prod(inputs_shape) * weight_shape[0]
+
+
+if _product is not None and _product not in flop_registry:  # otherwise torch's counter would overlook it
+    register_flop_formula(_product)(_count_flops)
 
 
 def infers_on_cpu(tensor: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ from ..attention_refiner import REFINE_IMPLEMENTATIONS
 from ..configuration_refiner import RefinerConfig
 from ..modeling_refiner import RefinerForImageClassification
 from ..refinements_refiner import make_refinement
+from .engines import ENGINES, engine_step, installed_engines
 
 
 NETWORKS = {
@@ -66,18 +67,25 @@ def contender_names(part: str, device: str, among: Collection[str] | None = None
     them.
     """
     implementations = [name for name, each in REFINE_IMPLEMENTATIONS.items() if each.runs_on(device)]
-    names = [*implementations, "auto", *([COMPILED, PLAIN, *VITS] if part == "model" else [])]
+    names = [*implementations, "auto"]
+    if part == "model":
+        names += [COMPILED, *(installed_engines() if device == "cpu" else []), PLAIN, *VITS]
     return names if among is None else [name for name in names if name == BASE or name in among]
 
 
+def takes_part(case: Case, contender: str) -> bool:
+    """Whether a contender can do the case: engines don't train, and not all know all types."""
+    return contender not in ENGINES or (case.kind == "inference" and case.dtype in ENGINES[contender][1])
+
+
 def make_network(case: Case, contender: str) -> nn.Module:
-    """The contender's network, freshly initialised; `compiled` isn't compiled yet."""
+    """The contender's network, freshly initialised; `compiled` isn't compiled yet, and engines' is still torch's."""
     config = case.config()
     if contender in VITS:
         return AutoModelForImageClassification.from_config(vit_config(config), attn_implementation=VITS[contender])
     if contender == PLAIN:
         return RefinerForImageClassification(case.config(attention_types=["plain"] * config.num_hidden_layers))
-    config.refine_implementation = "auto" if contender == COMPILED else contender
+    config.refine_implementation = contender if contender in REFINE_IMPLEMENTATIONS else "auto"
     return RefinerForImageClassification(config)
 
 
@@ -103,6 +111,8 @@ def _network_step(case: Case, contender: str) -> Step:
     pixels = torch.randn(case.batch_size, config.num_channels, *config.image_height_width, device=device)
     labels = torch.arange(case.batch_size, device=device) % config.num_labels
     model = make_network(case, contender).to(device).train(case.kind == "training")
+    if contender in ENGINES:
+        return engine_step(contender, model, pixels, case.dtype)
     if case.kind == "inference":
         model, pixels = model.to(dtype), pixels.to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if case.kind == "training" else None

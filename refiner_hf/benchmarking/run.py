@@ -12,7 +12,7 @@ import torch
 
 from ..utils.files import write_json
 from ..utils.machine import describe_machine
-from .contenders import NETWORKS, Case, contender_names, make_step
+from .contenders import NETWORKS, Case, contender_names, make_step, takes_part
 from .costs import costs
 from .measure import time_in_turns
 from .memory import peak_memory_in_child
@@ -110,6 +110,7 @@ def run_benchmark(options: BenchmarkOptions, command: str, say: Callable[[str], 
 def measure(case: Case, options: BenchmarkOptions, results: dict[str, Any]) -> Iterator[str]:
     """Adds to `results` what is missing of a case; yields after each measurement, in words, to have it saved."""
     names = contender_names(case.part, case.device, options.contenders)
+    names = [name for name in names if takes_part(case, name)]
     result = results.setdefault(case.name, {**vars(case), "tokens": case.tokens, "rows": {}})
     rows = result["rows"]
     for name in names:

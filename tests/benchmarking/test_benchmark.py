@@ -5,12 +5,23 @@ from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from refiner_hf import RefinerConfig
 from refiner_hf.benchmarking import memory, roofline, run
-from refiner_hf.benchmarking.contenders import BASE, COMPILED, PLAIN, Case, contender_names, make_network, make_step
+from refiner_hf.benchmarking.contenders import (
+    BASE,
+    COMPILED,
+    PLAIN,
+    Case,
+    contender_names,
+    make_network,
+    make_step,
+    takes_part,
+)
 from refiner_hf.benchmarking.costs import costs, eager_channels, refinement_flops
+from refiner_hf.benchmarking.engines import ENGINES
 from refiner_hf.benchmarking.measure import describe_failure, time_in_turns
 from refiner_hf.benchmarking.record import open_record
 from refiner_hf.benchmarking.report import write_report
@@ -25,7 +36,7 @@ def case(part="model", kind="inference", **changes) -> Case:
     return Case(part=part, kind=kind, **fields | changes)
 
 
-WITHOUT_COMPILER = [name for name in contender_names("model", "cpu") if name != COMPILED]
+WITHOUT_COMPILER = [name for name in contender_names("model", "cpu") if name != COMPILED and name not in ENGINES]
 
 
 @pytest.mark.parametrize("name", WITHOUT_COMPILER)
@@ -39,6 +50,23 @@ def test_every_contender_takes_its_steps(name, kind):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_refinement_takes_its_steps(name, kind, dtype):
     check_step(case("op", kind, dtype=dtype), name)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_engines(name):
+    """They answer as the network does, in inference alone."""
+    if name not in contender_names("model", "cpu"):
+        pytest.skip("it isn't installed")
+    inference = case()
+    (answer,) = make_step(inference, name)().values() if name == "OpenVINO" else make_step(inference, name)()
+    torch.manual_seed(0)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        logits = make_network(inference, BASE).eval()(pixels).logits
+    torch.testing.assert_close(torch.as_tensor(answer), logits, atol=1e-4, rtol=1e-4)
+    assert takes_part(inference, name) and not takes_part(case(kind="training"), name)
+    assert takes_part(case(dtype="bfloat16"), name) == (name == "OpenVINO")
+    assert name not in contender_names("op", "cpu") and name not in contender_names("model", "cuda")
 
 
 def check_step(case: Case, name: str) -> None:

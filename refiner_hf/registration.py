@@ -8,6 +8,7 @@ what we put into them takes seconds. So a table is filled right after its module
 
 import sys
 from collections.abc import Callable, Sequence
+from copy import copy
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.metadata import version as version_of
@@ -76,7 +77,8 @@ _importing: list[str] = []  # modules of this package that aren't whole yet
 
 def register() -> None:
     """Fills the tables that are there, and sees to it that the others are filled when they are imported."""
-    sys.meta_path.insert(0, _Watch())
+    if not any(isinstance(finder, _Watch) for finder in sys.meta_path):  # the package may be reloaded
+        sys.meta_path.insert(0, _Watch())
     _waiting.extend(name for name in _TABLES if name in sys.modules)
     _fill()
 
@@ -96,14 +98,14 @@ class _Watch(MetaPathFinder):
         is_ours = fullname.startswith(f"{__package__}.")
         if not is_ours and fullname not in _TABLES:
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next((found for each in others if (found := each.find_spec(fullname, path, target))), None)
+        after = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        spec = next((found for each in after if (found := each.find_spec(fullname, path, target))), None)
         if spec is not None and spec.loader is not None:
-            loader: Any = spec.loader
-            execute = loader.exec_module
+            loader: Any = copy(spec.loader)  # some load several modules
+            spec.loader, execute = loader, loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
-                del loader.exec_module  # of this object; its class's is there again
+                vars(loader).pop("exec_module", None)  # its class's is there again
                 if is_ours:
                     _importing.append(fullname)
                 try:

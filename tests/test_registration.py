@@ -61,6 +61,12 @@ def test_whatever_is_imported_first(first, order):
     assert run.returncode == 0, run.stderr
 
 
+def test_reloaded():
+    code = "import importlib, refiner_hf; importlib.reload(refiner_hf)"
+    run = subprocess.run([sys.executable, "-c", code + CHECK], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_a_module_keeps_its_own_loader():
     """So that its source is still found, by tracebacks and by whatever publishes code."""
     import inspect

@@ -7,9 +7,12 @@ from typing import Literal
 
 @dataclass
 class BenchmarkOptions:
-    part: Literal["all", "model", "op", "curves"] = field(
+    part: Literal["all", "model", "op", "curves", "startup"] = field(
         default="all",
-        metadata={"help": "Networks, one refinement on its own, or its cost against tokens and batch; or all."},
+        metadata={
+            "help": "Networks, one refinement on its own, its cost against tokens and batch, or how long commands "
+            "take to answer; or all."
+        },
     )
     models: list[str] = field(
         default_factory=lambda: ["S", "M", "L"], metadata={"help": "Among S, M, L, and tiny to try this out."}

@@ -9,6 +9,7 @@ from ..utils.markdown import markdown_table
 from .contenders import BASE, COMPILED
 from .measure import OUT_OF_MEMORY
 from .plots import plot_bars, plot_curves
+from .startup import IMPORT_TORCH
 from .summary import Results, memory_ratio, ratio, settings, share_of_roofline
 
 
@@ -38,7 +39,10 @@ def write_report(record: dict[str, Any], stem: Path) -> str:
         curves_path = Path(f"{stem}_curves.png")
         plot_curves(curves, curves_path)
         pictures.append(f"![Cost against tokens and batch]({curves_path.name})")
-    text = "\n\n".join([_head(record), *(_section(record, part) for part in parts), *pictures]) + "\n"
+    sections = [_section(record, part) for part in parts]
+    if "startup" in record:
+        sections.append(_startup(record["startup"]))
+    text = "\n\n".join([_head(record), *sections, *pictures]) + "\n"
     Path(f"{stem}.md").write_text(text, encoding="utf-8")
     return text
 
@@ -74,6 +78,17 @@ def _section(record: dict[str, Any], part: str) -> str:
             rows.append(cells + _paper_cells(results, name))
     texts = [f"## {TITLES[part]}", markdown_table(head, rows), _notes(part, found)]
     return "\n\n".join([*texts, "\n".join(failures)] if failures else texts)
+
+
+def _startup(times: dict[str, list[float]]) -> str:
+    rows = []
+    for name, seconds in times.items():
+        compared = ratio({"seconds": seconds}, {"seconds": times[IMPORT_TORCH]})
+        assert compared is not None  # both were measured
+        relative = f"{compared[0]:.2f} ({compared[1]:.2f} to {compared[2]:.2f})"
+        rows.append([f"`{name}`", _number(float(np.median(seconds))), relative])
+    table = markdown_table(["", "seconds", f"times those of `{IMPORT_TORCH}`"], rows)
+    return f"## Commands and imports\n\n{table}\n\nFrom a process's start to its end, medians (quartiles)."
 
 
 def _cells(result: dict[str, Any], name: str, roofline: dict[str, float] | None) -> list[str]:

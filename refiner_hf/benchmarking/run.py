@@ -19,6 +19,7 @@ from .memory import peak_memory_in_child
 from .options import BenchmarkOptions
 from .record import open_record
 from .roofline import measure_roofline
+from .startup import measure_startup
 
 
 KINDS = {"model": ("inference", "training"), "op": ("inference", "forward", "training")}
@@ -40,6 +41,8 @@ def plan(options: BenchmarkOptions) -> list[Case]:
     networks = {"model": options.models, "op": _different_refinements(options.models)}
     cases = []
     for part in parts:
+        if part == "startup":
+            continue  # which has no cases
         if part == "curves":
             network = options.models[0]
             points = [(size, CURVE_BATCH_SIZE) for size in CURVE_IMAGE_SIZES]
@@ -95,6 +98,9 @@ def run_benchmark(options: BenchmarkOptions, command: str, say: Callable[[str], 
     if options.roofline and not record["roofline"]:
         say("the machine's own rates ...")
         record["roofline"] = measure_roofline(options.device, options.dtype)
+    if options.part in ("all", "startup") and "startup" not in record:
+        say("how long commands take to answer ...")
+        record["startup"] = measure_startup(options.rounds)
     write_json(path, record)
 
     # Compiled code of earlier runs would hide what compiling takes.

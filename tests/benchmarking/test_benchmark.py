@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from refiner_hf import RefinerConfig
-from refiner_hf.benchmarking import memory, roofline, run
+from refiner_hf.benchmarking import memory, roofline, run, startup
 from refiner_hf.benchmarking.contenders import (
     BASE,
     COMPILED,
@@ -198,6 +198,7 @@ def quick(monkeypatch):
     def peak(case, name):
         return {"error": "out of memory"} if name == "ViT sdpa" else {"memory": 10**6, "first_seconds": 1.0}
 
+    monkeypatch.setattr(run, "measure_startup", lambda rounds: {startup.IMPORT_TORCH: [2.0, 2.0], "fast": [0.5, 0.5]})
     monkeypatch.setattr(run, "contender_names", names)
     monkeypatch.setattr(run, "time_in_turns", timed)
     monkeypatch.setattr(run, "peak_memory_in_child", peak)
@@ -222,6 +223,7 @@ def test_everything_is_measured_once_and_written(quick, tmp_path, capsys):
     assert names == {"cpu.json", "cpu.md", "cpu.png", "cpu_curves.png"}
     text = (tmp_path / "out" / "cpu.md").read_text()
     assert text in printed and "| tiny 32 | eager | 2 |" in text and "out of memory" in text and "%)" in text
+    assert "| `fast` | 0.5 | 0.25 (0.25 to 0.25) |" in text
     record = json.loads((tmp_path / "out" / "cpu.json").read_text())
     rows = record["results"]["model tiny 32 training, batch 2"]["rows"]
     assert len(rows["auto"]["seconds"]) == 2 and rows["auto"]["flops"] > 0
@@ -246,6 +248,17 @@ def test_everything_is_measured_once_and_written(quick, tmp_path, capsys):
         (tmp_path / "out" / name).unlink()
     main(["--report", "--device", "cpu", "--output_dir", str(tmp_path / "out")])
     assert len(quick) == 15 and (tmp_path / "out" / "cpu.png").exists() and (tmp_path / "out" / "cpu.md").exists()
+
+
+def test_startup_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(startup, "_CODE", {startup.IMPORT_TORCH: "pass", "sleeping": "import time; time.sleep(0.5)"})
+    monkeypatch.setattr(startup, "_WORDS", {"help": ["--help"]})
+    main(["--part", "startup", "--rounds", "2", "--device", "cpu", "--output_dir", str(tmp_path)])
+    record = json.loads((tmp_path / "cpu.json").read_text())
+    assert record["results"] == {} and {len(times) for times in record["startup"].values()} == {2}
+    assert min(record["startup"]["sleeping"]) > 0.5 and set(record["startup"]) == {"import torch", "sleeping", "help"}
+    text = (tmp_path / "cpu.md").read_text()
+    assert "## Commands and imports" in text and "| `import torch` |" in text
 
 
 def test_a_run_cut_off_keeps_what_was_measured(quick, tmp_path, monkeypatch):

@@ -37,6 +37,8 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         _product is None
         or not infers_on_cpu(inputs)
         or not inputs.dtype == weight.dtype == torch.float32
+        or type(inputs) is not torch.Tensor  # neither quantized nor divided among devices
+        or type(weight) not in (torch.Tensor, nn.Parameter)
         or not weight.is_contiguous()
         or inputs.numel() == 0
         or torch.is_autocast_enabled("cpu")

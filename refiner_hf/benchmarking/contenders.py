@@ -1,7 +1,7 @@
 """What is compared: the implementations of the refinement, the same network compiled, and its peers."""
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +13,7 @@ from ..attention_refiner import REFINE_IMPLEMENTATIONS
 from ..configuration_refiner import RefinerConfig
 from ..modeling_refiner import RefinerForImageClassification
 from ..refinements_refiner import make_refinement
+from ..utils.measure import Step
 from .engines import ENGINES, engine_step, installed_engines
 
 
@@ -26,8 +27,6 @@ BASE = "eager"  # what every ratio is to
 PLAIN = "plain attention"
 COMPILED = "compiled"
 VITS = {"ViT eager": "eager", "ViT sdpa": "sdpa"}
-
-Step = Callable[[], object]
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from ..utils.measure import OUT_OF_MEMORY, WARM_UP, describe_failure, failure_noted_in, seconds_of
 from .contenders import Case, make_step
-from .measure import OUT_OF_MEMORY, WARM_UP, describe_failure, failure_noted_in, seconds_of
 
 
 # Memory that is freed goes back to the system at once, so that what is resident is what is in use.

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from ..utils.markdown import markdown_table
+from ..utils.measure import OUT_OF_MEMORY
 from .contenders import BASE, COMPILED
-from .measure import OUT_OF_MEMORY
 from .plots import plot_bars, plot_curves
 from .startup import IMPORT_TORCH
 from .summary import Results, memory_ratio, ratio, settings, share_of_roofline

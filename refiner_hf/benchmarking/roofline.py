@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from .measure import seconds_of
+from ..utils.measure import seconds_of
 
 
 MATMUL_SIDE = 2048

@@ -12,9 +12,9 @@ import torch
 
 from ..utils.files import write_json
 from ..utils.machine import describe_machine
+from ..utils.measure import time_in_turns
 from .contenders import NETWORKS, Case, contender_names, make_step, takes_part
 from .costs import costs
-from .measure import time_in_turns
 from .memory import peak_memory_in_child
 from .options import BenchmarkOptions
 from .record import open_record

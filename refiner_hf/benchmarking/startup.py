@@ -4,7 +4,7 @@ import subprocess
 import sys
 from functools import partial
 
-from .measure import seconds_of
+from ..utils.measure import seconds_of
 
 
 IMPORT_TORCH = "import torch"  # what every ratio is to

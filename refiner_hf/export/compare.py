@@ -12,7 +12,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..benchmarking.measure import time_in_turns
 from ..data.arguments import DataArguments
 from ..data.labels import LabelValues
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN, ImageData, load_image_data
@@ -20,6 +19,7 @@ from ..data.transforms import PrepareImages, evaluation_pixels, match_labels
 from ..utils.image_config import label_names_of
 from ..utils.machine import describe_machine
 from ..utils.markdown import markdown_table
+from ..utils.measure import time_in_turns
 from .graph import open_onnx, run_onnx
 
 

@@ -22,13 +22,13 @@ from refiner_hf.benchmarking.contenders import (
 )
 from refiner_hf.benchmarking.costs import costs, eager_channels, refinement_flops
 from refiner_hf.benchmarking.engines import ENGINES
-from refiner_hf.benchmarking.measure import describe_failure, time_in_turns
 from refiner_hf.benchmarking.record import open_record
 from refiner_hf.benchmarking.report import write_report
 from refiner_hf.benchmarking.summary import memory_ratio, ratio, share_of_roofline
 from refiner_hf.commands.benchmark import command_of, main
 from refiner_hf.utils.files import write_json
 from refiner_hf.utils.flops import count_flops
+from refiner_hf.utils.measure import describe_failure, time_in_turns
 
 
 def case(part="model", kind="inference", **changes) -> Case:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from .contenders import Step
 
+Step = Callable[[], object]
 
 WARM_UP = 2  # steps, for each contender
 OUT_OF_MEMORY = "out of memory"

@@ -196,9 +196,8 @@ class RefineImplementation(NamedTuple):
     result is there doesn't matter. `why_not(refinement, map, masked=False)` says why it can't, or `None` where it can.
     It runs on the device types `devices`, by default on all. `fastest_from` has those on which `"auto"` takes it where
     none before it can: with gradients only where a layer's expanded maps have at least so many bytes; with a mask a
-    kind's `masked_pieces_pay_from` says it. Compilers get only those that are an operation which they know how to call
-    (`compiles`). For smaller ones many small operations cost more than they save (see the
-    curves in docs/benchmarks/).
+    kind's `masked_pieces_pay_from` says it. For smaller ones many small operations cost more than they save (see the
+    curves in docs/benchmarks/). Compilers get only those that are an operation which they can call (`compiles`).
     """
 
     refine: Callable[[RefinerMapRefinement, torch.Tensor, float, torch.Tensor | None], torch.Tensor]
@@ -284,11 +283,11 @@ def _fastest(refinement: RefinerMapRefinement, attention_map: torch.Tensor, mask
     }
     if not fastest:
         return "eager", f"there is nothing faster for {device}"
-    obstacles = {name: each.why_not(refinement, attention_map, masked) for name, each in fastest.items()}
-    name = next((name for name, obstacle in obstacles.items() if obstacle is None), None)
+    able = (name for name, each in fastest.items() if each.why_not(refinement, attention_map, masked) is None)
+    name = next(able, None)
     if name is None:
-        last = list(obstacles)[-1]  # which can do the most
-        return "eager", f"{last!r} doesn't fit, {obstacles[last]}"
+        last = list(fastest)[-1]  # which can do the most
+        return "eager", f"{last!r} doesn't fit, {fastest[last].why_not(refinement, attention_map, masked)}"
     # Processes that synchronize must pick alike, whatever the sizes of their batches.
     if needs_training_form(refinement, attention_map) and not refinement.output_norm.synchronizing:
         expanded = attention_map[:, 0].numel() * refinement.expanded_heads * attention_map.itemsize

@@ -18,7 +18,7 @@ from refiner_hf import (
 from refiner_hf.attention_refiner import REFINE_IMPLEMENTATIONS, RefinerMapRefinement, WeightsPanel
 from refiner_hf.benchmarking.contenders import contender_names
 from refiner_hf.cards.architecture import describe_network
-from refiner_hf.choices_refiner import REFINEMENT_NAMES
+from refiner_hf.choices_refiner import REFINE_IMPLEMENTATION_CHOICES, REFINEMENT_NAMES
 from refiner_hf.inspection.attention_views import APPLIED, BEFORE, view_attention
 from refiner_hf.inspection.networks import Network
 from refiner_hf.inspection.pictures import plot_weights
@@ -65,6 +65,10 @@ def model(scaled, tiny_config):
 
 def test_every_name_has_its_class():
     assert list(REFINEMENTS) == REFINEMENT_NAMES
+
+
+def test_every_implementation_can_be_chosen():
+    assert REFINE_IMPLEMENTATION_CHOICES == ("auto", *REFINE_IMPLEMENTATIONS)
 
 
 def test_a_new_kind_learns_and_is_saved(model, tmp_path):

@@ -13,7 +13,7 @@ from torch import nn
 
 from .configuration_refiner import RefinerConfig
 from .folding_refiner import can_bypass, folded_convolution, is_transformed, is_untouched
-from .inference_refiner import infers_on_cpu, linear
+from .inference_refiner import linear, only_infers
 from .normalization_refiner import RefinerBatchNorm2d
 from .token_mixing_refiner import mix_tokens
 
@@ -37,8 +37,8 @@ class RefinerConvStem(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, C, height, width) -> (B, 128, height / 2, width / 2)."""
         hidden_states = pixel_values
-        inference = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(pixel_values))
-        if infers_on_cpu(pixel_values):  # faster there; with a backward pass slower
+        inference = only_infers(pixel_values)
+        if inference and pixel_values.device.type == "cpu":  # faster there; with a backward pass slower
             hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
         for convolution, norm in (
             (self.convolution1, self.convolution1_norm),

@@ -24,18 +24,17 @@ if _product is not None and _product not in flop_registry:  # otherwise torch's 
     register_flop_formula(_product)(_count_flops)
 
 
-def infers_on_cpu(tensor: torch.Tensor) -> bool:
-    """Whether operations on `tensor` are computed on a CPU, and no more than that."""
-    return tensor.device.type == "cpu" and not (
-        torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(tensor)
-    )
+def only_infers(tensor: torch.Tensor) -> bool:
+    """Whether operations on `tensor` are computed, and no more than that."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(tensor))
 
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool = False) -> torch.Tensor:
     """(..., D), (d, D), (d) -> (..., d), with or without an activation."""
     if (
         _product is None
-        or not infers_on_cpu(inputs)
+        or inputs.device.type != "cpu"
+        or not only_infers(inputs)
         or not inputs.dtype == weight.dtype == torch.float32
         or type(inputs) is not torch.Tensor  # neither quantized nor divided among devices
         or type(weight) not in (torch.Tensor, nn.Parameter)

@@ -173,7 +173,9 @@ def _why_not_blocked(
         return "what happens to the maps is recorded or transformed, which takes plain operations"
     if attention_map[:, 0].numel() < 2:
         return "there is nothing, or a single value, to refine"
-    if hasattr(refinement, "convolution") or not needs_training_form(refinement, attention_map):
+    if hasattr(refinement, "convolution"):
+        return "compilers make more of its two modules" if torch.compiler.is_compiling() else None
+    if not needs_training_form(refinement, attention_map):
         return None
     return why_not_recomputed(refinement)
 
@@ -197,14 +199,13 @@ class RefineImplementation(NamedTuple):
     It runs on the device types `devices`, by default on all. `fastest_from` has those on which `"auto"` takes it where
     none before it can: with gradients only where a layer's expanded maps have at least so many bytes; with a mask a
     kind's `masked_pieces_pay_from` says it. For smaller ones many small operations cost more than they save (see the
-    curves in docs/benchmarks/). Compilers get only those that are an operation which they can call (`compiles`).
+    curves in docs/benchmarks/).
     """
 
     refine: Callable[[RefinerMapRefinement, torch.Tensor, float, torch.Tensor | None], torch.Tensor]
     why_not: Callable[..., str | None]
     devices: tuple[str, ...] | None = None
     fastest_from: dict[str, int] = {}
-    compiles: bool = False
 
     def runs_on(self, device: str) -> bool:
         """Whether there is any map on this type of device that it can refine."""
@@ -218,7 +219,6 @@ REFINE_IMPLEMENTATIONS: dict[str, RefineImplementation] = {
         _why_not_native,
         devices=("cpu",),
         fastest_from={"cpu": 0},
-        compiles=True,
     ),
     "blocked": RefineImplementation(
         _blocked,
@@ -276,11 +276,7 @@ def _fastest(refinement: RefinerMapRefinement, attention_map: torch.Tensor, mask
     device = attention_map.device.type
     if is_transformed(attention_map):
         return "eager", "the model is being traced or transformed, which takes plain operations"
-    fastest = {
-        name: each
-        for name, each in REFINE_IMPLEMENTATIONS.items()
-        if device in each.fastest_from and (each.compiles or not torch.compiler.is_compiling())
-    }
+    fastest = {name: each for name, each in REFINE_IMPLEMENTATIONS.items() if device in each.fastest_from}
     if not fastest:
         return "eager", f"there is nothing faster for {device}"
     able = (name for name, each in fastest.items() if each.why_not(refinement, attention_map, masked) is None)

@@ -21,9 +21,10 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .folding_refiner import Expansion, Folded, Local, arithmetic_type, fold, needs_training_form
+from .folding_refiner import Expansion, Folded, Local, arithmetic_type, fold, needs_training_form, operands_of
 from .normalization_refiner import combine_moments
-from .recomputing_refiner import BackwardInputs, Moments, recomputed_refine, sums_type
+from .operations_refiner import like_the_map, operation
+from .recomputing_refiner import BackwardInputs, Moments, Recomputed, sums_type
 
 
 # Bytes of an expanded piece: few enough for a CPU's shared cache, enough to be worth the calls.
@@ -34,7 +35,7 @@ def blocked_refine(
     refinement: nn.Module, attention_map: torch.Tensor, scale: float = 1.0, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    The refinement in pieces: with batch statistics or gradients as in [`recomputed_refine`], else with every norm
+    The refinement in pieces: with batch statistics or gradients as in [`Recomputed`], else with every norm
     folded into the weights before it.
 
     Args:
@@ -47,9 +48,24 @@ def blocked_refine(
         `torch.Tensor` of shape (B, H, N, N).
     """
     if needs_training_form(refinement, attention_map):
-        return recomputed_refine(refinement, attention_map, scale, BlockedPasses, mask)
+        return blocked_training(refinement, attention_map, scale, mask)
+    return _blocked_refine(attention_map, mask, *operands_of(refinement), scale)
+
+
+@operation(
+    "blocked_refine(Tensor map, Tensor? mask, Tensor?[] weights, float[] eps, float scale) -> Tensor",
+    like_the_map,
+    products=1,
+)
+def _blocked_refine(
+    attention_map: torch.Tensor,
+    mask: torch.Tensor | None,
+    weights: list[torch.Tensor | None],
+    eps: list[float],
+    scale: float,
+) -> torch.Tensor:
     with torch.autocast(attention_map.device.type, enabled=False):
-        return _folded_refine(fold(refinement, arithmetic_type(attention_map), scale), attention_map, mask)
+        return _folded_refine(fold(weights, eps, arithmetic_type(attention_map), scale), attention_map, mask)
 
 
 def _folded_refine(folded: Folded, attention_map: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -233,6 +249,9 @@ class BlockedPasses:
             return value.to(self.dtype) if value is not None and value.dtype == torch.float64 else value
 
         return [cast(value) for value in values]
+
+
+blocked_training = Recomputed("blocked", BlockedPasses)
 
 
 class _Piece(NamedTuple):

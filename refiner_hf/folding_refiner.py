@@ -2,7 +2,7 @@
 """The refinement in evaluation with every batch norm folded into the weights before it."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -41,38 +41,54 @@ class Folded(NamedTuple):
     constant: torch.Tensor  # (H,)
 
 
-def fold(refinement: nn.Module, dtype: torch.dtype, scale: float = 1.0) -> Folded:
+def operands_of(refinement: nn.Module, statistics: bool = True) -> tuple[list[torch.Tensor | None], list[float]]:
+    """
+    What the operations on a refinement's maps take: the weights of its three convolutions, then of each norm in
+    [`NORMS`] weight, bias, running mean and running variance; and the norms' eps. `None` (and an eps of 0) stands for
+    what it doesn't have, and without `statistics` for these.
+    """
+    norms: dict[str, Any] = named_norms_of(refinement)
+    convolutions = (refinement._modules.get(name) for name in ("expansion", "local_attention", "reduction"))
+    operands = [None if convolution is None else convolution.weight for convolution in convolutions]
+    for name in NORMS:
+        norm = norms.get(name)
+        operands += 2 * [None] if norm is None else [norm.weight, norm.bias]
+        operands += 2 * [None] if norm is None or not statistics else [norm.running_mean, norm.running_var]
+    return operands, [norms[name].eps if name in norms else 0.0 for name in NORMS]
+
+
+def fold(
+    weights: Sequence[torch.Tensor | None], eps: Sequence[float], dtype: torch.dtype, scale: float = 1.0
+) -> Folded:
     """
     Folds a refinement's norms, with the weights and statistics as they are now. It takes a few dozen operations on
     short vectors and is done at each call, so that no change of a weight is missed. (A version counter doesn't see an
     edit of `weight.data`.)
 
     Args:
-        refinement: the module that holds weights and norms, any but a `"convolution"`.
+        weights, eps: of any refinement but a `"convolution"`, as [`operands_of`] gives them.
         dtype: the type to compute in.
         scale: a factor on the result.
     """
-    norms = named_norms_of(refinement)
+    w1, w2, w3, *vectors = weights
+    norms = {i: vectors[4 * i : 4 * i + 4] for i in range(len(NORMS)) if vectors[4 * i] is not None}
     # All norms together: on a GPU, each operation on a short vector costs as much as one on them all.
-    gains, biases, means = (
-        torch.cat([getattr(norm, name) for norm in norms.values()]).to(dtype)
-        for name in ("weight", "bias", "running_mean")
-    )
-    gains = gains * torch.cat([norm.running_var.to(dtype) + norm.eps for norm in norms.values()]).rsqrt()
+    gains, biases, means = (torch.cat([norm[i] for norm in norms.values()]).to(dtype) for i in range(3))
+    gains = gains * torch.cat([norm[3].to(dtype) + eps[i] for i, norm in norms.items()]).rsqrt()
     biases = torch.addcmul(biases, gains, means, value=-1)
-    sizes = [norm.num_features for norm in norms.values()]
+    sizes = [len(norm[0]) for norm in norms.values()]
     affine = dict(zip(norms, zip(gains.split(sizes), biases.split(sizes))))
 
     expansion = local = None
-    if refinement.expansion is not None:
-        gain, bias = affine["expansion_norm"]
-        expansion = Expansion(gain[:, None] * refinement.expansion.weight.flatten(1).to(dtype), bias)
-    if refinement.local_attention is not None:
-        gain, bias = affine["local_attention_norm"]
-        local = Local(gain[:, None, None, None] * refinement.local_attention.weight.to(dtype), bias)
-    gain, bias = affine["reduction_norm"]
-    output_gain, output_bias = (scale * vector for vector in affine["output_norm"])
-    reduction = (output_gain * gain)[:, None] * refinement.reduction.weight.flatten(1).to(dtype)
+    if w1 is not None:
+        gain, bias = affine[0]
+        expansion = Expansion(gain[:, None] * w1.flatten(1).to(dtype), bias)
+    if w2 is not None:
+        gain, bias = affine[1]
+        local = Local(gain[:, None, None, None] * w2.to(dtype), bias)
+    gain, bias = affine[2]
+    output_gain, output_bias = (scale * vector for vector in affine[3])
+    reduction = (output_gain * gain)[:, None] * w3.flatten(1).to(dtype)
     return Folded(expansion, local, reduction, output_gain, torch.addcmul(output_bias, output_gain, bias))
 
 

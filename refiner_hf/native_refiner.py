@@ -13,15 +13,14 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import register_flop_formula
 
-from .folding_refiner import NORMS, named_norms_of, needs_training_form
+from .folding_refiner import needs_training_form, operands_of
+from .operations_refiner import like_the_map, operation
 
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -34,17 +33,13 @@ def native_refine(
     refinement: Any, attention_map: torch.Tensor, scale: float = 1.0, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """As [`blocked_refiner.blocked_refine`], where [`why_not_native`] has nothing against it."""
-    norms: dict[str, Any] = named_norms_of(refinement)
-    tensors = [None if refinement.expansion is None else refinement.expansion.weight]
-    tensors += [refinement.local_attention.weight, refinement.reduction.weight]
-    for name in NORMS:
-        norm = norms.get(name)
-        tensors += 4 * [None] if norm is None else [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-    eps = [norms[name].eps if name in norms else 0.0 for name in NORMS]
-    return torch.ops.refiner_hf.refine(attention_map.contiguous(), tensors, eps, scale)
+    return _native_refine(attention_map.contiguous(), *operands_of(refinement), scale)
 
 
-def _refine(
+@operation(
+    "native_refine(Tensor map, Tensor?[] weights, float[] eps, float scale) -> Tensor", like_the_map, products=1
+)
+def _native_refine(
     attention_map: torch.Tensor, weights: list[torch.Tensor | None], eps: list[float], scale: float
 ) -> torch.Tensor:
     """The operation: calls the function. Its arguments are in the order in which that takes them."""
@@ -65,21 +60,6 @@ def _refine(
     if failed:
         raise MemoryError("There is too little memory to refine attention maps.")
     return output
-
-
-def _count_flops(map_shape: torch.Size, weight_shapes: list[torch.Size | None], *others: Any, **more: Any) -> int:
-    """Multiplications and additions of the weights with a map, as torch counts those of its own operations."""
-    batch, _, rows, columns = map_shape
-    return 2 * batch * rows * columns * sum(prod(shape) for shape in weight_shapes[:3] if shape is not None)
-
-
-# Torch knows it as an operation: profilers and counters see it, compilers take it as it is. Code from the Hub has no
-# C++ beside it, and would define it twice.
-if SOURCE.is_file():
-    torch.library.define("refiner_hf::refine", "(Tensor map, Tensor?[] weights, float[] eps, float scale) -> Tensor")
-    torch.library.impl("refiner_hf::refine", "cpu", _refine)
-    torch.library.register_fake("refiner_hf::refine", lambda map, weights, eps, scale: torch.empty_like(map))
-    register_flop_formula(torch.ops.refiner_hf.refine)(_count_flops)
 
 
 def why_not_native(refinement: nn.Module, attention_map: torch.Tensor, masked: bool) -> str | None:

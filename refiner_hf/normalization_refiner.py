@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -202,6 +203,14 @@ def differentiable_once(backward: Callable) -> Callable:
     return once
 
 
+def refuse_second_derivative(*_: Any) -> NoReturn:
+    """Raises a `RuntimeError`, for an autograd formula's backward pass."""
+    raise RuntimeError(
+        "The fast implementations of the refinement, and synchronized norms, are differentiable once. For second "
+        'derivatives use refine_implementation="eager" and norms that aren\'t synchronized.'
+    )
+
+
 class _RefuseSecondDerivative(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gradient):
@@ -209,10 +218,7 @@ class _RefuseSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(
-            "The fast implementations of the refinement, and synchronized norms, are differentiable once. For second "
-            'derivatives use refine_implementation="eager" and norms that aren\'t synchronized.'
-        )
+        refuse_second_derivative()
 
 
 class _SynchronizedBatchNorm(torch.autograd.Function):

@@ -20,8 +20,9 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from .folding_refiner import Expansion, Folded, Local, needs_training_form, norms_of
-from .recomputing_refiner import BackwardInputs, Moments, recomputed_refine
+from .folding_refiner import Expansion, Folded, Local, needs_training_form, operands_of
+from .operations_refiner import like_the_map, operation
+from .recomputing_refiner import BackwardInputs, Moments, Recomputed
 from .triton_kernels_refiner import (
     combine_kernel,
     expansion_backward_kernel,
@@ -77,7 +78,7 @@ def triton_refine(
     refinement: nn.Module, attention_map: torch.Tensor, scale: float = 1.0, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """
-    The refinement by kernels: with batch statistics or gradients as in [`recomputed_refine`], else with every norm
+    The refinement by kernels: with batch statistics or gradients as in [`Recomputed`], else with every norm
     folded into the weights before it.
 
     Products of float32 maps are as exact as float32 (three TF32 products each), unless the user lets torch's own
@@ -93,32 +94,41 @@ def triton_refine(
         `torch.Tensor` of shape (B, H, N, N).
     """
     if needs_training_form(refinement, attention_map):
-        return recomputed_refine(refinement, attention_map, scale, TritonPasses, mask)
-    attention_map = attention_map.contiguous()
+        return triton_training(refinement, attention_map, scale, mask)
+    return _triton_refine(attention_map.contiguous(), mask, *operands_of(refinement), scale)
+
+
+@operation(
+    "triton_refine(Tensor map, Tensor? mask, Tensor?[] weights, float[] eps, float scale) -> Tensor",
+    like_the_map,
+    products=1,
+)
+def _triton_refine(
+    attention_map: torch.Tensor,
+    mask: torch.Tensor | None,
+    weights: list[torch.Tensor | None],
+    eps: list[float],
+    scale: float,
+) -> torch.Tensor:
     output = torch.empty_like(attention_map)
-    passes = TritonPasses(attention_map, refinement.local_attention.kernel_size[0], mask)
-    folded = _fold(refinement, scale)
+    passes = TritonPasses(attention_map, weights[1].shape[-1], mask)  # type: ignore[union-attr]
+    folded = _fold(weights, eps, scale)
     vectors = (folded.reduction, folded.identity, folded.constant)
     passes.run_projection(folded.expansion, folded.local, *vectors, output, None, None, None)
     return output
 
 
-def _fold(refinement: nn.Module, scale: float) -> Folded:
+def _fold(weights: list[torch.Tensor | None], eps: list[float], scale: float) -> Folded:
     """[`fold`] in float32 by a kernel."""
-    convolutions = (refinement.expansion, refinement.local_attention, refinement.reduction)
-    w1, w2, w3 = (None if convolution is None else convolution.weight.contiguous() for convolution in convolutions)
+    w1, w2, w3, *vectors = (None if weight is None else weight.contiguous() for weight in weights)
     heads, expanded, kernel = len(w3), len(w2), w2.shape[-1]
-    norms = []
-    for norm in norms_of(refinement):
-        vectors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        norms.append((*(vector.contiguous() for vector in vectors), norm.eps))
-    first = (None,) * 5 if w1 is None else norms[0]
+    norms = [(*vectors[4 * i : 4 * i + 4], eps[i]) for i in range(len(eps))]
     shapes = [(expanded, heads), (expanded,), w2.shape, (expanded,), (heads, expanded), (heads,), (heads,)]
     flat = torch.empty(sum(math.prod(shape) for shape in shapes), dtype=torch.float32, device=w3.device)
     pieces = [piece.view(shape) for piece, shape in zip(flat.split([math.prod(shape) for shape in shapes]), shapes)]
     with _on(w3):
         fold_kernel[(1,)](
-            w1, *first, w2, *norms[-3], w3, *norms[-2], *norms[-1], scale, *pieces,
+            w1, *norms[0], w2, *norms[1], w3, *norms[2], *norms[3], scale, *pieces,
             H=heads, HP=_power_of_two(heads), E=expanded, EP=_power_of_two(expanded), K=kernel,
             TAPS=_power_of_two(kernel * kernel), EXPANDS=w1 is not None,
         )  # fmt: skip
@@ -314,6 +324,9 @@ class TritonPasses:
             CHANNELS=_CHANNELS,
             PRECISION=_precision(),
         )
+
+
+triton_training = Recomputed("triton", TritonPasses)
 
 
 def _of(expansion: Expansion | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -13,10 +13,12 @@ from itertools import product
 import pytest
 import torch
 
-from refiner_hf import refine, triton_refiner
+from refiner_hf import RefinerConfig, RefinerForImageClassification, refine, triton_refiner
 from refiner_hf.attention_refiner import REFINE_IMPLEMENTATIONS, eager_refine
+from refiner_hf.folding_refiner import operands_of
 from refiner_hf.triton_refiner import triton_refine
 
+from .compilers import Graphs
 from .conftest import assert_close
 from .encoders import disturb, inputs_of, make_encoder, real_tokens
 from .refinements import (
@@ -196,6 +198,30 @@ class TestKernels:
         with torch.no_grad():
             assert_close(triton_refine(refinement, maps), eager_refine(refinement, maps))
 
+    @pytest.mark.parametrize("ratio", [1, 3])
+    def test_sound_operations(self, ratio):
+        refinement, maps = make_refinement(ratio=ratio).to(DEVICE), make_maps(1, tokens=5).to(DEVICE)
+        operands, eps = operands_of(refinement.requires_grad_(False))
+        torch.library.opcheck(torch.ops.refiner_hf.triton_refine, (maps, None, operands, eps, 0.7))
+        operands, _ = operands_of(refinement.requires_grad_(), statistics=False)
+        weights = [each for each in operands if each is not None]
+        arguments = (maps.requires_grad_(), None, weights, 0.7, True, False, 1e-5)
+        torch.library.opcheck(torch.ops.refiner_hf.triton_forward, arguments)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_compilers_keep_them(self, training):
+        refinement, maps, graphs = make_refinement().train(training), make_maps(2, tokens=7).to(DEVICE), Graphs()
+        refinement.to(DEVICE).config.refine_implementation = "triton"
+        twin = copy.deepcopy(refinement)
+        compiled = torch.compile(refinement, fullgraph=True, dynamic=True, backend=graphs.backend)
+        with torch.set_grad_enabled(training):
+            assert_close(compiled(maps), twin(maps), 1e-6)
+        names = ["triton_forward", "triton_backward"] if training else ["triton_refine"]
+        if training:
+            compiled(maps).square().sum().backward(), twin(maps).square().sum().backward()
+            assert_close(refinement.reduction.weight.grad, twin.reduction.weight.grad, 1e-6)
+        assert [sum(graphs.count(name)) for name in names] == [1] * len(names)
+
     def test_autocast(self):
         refinement, maps = make_refinement().to(DEVICE), make_maps(1, tokens=7, dtype=torch.float16).to(DEVICE)
 
@@ -256,6 +282,34 @@ class TestOnGpu:
     @pytest.mark.parametrize("training", [True, False])
     def test_half_precision(self, dtype, training):
         check_half(dtype, training, tokens=197)
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_cuda_graphs(self, training):
+        """`mode="reduce-overhead"`: the results are those without a compiler, step after step."""
+        torch._dynamo.reset()
+        config = RefinerConfig.small(
+            num_hidden_layers=3, num_labels=8, drop_path_rate=0.0, refine_implementation="triton"
+        )
+        theirs = RefinerForImageClassification(config).train(training).cuda()
+        ours = copy.deepcopy(theirs)
+        compiled = torch.compile(ours, fullgraph=True, mode="reduce-overhead")
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        for _ in range(4):
+            pixels, labels = torch.randn(4, 3, 224, 224, device="cuda"), torch.arange(4, device="cuda")
+            torch.compiler.cudagraph_mark_step_begin()
+            losses = []
+            for model, call in ((theirs, theirs), (ours, compiled)):
+                with torch.set_grad_enabled(training):
+                    losses.append(call(pixels, labels=labels).loss.clone())
+                if training:
+                    model.zero_grad()
+                    losses[-1].backward()
+            assert_close(losses[1].detach(), losses[0].detach(), 1e-4)
+            if training:
+                gradients = [model.refiner.embeddings.cls_token.grad for model in (ours, theirs)]
+                assert_close(*gradients, 1e-3)
+        for name, buffer in theirs.named_buffers():
+            assert_close(ours.get_buffer(name).double(), buffer.double(), 1e-4, name)
 
     def test_many_positions(self):
         """More than 2^31 elements of maps, where 32-bit offsets would wrap around."""

@@ -1,0 +1,58 @@
+# Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
+"""
+What the fast implementations do, as operations of torch: compilers take each as it is, profilers show it by name, and
+counters of operations know what it is worth.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import count
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+
+def _free_namespace() -> str:
+    """The package's name; where a model's code from the Hub runs beside the package, one with a number."""
+    names = (f"refiner_hf{number or ''}" for number in count())
+    return next(name for name in names if not hasattr(getattr(torch.ops, name), "blocked_refine"))
+
+
+_NAMESPACE = _free_namespace()
+
+
+def operation(schema: str, fake: Callable[..., Any], products: int = 0) -> Callable[[Callable[..., Any]], Any]:
+    """
+    A decorator that makes a function an operation, on every device.
+
+    Args:
+        schema (`str`): name, arguments and results as torch writes them. The first argument is `map`, and one is
+            `weights`; those of convolutions have four dimensions.
+        fake: the same function for tensors that have only a shape.
+        products (`int`, *optional*, defaults to 0): how often each weight meets each position, for counters of
+            operations; an expanded map that is computed again isn't counted.
+    """
+    name, _, signature = schema.partition("(")
+    place = [part.split()[-1] for part in signature.partition(")")[0].split(",")].index("weights")
+
+    def count_flops(map_shape: torch.Size, *others: Any, **more: Any) -> int:
+        weights: Sequence[torch.Size | None] = (map_shape, *others)[place]
+        convolutions = [shape for shape in weights if shape is not None and len(shape) == 4]
+        batch, _, rows, columns = map_shape
+        return 2 * products * batch * rows * columns * sum(map(prod, convolutions))
+
+    def define(function: Callable[..., Any]) -> Any:
+        torch.library.define(f"{_NAMESPACE}::{name}", f"({signature}")
+        torch.library.impl(f"{_NAMESPACE}::{name}", "default", function)
+        torch.library.register_fake(f"{_NAMESPACE}::{name}", fake)
+        packet = getattr(getattr(torch.ops, _NAMESPACE), name)
+        register_flop_formula(packet)(count_flops)
+        return packet.default
+
+    return define
+
+
+def like_the_map(attention_map: torch.Tensor, *others: Any) -> torch.Tensor:
+    """The fake form of an operation whose result is a map as its first argument is."""
+    return torch.empty_like(attention_map, memory_format=torch.contiguous_format)

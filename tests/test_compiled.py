@@ -1,0 +1,114 @@
+"""`torch.compile` keeps the fast implementations, as operations in one graph."""
+
+import copy
+
+import pytest
+import torch
+
+from refiner_hf import attention_refiner
+from refiner_hf.folding_refiner import operands_of
+
+from .compilers import Graphs
+from .conftest import assert_close
+from .refinements import make_maps, make_refinement
+from .test_fast_paths import assert_same, gradients_and_buffers
+from .test_native import compiled as compiled_function
+from .test_native import needs_compiler
+
+
+OPERATIONS = torch.ops.refiner_hf
+implementations = pytest.mark.parametrize(
+    "implementation", [pytest.param("native", marks=needs_compiler), "blocked", "auto"]
+)
+
+
+def refinements_of(model) -> int:
+    return sum("refined" in each for each in model.config.attention_types)
+
+
+@implementations
+def test_evaluation(tiny_model, implementation):
+    """With the number of images left open."""
+    model, graphs = tiny_model().eval(), Graphs()
+    model.set_refine_implementation(implementation)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs.backend)
+    with torch.no_grad():
+        for images in (2, 5):
+            pixels = torch.randn(images, 3, 16, 16)
+            assert_close(compiled(pixels).logits, model(pixels).logits, 1e-5)
+    fastest = "native" if compiled_function() else "blocked"
+    name = fastest if implementation == "auto" else implementation
+    assert graphs.count(f"{name}_refine") == [refinements_of(model)]
+
+
+@pytest.mark.parametrize("norms", ["training", "frozen"])
+def test_training(tiny_model, norms):
+    """Loss, gradients and running statistics are those of the modules; with the number of images left open."""
+    ours, graphs = tiny_model(num_hidden_layers=4).train(), Graphs()
+    if norms == "frozen":
+        ours.freeze_norms()
+    ours.set_refine_implementation("blocked")
+    theirs = copy.deepcopy(ours)
+    theirs.set_refine_implementation("eager")
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend=graphs.backend)
+    for images in (7, 5):  # not as many as something else has
+        inputs = {"pixel_values": torch.randn(images, 3, 16, 16).double(), "labels": torch.arange(images) % 4}
+        found = gradients_and_buffers(compiled, **inputs)
+        found = {name.replace("_orig_mod.", ""): value for name, value in found.items()}
+        assert_same(found, gradients_and_buffers(theirs, **inputs))
+    assert graphs.count("blocked_forward") == [refinements_of(ours), 0]
+    assert graphs.count("blocked_backward") == [0, refinements_of(ours)]
+
+
+@pytest.mark.parametrize("pays_from, taken", [(0, True), (2**40, False)])
+def test_auto_goes_by_size_in_training_as_without_a_compiler(tiny_model, monkeypatch, pays_from, taken):
+    blocked = attention_refiner.REFINE_IMPLEMENTATIONS["blocked"]._replace(fastest_from={"cpu": pays_from})
+    monkeypatch.setitem(attention_refiner.REFINE_IMPLEMENTATIONS, "blocked", blocked)
+    model, graphs = tiny_model().train(), Graphs()
+    compiled = torch.compile(model, fullgraph=True, backend=graphs.backend)
+    compiled(torch.randn(2, 3, 16, 16)).logits.sum().backward()
+    assert graphs.count("blocked_forward") == [taken * refinements_of(model), 0]
+
+
+def test_a_refinement_by_one_convolution_is_left_to_the_compiler(tiny_model):
+    model, graphs = tiny_model(refinement="convolution").train(), Graphs()
+    model.set_refine_implementation("blocked")
+    torch.compile(model, fullgraph=True, backend=graphs.backend)(torch.randn(2, 3, 16, 16)).logits.sum().backward()
+    assert len(graphs.operations) == 2 and "refiner_hf" not in str(graphs.operations)
+
+
+class TestOperations:
+    """Each is what it says to compilers: shapes, layouts and types, what it changes, gradients."""
+
+    def check(self, operation, *arguments) -> None:
+        torch.library.opcheck(operation, arguments)
+
+    @needs_compiler
+    @pytest.mark.parametrize("ratio", [1, 3])
+    def test_native(self, ratio):
+        operands, eps = operands_of(make_refinement(ratio=ratio).requires_grad_(False))
+        self.check(OPERATIONS.native_refine, make_maps(), operands, eps, 0.7)
+
+    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize("ratio", [1, 3])
+    def test_blocked(self, ratio, masked):
+        operands, eps = operands_of(make_refinement(ratio=ratio).requires_grad_(False))
+        self.check(OPERATIONS.blocked_refine, make_maps(), self.mask() if masked else None, operands, eps, 0.7)
+
+    @pytest.mark.parametrize("batch_statistics", [False, True])
+    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize("ratio", [1, 3])
+    def test_forward_and_backward(self, ratio, masked, batch_statistics):
+        operands, _ = operands_of(make_refinement(ratio=ratio), statistics=not batch_statistics)
+        weights = [each for each in operands if each is not None]
+        maps, mask = make_maps().requires_grad_(), self.mask() if masked else None
+        setting = (0.7, batch_statistics, False, 1e-5)
+        self.check(OPERATIONS.blocked_forward, maps, mask, weights, *setting)
+        output, reduced, statistics = OPERATIONS.blocked_forward(maps, mask, weights, *setting)
+        gradient = torch.randn_like(output)
+        with torch.no_grad():
+            kept = [each.detach() for each in weights]
+            self.check(OPERATIONS.blocked_backward, maps.detach(), mask, kept, reduced, statistics, gradient, *setting)
+
+    def mask(self) -> torch.Tensor:
+        return torch.rand(3, 1, 9, 9, generator=torch.Generator().manual_seed(0)) > 0.3

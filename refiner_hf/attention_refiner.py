@@ -15,8 +15,8 @@ from transformers.utils import logging
 from .blocked_convolution_refiner import blocked_convolution
 from .blocked_refiner import blocked_refine
 from .configuration_refiner import RefinerConfig
-from .folding_refiner import can_bypass, is_transformed, needs_training_form
-from .native_refiner import native_refine, why_not_native
+from .folding_refiner import can_bypass, has_hooks, is_transformed, needs_training_form
+from .native_refiner import native_refine, native_weigh, why_not_native
 from .normalization_refiner import RefinerBatchNorm2d
 from .recomputing_refiner import why_not_recomputed
 from .triton_refiner import triton_refine, why_not_triton
@@ -73,6 +73,28 @@ class RefinerMapRefinement(nn.Module):
             return REFINE_IMPLEMENTATIONS[name].refine(self, attention_map, scale, None)
         attention_map = attention_map.masked_fill(~mask, 0)
         return REFINE_IMPLEMENTATIONS[name].refine(self, attention_map, scale, mask).masked_fill(~mask, 0)
+
+    def weigh(
+        self, attention_map: torch.Tensor, value: torch.Tensor, scale: float = 1.0, map_needed: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Refines a map and weights values with it.
+
+        Args:
+            attention_map, scale: as in [`forward`].
+            value (`torch.Tensor` of shape (B, [`refined_heads`], N, d)): as [`refine_values`] gives them.
+            map_needed (`bool`, *optional*): whether the refined map is wanted, too.
+
+        Returns:
+            the weighted values of all heads side by side, (B, N, H D), and the refined map, or `None` where it isn't
+            needed and was never made.
+        """
+        if not map_needed and not has_hooks(self):
+            weigh = REFINE_IMPLEMENTATIONS[pick_implementation(self, attention_map)].weigh
+            if weigh is not None and value.dtype == attention_map.dtype:
+                return weigh(self, attention_map, value, scale), None
+        refined = self(attention_map, scale)
+        return (refined @ value).transpose(1, 2).flatten(2), refined
 
     def refine_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """The scores that the softmax gets, before any mask, (B, H, N, N) -> (B, H, N, N)."""
@@ -199,13 +221,15 @@ class RefineImplementation(NamedTuple):
     It runs on the device types `devices`, by default on all. `fastest_from` has those on which `"auto"` takes it where
     none before it can: with gradients only where a layer's expanded maps have at least so many bytes; with a mask a
     kind's `masked_pieces_pay_from` says it. For smaller ones many small operations cost more than they save (see the
-    curves in docs/benchmarks/).
+    curves in docs/benchmarks/). `weigh(refinement, map, values, scale)`, where there is one, weights values with the
+    refined map without making it.
     """
 
     refine: Callable[[RefinerMapRefinement, torch.Tensor, float, torch.Tensor | None], torch.Tensor]
     why_not: Callable[..., str | None]
     devices: tuple[str, ...] | None = None
     fastest_from: dict[str, int] = {}
+    weigh: Callable[[RefinerMapRefinement, torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None
 
     def runs_on(self, device: str) -> bool:
         """Whether there is any map on this type of device that it can refine."""
@@ -219,6 +243,7 @@ REFINE_IMPLEMENTATIONS: dict[str, RefineImplementation] = {
         _why_not_native,
         devices=("cpu",),
         fastest_from={"cpu": 0},
+        weigh=native_weigh,
     ),
     "blocked": RefineImplementation(
         _blocked,

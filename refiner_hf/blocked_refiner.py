@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .folding_refiner import Expansion, Folded, Local, arithmetic_type, fold, needs_training_form, operands_of
 from .normalization_refiner import combine_moments
-from .operations_refiner import like_the_map, operation
+from .operations_refiner import like_the_map, operation, products_of_weights
 from .recomputing_refiner import BackwardInputs, Moments, Recomputed, sums_type
 
 
@@ -54,8 +54,8 @@ def blocked_refine(
 
 @operation(
     "blocked_refine(Tensor map, Tensor? mask, Tensor?[] weights, float[] eps, float scale) -> Tensor",
-    like_the_map,
-    products=1,
+    fake=like_the_map,
+    flops=lambda map_shape, mask, weight_shapes, *others: products_of_weights(map_shape, weight_shapes),
 )
 def _blocked_refine(
     attention_map: torch.Tensor,

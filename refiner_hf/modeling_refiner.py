@@ -50,6 +50,7 @@ from .embeddings_refiner import RefinerEmbeddings, patches_to_pixels
 from .folding_refiner import is_transformed
 from .inference_refiner import call_linear, call_linear_and_activation
 from .loss_refiner import image_classification_loss
+from .native_refiner import attends, native_attend
 from .normalization_refiner import RefinerBatchNorm2d
 from .refinements_refiner import make_refinement
 from .token_mixing_refiner import mix_tokens, sample_mixing_mask
@@ -114,7 +115,7 @@ class RefinerAttention(nn.Module):
         Args:
             hidden_states: (B, N, D).
             previous_map: the map that the layer before passed on, (B, H, N, N).
-            map_needed: whether anybody looks at this layer's map.
+            map_needed: whether anybody looks at the map that weights the values.
 
         Returns:
             the output (B, N, D), the map that weighted the values, and the map passed on to the next layer; no maps
@@ -124,18 +125,35 @@ class RefinerAttention(nn.Module):
         if self.attention_type != "plain":
             value = self.refinement.refine_values(value)
         if self.attention_type == "shared_refined":
-            attention_map, passed_on = self.refinement(previous_map, self.scaling), previous_map
-        else:
-            query, key = (self._heads(call_linear(each, hidden_states)) for each in (self.q_proj, self.k_proj))
-            if not map_needed and self._is_plain(previous_map):
-                output = nn.functional.scaled_dot_product_attention(query, key, value, scale=self.scaling)
-                return call_linear(self.o_proj, output.transpose(1, 2).flatten(2)), None, None
-            attention_map = passed_on = self._own_map(query, key, previous_map)
-        attention_output = (attention_map @ value).transpose(1, 2).flatten(2)
-        return call_linear(self.o_proj, attention_output), attention_map, passed_on
+            output, attention_map = self.refinement.weigh(previous_map, value, self.scaling, map_needed)
+            return call_linear(self.o_proj, output), attention_map, previous_map
+        query, key = (self._heads(call_linear(each, hidden_states)) for each in (self.q_proj, self.k_proj))
+        output, attention_map = self._attend(query, key, value, previous_map, map_needed)
+        return call_linear(self.o_proj, output), attention_map, attention_map
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        previous_map: torch.Tensor | None,
+        map_needed: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Three times (B, H, N, D / H), (B, H, N, N) -> the weighted values (B, N, D), and this layer's map."""
+        if not map_needed and self._is_plain(previous_map):
+            output = nn.functional.scaled_dot_product_attention(query, key, value, scale=self.scaling)
+            return output.transpose(1, 2).flatten(2), None
+        added = previous_map if self._accumulates(previous_map) else None
+        if self.attention_type == "plain" and not self._drops and attends(query, key, value, added):
+            attention_map, output = native_attend(query, key, value, added, self.scaling)
+            return output, attention_map
+        attention_map = self._own_map(query, key, previous_map)
+        if self.attention_type == "refined":
+            return self.refinement.weigh(attention_map, value, map_needed=map_needed)
+        return (attention_map @ value).transpose(1, 2).flatten(2), attention_map
 
     def _own_map(self, query: torch.Tensor, key: torch.Tensor, previous_map: torch.Tensor | None) -> torch.Tensor:
-        """(B, H, N, D / H), the same, (B, H, N, N) -> (B, H, N, N)."""
+        """(B, H, N, D / H), the same, (B, H, N, N) -> the map before any refinement, (B, H, N, N)."""
         scores = (query * self.scaling) @ key.transpose(-2, -1)
         if self.attention_type == "refined":
             scores = self.refinement.refine_scores(scores)
@@ -146,16 +164,18 @@ class RefinerAttention(nn.Module):
             keeps = attention_map.requires_grad or is_transformed(attention_map)
             add = torch.add if keeps else torch.Tensor.add_
             attention_map = add(attention_map, previous_map, alpha=self.scaling)
-        attention_map = self.dropout(attention_map)
-        return self.refinement(attention_map) if self.attention_type == "refined" else attention_map
+        return self.dropout(attention_map)
 
     def _accumulates(self, previous_map: torch.Tensor | None) -> bool:
         return self.accumulate_attention and previous_map is not None
 
     def _is_plain(self, previous_map: torch.Tensor | None) -> bool:
         """Whether nothing is done with the map but to weight the values."""
-        drops = self.training and self.dropout.p > 0
-        return self.attention_type == "plain" and not self._accumulates(previous_map) and not drops
+        return self.attention_type == "plain" and not self._accumulates(previous_map) and not self._drops
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.dropout.p > 0
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         """(B, N, D) -> (B, H, N, D / H)."""
@@ -467,8 +487,10 @@ class RefinerModel(RefinerPreTrainedModel):
         )
 
     def _map_is_needed(self, layer: int) -> bool:
-        """Whether the next layer takes the map of `layer`, or the cosine regulariser."""
+        """Whether the next layer takes the map that weights the values of `layer`, or the cosine regulariser."""
         types = self.config.attention_types
+        if types[layer] == "shared_refined":
+            return False  # it passes on the one that it got
         if self._regularizes_pair(layer):
             return True
         if layer + 1 == len(types):

@@ -22,35 +22,34 @@ def _free_namespace() -> str:
 _NAMESPACE = _free_namespace()
 
 
-def operation(schema: str, fake: Callable[..., Any], products: int = 0) -> Callable[[Callable[..., Any]], Any]:
+def operation(schema: str, fake: Callable[..., Any], flops: Callable[..., int]) -> Callable[[Callable[..., Any]], Any]:
     """
     A decorator that makes a function an operation, on every device.
 
     Args:
-        schema (`str`): name, arguments and results as torch writes them. The first argument is `map`, and one is
-            `weights`; those of convolutions have four dimensions.
+        schema (`str`): name, arguments and results as torch writes them.
         fake: the same function for tensors that have only a shape.
-        products (`int`, *optional*, defaults to 0): how often each weight meets each position, for counters of
-            operations; an expanded map that is computed again isn't counted.
+        flops: from the arguments, with shapes in place of tensors, to additions and multiplications. What is computed
+            again isn't counted.
     """
     name, _, signature = schema.partition("(")
-    place = [part.split()[-1] for part in signature.partition(")")[0].split(",")].index("weights")
-
-    def count_flops(map_shape: torch.Size, *others: Any, **more: Any) -> int:
-        weights: Sequence[torch.Size | None] = (map_shape, *others)[place]
-        convolutions = [shape for shape in weights if shape is not None and len(shape) == 4]
-        batch, _, rows, columns = map_shape
-        return 2 * products * batch * rows * columns * sum(map(prod, convolutions))
 
     def define(function: Callable[..., Any]) -> Any:
         torch.library.define(f"{_NAMESPACE}::{name}", f"({signature}")
         torch.library.impl(f"{_NAMESPACE}::{name}", "default", function)
         torch.library.register_fake(f"{_NAMESPACE}::{name}", fake)
         packet = getattr(getattr(torch.ops, _NAMESPACE), name)
-        register_flop_formula(packet)(count_flops)
+        register_flop_formula(packet)(lambda *arguments, **results: flops(*arguments))
         return packet.default
 
     return define
+
+
+def products_of_weights(map_shape: torch.Size, weight_shapes: Sequence[torch.Size | None]) -> int:
+    """Additions and multiplications of a refinement's convolutions, which have the weights of four dimensions."""
+    batch, _, rows, columns = map_shape
+    convolutions = [shape for shape in weight_shapes if shape is not None and len(shape) == 4]
+    return 2 * batch * rows * columns * sum(map(prod, convolutions))
 
 
 def like_the_map(attention_map: torch.Tensor, *others: Any) -> torch.Tensor:

@@ -32,7 +32,7 @@ from torch import nn
 
 from .folding_refiner import Expansion, Local, cast_together, norms_of, operands_of
 from .normalization_refiner import all_gather_moments, all_reduce_sum, refuse_second_derivative, track_together
-from .operations_refiner import like_the_map, operation
+from .operations_refiner import like_the_map, operation, products_of_weights
 
 
 class Moments(NamedTuple):
@@ -127,14 +127,14 @@ class Recomputed:
         settings = "float scale, bool batch_statistics, bool synchronizing, float eps"
         self._forward = operation(
             f"{name}_forward(Tensor map, Tensor? mask, Tensor[] weights, {settings}) -> (Tensor, Tensor, Tensor)",
-            _fake_forward,
-            products=1,
+            fake=_fake_forward,
+            flops=lambda map_shape, mask, weight_shapes, *others: products_of_weights(map_shape, weight_shapes),
         )(self._compute)
         self._backward = operation(
             f"{name}_backward(Tensor map, Tensor? mask, Tensor[] weights, Tensor reduced, Tensor statistics, "
             f"Tensor gradient, {settings}) -> (Tensor, Tensor)",
-            _fake_backward,
-            products=2,
+            fake=_fake_backward,
+            flops=lambda map_shape, mask, weight_shapes, *others: 2 * products_of_weights(map_shape, weight_shapes),
         )(self._differentiate)
         torch.library.register_autograd(self._forward, self._gradients, setup_context=_keep)
         torch.library.register_autograd(self._backward, refuse_second_derivative)

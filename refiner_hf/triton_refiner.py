@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .folding_refiner import Expansion, Folded, Local, needs_training_form, operands_of
-from .operations_refiner import like_the_map, operation
+from .operations_refiner import like_the_map, operation, products_of_weights
 from .recomputing_refiner import BackwardInputs, Moments, Recomputed
 from .triton_kernels_refiner import (
     combine_kernel,
@@ -100,8 +100,8 @@ def triton_refine(
 
 @operation(
     "triton_refine(Tensor map, Tensor? mask, Tensor?[] weights, float[] eps, float scale) -> Tensor",
-    like_the_map,
-    products=1,
+    fake=like_the_map,
+    flops=lambda map_shape, mask, weight_shapes, *others: products_of_weights(map_shape, weight_shapes),
 )
 def _triton_refine(
     attention_map: torch.Tensor,

@@ -87,7 +87,11 @@ class TestOperations:
     @pytest.mark.parametrize("ratio", [1, 3])
     def test_native(self, ratio):
         operands, eps = operands_of(make_refinement(ratio=ratio).requires_grad_(False))
-        self.check(OPERATIONS.native_refine, make_maps(), operands, eps, 0.7)
+        maps, (query, key, value) = make_maps(), torch.randn(3, 3, 9, 20).unbind()
+        self.check(OPERATIONS.native_refine, maps, None, operands, eps, 0.7)
+        self.check(OPERATIONS.native_refine, maps, value, operands, eps, 0.7)
+        self.check(OPERATIONS.native_attend, query, key, value, None, 4, 0.7)
+        self.check(OPERATIONS.native_attend, query, key, value, maps, 4, 0.7)
 
     @pytest.mark.parametrize("masked", [False, True])
     @pytest.mark.parametrize("ratio", [1, 3])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from refiner_hf import RefinerForImageClassification, native_refiner
+from refiner_hf import RefinerForImageClassification, native_library_refiner
 from refiner_hf.attention_refiner import pick_implementation
 from refiner_hf.normalization_refiner import RefinerBatchNorm2d
 
@@ -60,7 +60,7 @@ class TestChoice:
 
     @pytest.mark.parametrize("compiler", [True, False])
     def test_inference_on_a_cpu(self, lines, compiler, monkeypatch):
-        monkeypatch.setattr(native_refiner, "_loaded", lambda: print if compiler else "there is no compiler")
+        monkeypatch.setattr(native_library_refiner, "_loaded", lambda: print if compiler else "there is no compiler")
         fastest = "native" if compiler else "blocked"
         with torch.no_grad():
             assert self.picked(make_maps(), make_refinement().eval()) == fastest

@@ -35,7 +35,7 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_the_package_and_its_data(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in (ROOT / "refiner_hf").rglob("*"):
-        if path.suffix in (".py", ".yaml", ".md", ".txt", ".typed", ".cpp"):
+        if path.suffix in (".py", ".yaml", ".md", ".txt", ".typed", ".cpp", ".h"):
             assert str(path.relative_to(ROOT)) in names
     assert not any(name.startswith(("tests", "scripts")) for name in names)
 

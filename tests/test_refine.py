@@ -23,7 +23,7 @@ from transformers import (
     pipeline,
 )
 
-from refiner_hf import native_refiner, refine
+from refiner_hf import native_library_refiner, refine
 from refiner_hf.attention_refiner import REFINE_IMPLEMENTATIONS, RefinerMapRefinement
 from refiner_hf.hub.code import REFINED_AUTO_MAP, add_code
 from refiner_hf.normalization_refiner import RefinerBatchNorm2d
@@ -670,7 +670,7 @@ class TestImplementations:
             model(**inputs)
             model.set_refine_implementation("blocked")
             model(**inputs)
-        fastest = "blocked" if isinstance(native_refiner._loaded(), str) else "native"
+        fastest = "blocked" if isinstance(native_library_refiner._loaded(), str) else "native"
         assert ran == 2 * [fastest] + 2 * ["eager"] + 2 * ["blocked"], '"auto" is the default'
         with pytest.raises(ValueError, match="'auto', 'eager'"):
             model.set_refine_implementation("fast")

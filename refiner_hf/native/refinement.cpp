@@ -1,51 +1,15 @@
 // Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
 //
-// A refinement in evaluation, in one pass over the rows of a map: expand, convolve, reduce. Each row of the expanded maps
-// is made once, stays in a ring with the rows around it, and is never written to memory. `native_refiner.py` compiles it.
+// A refinement in evaluation, in one pass over the rows of a map: expand, convolve, reduce, and weight the values. Each row
+// of the expanded maps is made once, stays in a ring with the rows around it, and is never written to memory; nor is the
+// refined map where only what it makes of the values is wanted.
 //
-// Names as in folding_refiner.py. Shapes: B batch, H heads, E expanded heads, N rows and columns, k the kernel's side.
+// Names as in folding_refiner.py. Shapes: B batch, H heads, E expanded heads, N rows and columns, k the kernel's side, D the
+// width of a head.
 
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <thread>
-#include <vector>
+#include "vectors.h"
 
 namespace {
-
-// Floats in a vector, and rows of a matrix whose product with some vectors is made at a time: so many that all sums stay in
-// registers.
-#ifdef __AVX512F__
-constexpr int64_t WIDTH = 16, BLOCK = 6;
-#else
-constexpr int64_t WIDTH = 8, BLOCK = 3;
-#endif
-typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
-
-inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
-inline void store(float* to, Vector values) { *reinterpret_cast<Vector*>(to) = values; }
-inline Vector all(float value) { return Vector{} + value; }
-
-inline Vector relu6(Vector values) {  // NaN stays NaN
-    values = all(0) > values ? all(0) : values;
-    return all(6) < values ? all(6) : values;
-}
-
-inline float from_bfloat16(uint16_t value) {
-    const uint32_t bits = uint32_t(value) << 16;
-    float result;
-    std::memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
-inline uint16_t to_bfloat16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return (bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : uint16_t(rounded);  // NaN stays NaN
-}
 
 // A batch norm in evaluation as gain x + bias.
 struct Affine {
@@ -62,40 +26,31 @@ struct Affine {
 
 // (M, K) with a gain for each row -> (M / BLOCK, K, BLOCK), as `product` reads it; M rounded up with zeros.
 std::vector<float> packed(const float* weight, const std::vector<float>& gain, int64_t m, int64_t k) {
-    std::vector<float> result((m + BLOCK - 1) / BLOCK * BLOCK * k, 0.0f);
+    std::vector<float> result(rounded(m, BLOCK) * k, 0.0f);
     for (int64_t i = 0; i < m; ++i)
         for (int64_t j = 0; j < k; ++j) result[(i / BLOCK * k + j) * BLOCK + i % BLOCK] = gain[i] * weight[i * k + j];
     return result;
 }
 
 struct Problem {
-    const void* map;  // (B, H, N, N)
-    void* output;
-    int64_t batch, heads, expanded, size, kernel;
+    const void *map, *value;  // (B, H, N, N); (B, N, H D), or null where the refined map is wanted
+    void* output;             // as `value`, or as `map`
+    int64_t batch, heads, expanded, size, kernel, value_width;
     bool is_bfloat16, has_expansion;
     std::vector<float> expand, expand_bias, local, local_bias, reduce, identity, constant;
     int64_t block_rows;  // a task is so many rows of an image
     std::atomic<int64_t> next{0};
+
+    int64_t blocks() const { return divided(size, block_rows); }
 };
 
 // to (M, V vectors) = bias + weight (M / BLOCK, K, BLOCK) times from (K, V vectors)
 template <int V, bool ACTIVATE>
 inline void product(const std::vector<float>& weight, const float* bias, const float* from, int64_t from_stride, float* to,
                     int64_t to_stride, int64_t m, int64_t k) {
-    for (int64_t first = 0; first < m; first += BLOCK) {
-        Vector sums[BLOCK][V];
-        for (int i = 0; i < BLOCK; ++i)
-            for (int v = 0; v < V; ++v) sums[i][v] = all(bias ? bias[first + i] : 0.0f);
-        const float* w = weight.data() + first * k;
-        for (int64_t j = 0; j < k; ++j)
-            for (int v = 0; v < V; ++v) {
-                const Vector values = load(from + j * from_stride + v * WIDTH);
-                for (int i = 0; i < BLOCK; ++i) sums[i][v] += w[j * BLOCK + i] * values;
-            }
-        for (int i = 0; i < BLOCK; ++i)
-            for (int v = 0; v < V; ++v)
-                store(to + (first + i) * to_stride + v * WIDTH, ACTIVATE ? relu6(sums[i][v]) : sums[i][v]);
-    }
+    for (int64_t first = 0; first < m; first += BLOCK)
+        block_product<V, ACTIVATE>(weight.data() + first * k, 1, BLOCK, bias ? bias + first : nullptr, from, from_stride,
+                                   to + first * to_stride, to_stride, k);
 }
 
 // to (E, R rows, V vectors) = the convolution at R rows and a column, of the rows around. K is the kernel's side where it is
@@ -130,27 +85,41 @@ class Worker {
     explicit Worker(Problem& problem)
         : p(problem),
           pad(p.kernel / 2),
-          width((p.size + WIDTH - 1) / WIDTH * WIDTH),
+          width(rounded(p.size, WIDTH)),
           stride(width + 2 * pad),
-          rows_stride((p.expanded + BLOCK - 1) / BLOCK * BLOCK * stride + WIDTH),
+          rows_stride(rounded(p.expanded, BLOCK) * stride + WIDTH),
           ring((p.kernel + 1) * rows_stride, 0.0f),
           nothing(rows_stride, 0.0f),
           source(p.heads * width, 0.0f),
           hidden((p.expanded + BLOCK) * 4 * WIDTH),
           reduced((p.heads + BLOCK) * 4 * WIDTH),
-          around(p.kernel + 1) {}
+          around(p.kernel + 1),
+          values(p.value ? p.heads : 0, p.size, p.value_width),
+          refined(p.value ? p.heads * GROUP * width : 0, 0.0f),
+          weighted(BLOCK * values.columns) {}
 
     void work() {
-        const int64_t blocks = (p.size + p.block_rows - 1) / p.block_rows;
-        for (int64_t task; (task = p.next.fetch_add(1)) < p.batch * blocks;) {
-            const int64_t first = task % blocks * p.block_rows;
-            refine_rows(task / blocks, first, std::min(first + p.block_rows, p.size));
+        for (int64_t task; (task = p.next.fetch_add(1)) < p.batch * p.blocks();) {
+            const int64_t image = task / p.blocks(), first = task % p.blocks() * p.block_rows;
+            const int64_t last = std::min(first + p.block_rows, p.size);
+            if (p.value && image != taken) {
+                for (int64_t h = 0; h < p.heads; ++h) values.take(p.value, image, p.heads, h, h, p.is_bfloat16);
+                taken = image;
+            }
+            made = std::max<int64_t>(first - pad, 0);
+            for (begin = first; begin < last; begin += GROUP) {
+                const int64_t count = std::min(GROUP, last - begin);
+                refine_rows(image, begin, begin + count);
+                if (p.value) weigh_rows(image, count);
+            }
         }
     }
 
    private:
+    // Rows that are refined, in pairs, before they weight the values, in blocks.
+    static constexpr int64_t GROUP = 2 * BLOCK;
+
     void refine_rows(int64_t image, int64_t first, int64_t last) {
-        int64_t made = std::max<int64_t>(first - pad, 0);  // the next expanded row to make
         for (int64_t row = first; row < last; row += 2) {
             const int64_t rows = std::min<int64_t>(last - row, 2);
             for (; made < std::min(row + rows + pad, p.size); ++made) expand(image, made);
@@ -166,22 +135,27 @@ class Worker {
         }
     }
 
+    // What the group's rows make of the values.
+    void weigh_rows(int64_t image, int64_t count) {
+        for (int64_t h = 0; h < p.heads; ++h)
+            for (int64_t i = 0; i < count; i += BLOCK) {
+                values.weigh(refined_row(h, begin + i), width, h, weighted.data());
+                for (int64_t r = i; r < std::min(i + BLOCK, count); ++r)
+                    write(p.output, ((image * p.size + begin + r) * p.heads + h) * p.value_width, p.value_width,
+                          p.is_bfloat16, weighted.data() + (r - i) * values.columns);
+            }
+    }
+
+    float* refined_row(int64_t head, int64_t row) { return refined.data() + (head * GROUP + row - begin) * width; }
+
     int64_t place(int64_t image, int64_t head, int64_t row) const {
         return ((image * p.heads + head) * p.size + row) * p.size;
     }
 
     // A row of an image's expanded maps, into the ring.
     void expand(int64_t image, int64_t row) {
-        for (int64_t h = 0; h < p.heads; ++h) {
-            const int64_t at = place(image, h, row);
-            float* to = source.data() + h * width;
-            if (p.is_bfloat16) {
-                const uint16_t* from = static_cast<const uint16_t*>(p.map) + at;
-                for (int64_t c = 0; c < p.size; ++c) to[c] = from_bfloat16(from[c]);
-            } else {
-                std::memcpy(to, static_cast<const float*>(p.map) + at, p.size * sizeof(float));
-            }
-        }
+        for (int64_t h = 0; h < p.heads; ++h)
+            read(p.map, place(image, h, row), p.size, p.is_bfloat16, source.data() + h * width);
         float* to = ring.data() + row % (p.kernel + 1) * rows_stride;
         if (p.has_expansion) {
             int64_t column = 0;
@@ -217,15 +191,13 @@ class Worker {
             for (int64_t r = 0; r < R; ++r) {
                 const int64_t at = place(image, h, first + r) + column;
                 const float* z = reduced.data() + (h * VECTORS + r * V) * WIDTH;
-                if (p.is_bfloat16) {
-                    const uint16_t* from = static_cast<const uint16_t*>(p.map) + at;
-                    uint16_t* to = static_cast<uint16_t*>(p.output) + at;
-                    for (int64_t c = 0; c < count; ++c) to[c] = to_bfloat16(z[c] + gain * from_bfloat16(from[c]) + bias);
-                } else {
-                    const float* from = static_cast<const float*>(p.map) + at;
-                    float* to = static_cast<float*>(p.output) + at;
-                    for (int64_t c = 0; c < count; ++c) to[c] = z[c] + gain * from[c] + bias;
-                }
+                float row[V * WIDTH];
+                read(p.map, at, count, p.is_bfloat16, row);
+                for (int64_t c = 0; c < count; ++c) row[c] = z[c] + gain * row[c] + bias;
+                if (p.value)
+                    std::memcpy(refined_row(h, first + r) + column, row, count * sizeof(float));
+                else
+                    write(p.output, at, count, p.is_bfloat16, row);
             }
         }
     }
@@ -234,9 +206,11 @@ class Worker {
     const int64_t pad, width, stride, rows_stride;
     std::vector<float> ring, nothing, source, hidden, reduced;
     std::vector<const float*> around;
+    Values values;
+    std::vector<float> refined, weighted;
+    int64_t taken = -1;  // the image whose values are here
+    int64_t begin, made;  // the group's first row, and the next expanded row to make
 };
-
-int64_t tasks(const Problem& p) { return p.batch * ((p.size + p.block_rows - 1) / p.block_rows); }
 
 // One that finds no memory leaves its work to the others.
 void work(void* problem) {
@@ -248,34 +222,33 @@ void work(void* problem) {
 
 }  // namespace
 
-typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
-
 // Returns 0, or 1 where there is too little memory.
-//   tensors: map, output; expansion's weight (E, H) or null; local attention's (E, k, k); reduction's (H, E); then weight,
+//   tensors: map; values, or null where the refined map is wanted; output; expansion's weight (E, H) or null; local attention's (E, k, k); reduction's (H, E); then weight,
 //            bias, mean and variance of the norms after these three (those of a missing expansion null), and of the output
-//   sizes:   B, H, E, N, k, whether the maps are in bfloat16, threads
+//   sizes:   B, H, E, N, k, D, whether map, values and output are in bfloat16, threads
 //   eps:     of the four norms
-//   parallel: GOMP_parallel of the OpenMP that torch uses, so that both share their threads; or null
 extern "C" int refiner_refine(const void* const* tensors, const int64_t* sizes, const double* eps, double scale,
                               Parallel parallel) try {
     const auto floats = reinterpret_cast<const float* const*>(tensors);
     Problem p;
     p.map = tensors[0];
-    p.output = const_cast<void*>(tensors[1]);
+    p.value = tensors[1];
+    p.output = const_cast<void*>(tensors[2]);
     p.batch = sizes[0], p.heads = sizes[1], p.expanded = sizes[2], p.size = sizes[3], p.kernel = sizes[4];
-    p.is_bfloat16 = sizes[5] != 0;
-    p.has_expansion = floats[2] != nullptr;
+    p.value_width = sizes[5];
+    p.is_bfloat16 = sizes[6] != 0;
+    p.has_expansion = floats[3] != nullptr;
     if (p.has_expansion) {
-        const Affine norm(floats + 5, p.expanded, eps[0]);
-        p.expand = packed(floats[2], norm.gain, p.expanded, p.heads);
+        const Affine norm(floats + 6, p.expanded, eps[0]);
+        p.expand = packed(floats[3], norm.gain, p.expanded, p.heads);
         p.expand_bias = norm.bias;
         p.expand_bias.resize(p.expanded + BLOCK);
     }
-    const Affine local(floats + 9, p.expanded, eps[1]), reduction(floats + 13, p.heads, eps[2]),
-        output(floats + 17, p.heads, eps[3]);
+    const Affine local(floats + 10, p.expanded, eps[1]), reduction(floats + 14, p.heads, eps[2]),
+        output(floats + 18, p.heads, eps[3]);
     const int64_t area = p.kernel * p.kernel;
     p.local.resize(p.expanded * area);
-    for (int64_t i = 0; i < p.expanded * area; ++i) p.local[i] = local.gain[i / area] * floats[3][i];
+    for (int64_t i = 0; i < p.expanded * area; ++i) p.local[i] = local.gain[i / area] * floats[4][i];
     p.local_bias = local.bias;
     std::vector<float> gain(p.heads);
     p.identity.resize(p.heads), p.constant.resize(p.heads);
@@ -284,23 +257,14 @@ extern "C" int refiner_refine(const void* const* tensors, const int64_t* sizes, 
         p.constant[h] = float(scale) * output.bias[h] + p.identity[h] * reduction.bias[h];
         gain[h] = p.identity[h] * reduction.gain[h];
     }
-    p.reduce = packed(floats[4], gain, p.heads, p.expanded);
+    p.reduce = packed(floats[5], gain, p.heads, p.expanded);
 
     const int64_t operations = p.batch * p.size * p.size * p.expanded * (2 * p.heads + area);
-    const int64_t threads = operations < (1 << 20) ? 1 : sizes[6];  // starting them takes as long as so many
-    const int64_t tasks_of_image = threads == 1 ? 1 : (4 * threads + p.batch - 1) / p.batch;
-    p.block_rows = std::max((p.size + tasks_of_image - 1) / tasks_of_image, std::min(4 * p.kernel, p.size));
-    if (threads == 1) {
-        work(&p);
-    } else if (parallel) {
-        parallel(work, &p, unsigned(threads), 0);
-    } else {
-        std::vector<std::thread> others;
-        for (int64_t i = 1; i < threads; ++i) others.emplace_back(work, &p);
-        work(&p);
-        for (auto& other : others) other.join();
-    }
-    return p.next < tasks(p);
+    const int64_t threads = operations < (1 << 20) ? 1 : sizes[7];  // starting them takes as long as so many
+    const int64_t tasks_of_image = threads == 1 ? 1 : divided(4 * threads, p.batch);
+    p.block_rows = std::max(divided(p.size, tasks_of_image), std::min(4 * p.kernel, p.size));
+    in_threads(work, &p, threads, parallel);
+    return p.next < p.batch * p.blocks();
 } catch (const std::bad_alloc&) {
     return 1;
 }

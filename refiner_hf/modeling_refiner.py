@@ -47,7 +47,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_refiner import RefinerMapRefinement, check_refine_implementation
 from .configuration_refiner import RefinerConfig
 from .embeddings_refiner import RefinerEmbeddings, patches_to_pixels
-from .folding_refiner import is_transformed
+from .folding_refiner import has_hooks, is_transformed
 from .inference_refiner import call_linear, call_linear_and_activation
 from .loss_refiner import image_classification_loss
 from .native_refiner import attends, native_attend
@@ -144,7 +144,8 @@ class RefinerAttention(nn.Module):
             output = nn.functional.scaled_dot_product_attention(query, key, value, scale=self.scaling)
             return output.transpose(1, 2).flatten(2), None
         added = previous_map if self._accumulates(previous_map) else None
-        if self.attention_type == "plain" and not self._drops and attends(query, key, value, added):
+        # In training a checkpointed layer must do the same with and without gradients.
+        if self.attention_type == "plain" and not self.training and attends(query, key, value, added):
             attention_map, output = native_attend(query, key, value, added, self.scaling)
             return output, attention_map
         attention_map = self._own_map(query, key, previous_map)
@@ -171,11 +172,8 @@ class RefinerAttention(nn.Module):
 
     def _is_plain(self, previous_map: torch.Tensor | None) -> bool:
         """Whether nothing is done with the map but to weight the values."""
-        return self.attention_type == "plain" and not self._accumulates(previous_map) and not self._drops
-
-    @property
-    def _drops(self) -> bool:
-        return self.training and self.dropout.p > 0
+        drops = self.training and self.dropout.p > 0
+        return self.attention_type == "plain" and not self._accumulates(previous_map) and not drops
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         """(B, N, D) -> (B, H, N, D / H)."""
@@ -221,12 +219,24 @@ class RefinerLayer(GradientCheckpointingLayer):
         self, hidden_states: torch.Tensor, previous_map: torch.Tensor | None, map_needed: bool = True
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """((B, N, D), the map passed on by the layer before, whether this one's is needed) -> ((B, N, D), the map)."""
+        normalised = self._normalise(self.layernorm_before, hidden_states)
+        branch, _, passed_on = self.attention(normalised, previous_map, map_needed)
+        hidden_states = self._add(hidden_states, branch)
+        branch = self.layer_scale(self.mlp(self._normalise(self.layernorm_after, hidden_states)))
+        return self._add(hidden_states, branch), passed_on
+
+    def _normalise(self, norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+        """norm(s * x); without making s * x, as dividing eps does the same."""
         scale = self.residual_scale
-        branch, _, passed_on = self.attention(self.layernorm_before(hidden_states * scale), previous_map, map_needed)
-        hidden_states = hidden_states + self.drop_path(self.dropout(branch)) / scale
-        branch = self.layer_scale(self.mlp(self.layernorm_after(hidden_states * scale)))
-        hidden_states = hidden_states + self.drop_path(self.dropout(branch)) / scale
-        return hidden_states, passed_on
+        if type(norm) is not nn.LayerNorm or has_hooks(norm):
+            return norm(hidden_states * scale)
+        return nn.functional.layer_norm(
+            hidden_states, norm.normalized_shape, norm.weight, norm.bias, norm.eps / scale**2
+        )
+
+    def _add(self, hidden_states: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        """x + branch / s"""
+        return torch.add(hidden_states, self.drop_path(self.dropout(branch)), alpha=1 / self.residual_scale)
 
 
 class RefinerPreTrainedModel(PreTrainedModel):

@@ -140,7 +140,9 @@ def _notes(part: str, found: dict[str, Results]) -> str:
     notes.append(f"Percentages, where there are some, are {shares[part]}.")
     for setting, results in found.items():
         for kind, result in results.items():
-            row = result["rows"].get(COMPILED, {})
-            if "first_seconds" in row:
-                notes.append(f"Compiling {setting}, {kind}: {row['first_seconds']:.0f} s.")
+            notes += [
+                f"Compiling {COMPILED[name]}, {setting}, {kind}: {row['first_seconds']:.0f} s."
+                for name, row in result["rows"].items()
+                if name in COMPILED and "first_seconds" in row
+            ]
     return " ".join(notes)

@@ -36,7 +36,7 @@ def case(part="model", kind="inference", **changes) -> Case:
     return Case(part=part, kind=kind, **fields | changes)
 
 
-WITHOUT_COMPILER = [name for name in contender_names("model", "cpu") if name != COMPILED and name not in ENGINES]
+WITHOUT_COMPILER = [name for name in contender_names("model", "cpu") if name not in {*COMPILED, *ENGINES}]
 
 
 @pytest.mark.parametrize("name", WITHOUT_COMPILER)
@@ -283,16 +283,16 @@ def test_reports_say_what_failed_and_why(tmp_path):
     result = {"part": "model", "network": "S", "image_size": 224, "kind": "inference", "batch_size": 8, "tokens": 197}
     result["rows"] = {
         "eager": row,
-        "compiled": {**row, "seconds": [0.5, 0.25]},
+        "compiled auto": {**row, "seconds": [0.5, 0.25]},
         "triton": {"error": "RuntimeError: no kernel", "flops": 1, "bytes": 1},
     }
     facts = {"device": "a machine", "commit": None}
     record = {"facts": facts, "date": "today", "commands": ["a"], "roofline": None, "results": {"S": result}}
     text = write_report(record, tmp_path / "h100.80gb")
-    assert "| S 224 | compiled | 8 | 21.3 | 3.00 (2.50 to 3.50) |" in text
+    assert "| S 224 | compiled auto | 8 | 21.3 | 3.00 (2.50 to 3.50) |" in text
     assert {path.name for path in tmp_path.iterdir()} == {"h100.80gb.md", "h100.80gb.png"}
     assert "- S 224, triton, inference: RuntimeError: no kernel" in text
-    assert "Compiling S 224, inference: 30 s." in text
+    assert "Compiling auto, S 224, inference: 30 s." in text
 
 
 def test_who_joins_later_is_timed_with_all_the_others(quick, tmp_path):

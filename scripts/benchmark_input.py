@@ -181,6 +181,8 @@ def main():
         f"Made by `python scripts/benchmark_input.py --rounds {args.rounds}`; median (quartiles).\n\n"
         + markdown_table(["", *SIZES], cells)
         + "\n\n"
+        "Each loader has one worker process. Ours, and timm's with its prefetcher, leave normalising and erasing to\n"
+        "the process that trains, here on another core; timm's without it does them in the worker.\n\n"
         + markdown_table(["", ""], [(name, fact) for name, fact in facts.items() if fact is not None])
         + "\n"
     )

@@ -215,7 +215,7 @@ class TestEncodedImages:
         assert max(corner[:2]) < 20
 
     @pytest.mark.parametrize("by_simplejpeg", [True, False])
-    @pytest.mark.parametrize("at_least", [None, (70, 50), (200, 100)])
+    @pytest.mark.parametrize("at_least", [None, (200, 100), (140, 90), (70, 50), (30, 20)])
     def test_levels_are_those_of_the_decoded_image(self, at_least, by_simplejpeg, monkeypatch):
         """Whoever decodes them, and to the last level."""
         if by_simplejpeg:

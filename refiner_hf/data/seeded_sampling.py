@@ -66,9 +66,16 @@ class SeededImages(torch.utils.data.Dataset):
         return len(self.data)
 
     def __getitem__(self, draw: Sample) -> dict[str, Any]:
-        row, seed = draw
-        with random_numbers_of(seed):
-            return self.prepare(self.data[row])
+        return self.__getitems__([draw])[0]
+
+    def __getitems__(self, draws: list[Sample]) -> list[dict[str, Any]]:
+        """A whole batch, as loaders ask for it."""
+        prepared = []
+        with _random_numbers_kept():  # once for all: it takes much longer than to seed them
+            for row, seed in draws:
+                _seed_random_numbers(seed)
+                prepared.append(self.prepare(self.data[row]))
+        return prepared
 
 
 def seed_of(*numbers: int) -> int:
@@ -79,13 +86,23 @@ def seed_of(*numbers: int) -> int:
 @contextmanager
 def random_numbers_of(seed: int) -> Iterator[None]:
     """Within, `random`, `numpy` and torch use `seed`; afterwards they continue as if nothing had happened."""
+    with _random_numbers_kept():
+        _seed_random_numbers(seed)
+        yield
+
+
+@contextmanager
+def _random_numbers_kept() -> Iterator[None]:
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.set_rng_state(before[2])
+
+
+def _seed_random_numbers(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)

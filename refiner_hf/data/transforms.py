@@ -46,8 +46,8 @@ class PrepareImages:
 
 class PrepareTraining:
     """
-    An encoded row to what a training step needs: `pixel_values` and `labels`, and with label maps what
-    [`~refiner_hf.training.targets.dense_targets`] takes.
+    An encoded row to what a training step needs: `pixel_values`, which are still levels of 8 bits, and `labels`; with
+    label maps also what [`~refiner_hf.training.targets.dense_targets`] takes.
 
     Args:
         augment ([`Augment`]): an image to a random view of it.
@@ -66,7 +66,7 @@ class PrepareTraining:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         image = EncodedImage(row[IMAGE_COLUMN])
         view = self.augment(image)
-        prepared = {"pixel_values": view.pixels, LABEL_COLUMN: self.label_values(row[LABEL_COLUMN])}
+        prepared = {"pixel_values": view.levels, LABEL_COLUMN: self.label_values(row[LABEL_COLUMN])}
         if self.label_maps is not None:
             label_map = self.label_maps({**row[IMAGE_COLUMN], "bytes": image.content})  # not to read a file twice
             classes = label_map.classes

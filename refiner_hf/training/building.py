@@ -8,6 +8,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from timm.data import Mixup
 from transformers import TrainerCallback, default_data_collator
 
+from ..data.augmentation import NormalizeViews
 from ..data.columns import LABEL_COLUMN
 from ..data.labels import LabelValues
 from ..data.rows import Rows, TrainingOrder
@@ -39,6 +40,7 @@ def build_trainer(plan: Plan) -> tuple[RefinerTrainer, Metrics]:
         preprocess_logits_for_metrics=metrics.reduce,
         callbacks=_callbacks(plan, for_evaluation) if args.do_train else [],
         make_targets=TrainingTargets(
+            normalize=NormalizeViews(plan.processor, mixes.random_erasing),
             mixup=mixup,
             transposed_boxes=plan.data_args.transposed_label_maps,
             class_weights=_class_weights(plan) if args.do_train and args.class_weights == "balanced" else None,

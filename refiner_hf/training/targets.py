@@ -1,8 +1,8 @@
 """
-What a training step aims at: smoothed labels, dense targets of label maps, mixup and cutmix.
+What a training step takes and aims at: normalised pixels, smoothed labels, dense targets of label maps, mixup, cutmix.
 
-Made where the step runs and not by the processes that load images: dense targets are larger than the images
-themselves. Shapes: B batch, K labels, k classes of a label map at each place, P patches.
+Made where the step runs and not by the processes that load images: pixels as numbers and dense targets are larger than
+the images themselves. Shapes: B batch, K labels, k classes of a label map at each place, P patches.
 """
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from torchvision.ops import roi_align
 
 from ..choices_refiner import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from ..data.augmentation import NormalizeViews
 from ..data.label_maps import BOX, FLIPPED, MAP_CLASSES, MAP_SCORES
 
 
@@ -19,6 +20,8 @@ class TrainingTargets:
     Batches as they are loaded to batches that the model takes.
 
     Args:
+        normalize ([`~refiner_hf.data.augmentation.NormalizeViews`], *optional*): for images that come as levels of 8
+            bits. Without it they come as the model takes them.
         mixup ([`timm.data.Mixup`], *optional*): mixes images, and their targets alike. A batch of an odd number of
             images stays as it is.
         transposed_boxes (`bool`): see [`dense_targets`].
@@ -26,9 +29,15 @@ class TrainingTargets:
     """
 
     def __init__(
-        self, *, mixup: Mixup | None = None, transposed_boxes: bool = False, class_weights: torch.Tensor | None = None
+        self,
+        *,
+        normalize: NormalizeViews | None = None,
+        mixup: Mixup | None = None,
+        transposed_boxes: bool = False,
+        class_weights: torch.Tensor | None = None,
     ):
-        self.mixup, self.transposed_boxes, self.class_weights = mixup, transposed_boxes, class_weights
+        self.normalize, self.mixup = normalize, mixup
+        self.transposed_boxes, self.class_weights = transposed_boxes, class_weights
 
     def __call__(
         self,
@@ -52,9 +61,17 @@ class TrainingTargets:
             there is nothing to do.
 
         Raises:
-            `ValueError`: label maps, smoothing or weights for a problem that they don't go with.
+            `ValueError`: label maps, smoothing or weights for a problem that they don't go with, or images that nobody
+                normalises.
         """
         inputs = dict(inputs)
+        if self.normalize is not None:
+            inputs["pixel_values"] = self.normalize(inputs["pixel_values"])
+        elif (pixels := inputs.get("pixel_values")) is not None and pixels.dtype == torch.uint8:
+            raise ValueError(
+                "pixel_values are levels from 0 to 255, which a model doesn't take: give "
+                "TrainingTargets(normalize=NormalizeViews(processor))."
+            )
         label_maps = {name: inputs.pop(name) for name in (MAP_SCORES, MAP_CLASSES, BOX, FLIPPED) if name in inputs}
         if label_maps:
             if problem_type != SINGLE_LABEL:

@@ -45,9 +45,9 @@ class RefinerTrainer(PushingTrainer):
       by itself. All arguments count as they are when a training begins, also where a hyperparameter search changes
       them, and `label_smoothing_factor` as it is at each step;
     - an evaluation of masked image modelling has a loss. The stock Trainer looks for labels and finds none;
-    - `make_targets` makes what a step aims at: by default, `label_smoothing_factor` becomes soft labels, so that it
-      reaches the dense head and token mixing. The stock Trainer would take the model's own loss away and put one on
-      the class logits in its place, and do nothing where images have several labels. Evaluation losses are not
+    - `make_targets` makes what a step takes and aims at: by default, `label_smoothing_factor` becomes soft labels, so
+      that it reaches the dense head and token mixing. The stock Trainer would take the model's own loss away and put
+      one on the class logits in its place, and do nothing where images have several labels. Evaluation losses are not
       smoothed;
     - training data that are [`~refiner_hf.data.seeded_sampling.SeededImages`] or
       [`~refiner_hf.data.streams.StreamedImages`] continue exactly where a checkpoint was made. An

@@ -5,9 +5,17 @@ import random
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, Features, Image, Value
+from torch.utils.data import DataLoader
+from transformers import default_data_collator
 
+from refiner_hf.data.arguments import AugmentationArguments
+from refiner_hf.data.augmentation import Augment
 from refiner_hf.data.seeded_sampling import SeededImages, SeededSampler, random_numbers_of, seed_of
+from refiner_hf.data.transforms import PrepareTraining
+from refiner_hf.image_processing_refiner import RefinerImageProcessor
+
+from .test_augmentation import encoded, photo
 
 
 def draws(length=10, seed=0, epoch=0, repeats=1):
@@ -42,6 +50,29 @@ def test_random_numbers_follow_the_draw_alone():
     first = data[(1, 5)]
     all_kinds()
     assert data[(1, 5)] == first and data[(2, 5)][1] == first[1] and data[(1, 6)][1] != first[1]
+    assert data.__getitems__([(0, 6), (1, 5)]) == [data[(0, 6)], first]
+
+
+def test_batches_of_jpegs_are_the_same_from_any_number_of_workers():
+    """The whole way from files, with the augmentation of the paper; and the last batches are those of a new loader."""
+    rows = [{"image": encoded(photo(60 + 30 * i, 50), "jpeg"), "labels": i} for i in range(6)]
+    features = Features({"image": Image(decode=False), "labels": Value("int64")})
+    augment = Augment(
+        RefinerImageProcessor(size={"height": 32, "width": 32}),
+        AugmentationArguments(crop_min_scale=0.08, auto_augment="rand-m9-mstd0.5-inc1"),
+    )
+    data = SeededImages(Dataset.from_list(rows, features=features), PrepareTraining(augment))
+
+    def batches(workers, skipped=0):
+        sampler = list(SeededSampler(data, 3))[2 * skipped :]
+        return list(DataLoader(data, 2, sampler=sampler, collate_fn=default_data_collator, num_workers=workers))
+
+    first = batches(0)
+    assert len(first) == 3 and first[0]["pixel_values"].dtype == torch.uint8
+    for others, start in ((batches(0), 0), (batches(2), 0), (batches(1, skipped=1), 1)):
+        for batch, other in zip(first[start:], others, strict=True):
+            assert torch.equal(batch["pixel_values"], other["pixel_values"])
+            assert torch.equal(batch["labels"], other["labels"])
 
 
 def test_outside_random_numbers_go_on_as_they_were():

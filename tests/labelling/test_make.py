@@ -15,7 +15,7 @@ from refiner_hf import RefinerConfig, RefinerForImageClassification, RefinerImag
 from refiner_hf.commands.label_maps import main
 from refiner_hf.commands.train import main as train
 from refiner_hf.data.arguments import AugmentationArguments, DataArguments
-from refiner_hf.data.augmentation import Augment
+from refiner_hf.data.augmentation import Augment, NormalizeViews
 from refiner_hf.data.label_maps import open_label_maps
 from refiner_hf.data.seeded_sampling import SeededImages
 from refiner_hf.data.sources import load_image_data
@@ -212,7 +212,8 @@ def test_dense_targets_follow_crop_and_flip(teacher, tmp_path):
     images = SeededImages(data, PrepareTraining(Augment(processor, AugmentationArguments()), label_maps=maps))
     rows = [images[row, seed] for row in range(6) for seed in range(10)]
     assert {row["flipped"] for row in rows} == {True, False}
-    batch = TrainingTargets()(default_data_collator(rows), 3, (4, 4))
+    make = TrainingTargets(normalize=NormalizeViews(processor))
+    batch = make(default_data_collator(rows), 3, (4, 4))
 
     patches = batch["pixel_values"].unfold(2, 16, 16).unfold(3, 16, 16).flatten(4)  # (B, 3, 4, 4, 256)
     shown = (2 - patches.argmax(1)).flatten(1, 2)  # of each pixel, the label of its strongest channel
@@ -220,9 +221,8 @@ def test_dense_targets_follow_crop_and_flip(teacher, tmp_path):
     told = batch["labels"][:, :, 2:].argmax(1)
     assert of_one_colour.float().mean() > 0.15
     assert (told == shown[..., 0])[of_one_colour].float().mean() > 0.97, "but for where regions meet"
-    wrong = TrainingTargets(transposed_boxes=True)(default_data_collator(rows), 3, (4, 4))["labels"][:, :, 2:].argmax(
-        1
-    )
+    make.transposed_boxes = True
+    wrong = make(default_data_collator(rows), 3, (4, 4))["labels"][:, :, 2:].argmax(1)
     assert (wrong == shown[..., 0])[of_one_colour].float().mean() < 0.9, "the reference's order of a box"
 
 

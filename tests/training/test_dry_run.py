@@ -1,5 +1,6 @@
 """What a training would do, without training."""
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -25,6 +26,17 @@ def test_says_and_draws(photos, tmp_path, capsys, monkeypatch):
     assert "1 epochs of" in said and "learning rate 0.002" in said and "parameters" in said
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["_dry_run.png"]
     assert min(Image.open(tmp_path / "out" / "_dry_run.png").size) > 300
+
+
+def test_boxes_are_erased(photos, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("refiner_hf.training.dry_run.plot_predictions", lambda pictures, *_: drawn.append(pictures))
+    for share in ("0", "1"):
+        options = ["defaults", "--train_dir", str(photos), "--output_dir", str(tmp_path / share), *QUICK]
+        main([*options, "--dry_run", "--random_erasing", share])
+    plain, erased = np.array(drawn)  # (images, height, width, 3)
+    changed = (plain != erased).any(-1).mean((1, 2))
+    assert len(changed) > 1 and 0 < changed.min() and changed.max() < 0.5
 
 
 def test_the_training_may_follow(photos, tmp_path):

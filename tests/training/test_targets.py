@@ -5,6 +5,8 @@ import pytest
 import torch
 from timm.data import Mixup
 
+from refiner_hf.data.augmentation import NormalizeViews
+from refiner_hf.image_processing_refiner import RefinerImageProcessor
 from refiner_hf.training.targets import TrainingTargets, dense_targets, smooth_labels
 from refiner_hf.training.trainer import RefinerTrainer
 
@@ -103,6 +105,20 @@ class TestTrainingTargets:
         inputs = self.inputs()
         made = TrainingTargets()(inputs, 3, (2, 2))
         assert made.keys() == inputs.keys() and all(made[name] is inputs[name] for name in inputs)
+
+    def test_levels_become_pixels_before_they_are_mixed(self):
+        levels = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 8, 8, 3)
+        inputs = {"pixel_values": levels, "labels": torch.arange(2)}
+        normalize = NormalizeViews(RefinerImageProcessor())
+        made = TrainingTargets(normalize=normalize)(inputs, 2, (2, 2))
+        assert (made["pixel_values"] == torch.tensor([-1.0, 1.0])[:, None, None, None].expand(2, 3, 8, 8)).all()
+        np.random.seed(3)
+        make = TrainingTargets(normalize=normalize, mixup=Mixup(0.8, label_smoothing=0.0))
+        made = make(inputs, 2, (2, 2))
+        share = made["labels"][0, 0].item()
+        assert 0 < share < 1 and made["pixel_values"][0].mean().item() == pytest.approx(1 - 2 * share, abs=1e-5)
+        with pytest.raises(ValueError, match=r"levels from 0 to 255.*TrainingTargets\(normalize=NormalizeViews"):
+            TrainingTargets()(inputs, 2, (2, 2))
 
     @pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
     def test_images_and_labels_are_mixed_alike(self, alphas):

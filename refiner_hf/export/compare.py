@@ -18,14 +18,14 @@ from ..data.transforms import PrepareImages, evaluation_pixels, match_labels
 from ..utils.image_config import label_names_of
 from ..utils.machine import describe_machine
 from ..utils.markdown import markdown_table
-from ..utils.measure import time_in_turns
+from ..utils.measure import Step, seconds_of, time_in_turns
 from .engines import BFLOAT16, ENGINES, FLOAT32, has_bfloat16, installed_engines, open_graph
 
 
 DIGITS = "digits"
 PYTORCH = "PyTorch"
 BATCHES = (1, 32)
-ROUNDS = 30
+FEWEST_ROUNDS, MOST_ROUNDS, SECONDS = 5, 30, 60  # of taking turns: as many as fit into so many seconds, about
 
 Answer = Callable[[np.ndarray], np.ndarray]  # pixels (B, C, height, width) to logits (B, K)
 
@@ -77,9 +77,8 @@ def compare(
         row |= _agreement(np.concatenate(predicted[name]), predicted, labels)
     for batch in BATCHES:
         pixels = np.resize(pixels, (batch, *pixels.shape[1:]))
-        times = time_in_turns(
-            {name: partial(partial, answer, pixels) for name, answer in contenders.items()}, ROUNDS, "cpu"
-        )
+        steps = {name: partial(answer, pixels) for name, answer in contenders.items()}
+        times = time_in_turns({name: partial(partial, step) for name, step in steps.items()}, _rounds(steps), "cpu")
         seconds = {name: np.array(row["seconds"]) for name, row in times.items()}
         for name, row in results.items():
             ratios = seconds[PYTORCH] / seconds[name]
@@ -125,6 +124,13 @@ def comparison_table(compared: dict[str, Any]) -> str:
         rows.append([row["engine"], file, precision, accuracy, f"{row['same_answers']:.2%}", *speeds])
     at_once = (f"images/s, {batch} at once" for batch in base["times_pytorch"])
     return markdown_table(["engine", "file", "`--precision`", "accuracy", "same answers", *at_once], rows)
+
+
+def _rounds(steps: dict[str, Step]) -> int:
+    for step in steps.values():  # engines compile at their first
+        step()
+    seconds = sum(seconds_of(step, "cpu") for step in steps.values())
+    return int(min(max(SECONDS / seconds, FEWEST_ROUNDS), MOST_ROUNDS))
 
 
 @torch.no_grad()

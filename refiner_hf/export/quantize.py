@@ -45,7 +45,7 @@ def quantize_onnx(file: str | Path, quantized: str | Path, pixel_values: Iterabl
             # Weights use 7 of the 8 bits: a CPU without VNNI adds two products in 16 bits, where larger ones would be
             # cut off, and answers would be worse there without a word.
             reduce_range=True,
-            # Nothing that is computed is quantized at once again; for convolutions see `_nodes_to_quantize`.
+            # What comes out stays in float32, in which the next step takes it; see also `_nodes_to_quantize`.
             extra_options={"OpTypesToExcludeOutputQuantization": kinds},
         )
 
@@ -84,8 +84,8 @@ def check_quantized(file: str | Path, quantized: str | Path, pixel_values: Itera
 def _nodes_to_quantize(graph: onnx.GraphProto) -> list[str]:
     """
     Products with weights, not those of attention; and convolutions of the stem, not those of maps, which have few
-    weights. The stem's first two have few, too; and OpenVINO 2026.4 adds the first one's bias wrongly if the second
-    one is in 8 bits and the number of images is open.
+    weights. The stem's first two have few, too. Besides, where the number of images is open, OpenVINO 2026.4 computes
+    wrongly what the first one gives, if that is quantized for the second; and what the last one gives, if that is.
     """
     weights = {each.name for each in graph.initializer}
     products = [node for node in graph.node if node.op_type in _PRODUCTS and node.input[1] in weights]

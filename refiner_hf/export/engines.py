@@ -52,8 +52,12 @@ def open_graph(
 
     Raises:
         `RuntimeError`: the engine isn't installed.
-        `ValueError`: it can't compute in this precision here, or the file is damaged.
+        `ValueError`: there is no such engine or precision, it can't compute in this precision here, or the file is
+            damaged.
     """
+    for what, name, names in (("engine", engine, list(ENGINES)), ("precision", precision, [FLOAT32, BFLOAT16])):
+        if name not in names:
+            raise ValueError(f"There is no {what} {name!r}; choose among {', '.join(names)}.")
     package = _import(engine)
     if precision == BFLOAT16 and not has_bfloat16(engine):
         raise ValueError(

@@ -83,6 +83,14 @@ def test_a_cpu_without_bfloat16(file, monkeypatch):
         open_graph(file, ONNXRUNTIME, BFLOAT16)
 
 
+def test_what_there_is_not(file):
+    """Rather than float32 without a word."""
+    with pytest.raises(ValueError, match="no precision 'int8'; choose among float32, bfloat16"):
+        open_graph(file, OPENVINO, "int8")
+    with pytest.raises(ValueError, match="no engine 'torch'; choose among onnxruntime, openvino"):
+        open_graph(file, "torch")
+
+
 def test_openvino_stays_on_the_cpu(file):
     with pytest.raises(ValueError, match="OpenVINO computes on the CPU, and not on cuda:0: give --device cpu"):
         open_graph(file, OPENVINO, device="cuda:0")

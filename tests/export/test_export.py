@@ -13,6 +13,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from refiner_hf import RefinerForImageClassification, RefinerImageProcessor, RefinerImageProcessorPil, RefinerModel
 from refiner_hf.commands.export import main
+from refiner_hf.export import compare as comparing
 from refiner_hf.export import graph
 from refiner_hf.export.compare import compare, comparison_table, load_labelled
 from refiner_hf.export.engines import OPENVINO, has_bfloat16, open_every_way, open_graph
@@ -185,6 +186,13 @@ def test_comparison(saved, photos, tmp_path):
     lost = 100 * (1 / 3 - rows["PyTorch"]["accuracy"])
     lines = comparison_table(compared).splitlines()
     assert len(lines) == 2 + len(rows) and all(f"33.33% ({lost:+.2f})" in line for line in lines if "other" in line)
+
+
+@pytest.mark.parametrize("seconds, rounds", [(0.001, 30), (1.0, 20), (50.0, 5)])
+def test_a_large_network_takes_fewer_turns(monkeypatch, seconds, rounds):
+    """As many as take a minute, of three contenders here; and never so few that a median says nothing."""
+    monkeypatch.setattr(comparing, "seconds_of", lambda step, device: seconds)
+    assert comparing._rounds(dict.fromkeys("abc", lambda: None)) == rounds
 
 
 def test_what_cannot_be_exported(saved, photos, tmp_path):

@@ -1,6 +1,7 @@
 """What computes a graph: ONNX Runtime or OpenVINO. Each is imported when it is asked for."""
 
 from abc import ABC, abstractmethod
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,7 +69,7 @@ def open_graph(
         raise ValueError(f"OpenVINO computes on the CPU, and not on {device}: give --device cpu.")
     try:
         if engine == OPENVINO:
-            return _OpenVinoGraph(package, Path(file), precision, any_number)
+            return _OpenVinoGraph(Path(file), precision, any_number)
         return _OnnxRuntimeGraph(package, Path(file), torch.device(device))
     except Exception as error:  # the engines' own errors have nothing else in common
         raise ValueError(f"The ONNX model {file} is damaged or incomplete: {error}") from error
@@ -91,7 +92,7 @@ def has_bfloat16(engine: str) -> bool:
     """Whether an engine, which is installed, computes in bfloat16 on this CPU, and doesn't only pretend to."""
     if engine != OPENVINO:
         return False
-    return "BF16" in _import(OPENVINO).Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in _openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 class _OnnxRuntimeGraph(Graph):
@@ -112,8 +113,8 @@ class _OnnxRuntimeGraph(Graph):
 
 
 class _OpenVinoGraph(Graph):
-    def __init__(self, openvino: ModuleType, file: Path, precision: str, any_number: bool):
-        self._core = openvino.Core()
+    def __init__(self, file: Path, precision: str, any_number: bool):
+        self._core = _openvino_core()
         self._model = self._core.read_model(str(file))
         self._options = {
             # Left to itself, it takes bfloat16 where that is fast.
@@ -134,6 +135,12 @@ class _OpenVinoGraph(Graph):
                 self._model.reshape({INPUT: list(shape)})
             self._compiled, self._compiled_for = self._core.compile_model(self._model, "CPU", self._options), shape
         return self._compiled({INPUT: pixel_values})[OUTPUT]
+
+
+@cache
+def _openvino_core() -> Any:
+    """One for the whole process: with its last one OpenVINO unloads code that a later fork would jump to."""
+    return _import(OPENVINO).Core()
 
 
 def _import(engine: str) -> ModuleType:

@@ -76,7 +76,7 @@ def test_one_that_is_not_installed(file, engine, monkeypatch):
 def test_a_cpu_without_bfloat16(file, monkeypatch):
     """There OpenVINO takes float32 without a word."""
     core = SimpleNamespace(get_property=lambda device, name: ["FP32", "INT8"])
-    monkeypatch.setattr(engines, "_import", lambda engine: SimpleNamespace(Core=lambda: core))
+    monkeypatch.setattr(engines, "_openvino_core", lambda: core)
     with pytest.raises(ValueError, match="OpenVINO can't compute in bfloat16 on this CPU: drop --precision"):
         open_graph(file, OPENVINO, BFLOAT16)
     with pytest.raises(ValueError, match="onnxruntime can't compute in bfloat16 on a CPU: give --engine openvino"):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .demo.app import build_demo
     from .encoders.adapter import RefinementAdapterConfig
     from .encoders.refine import refine
-    from .export.graph import export_onnx, quantize_onnx
+    from .export.graph import export_onnx
+    from .export.quantize import quantize_onnx
     from .hub.publish import publish_folder
     from .image_processing_pil_refiner import RefinerImageProcessorPil
     from .image_processing_refiner import RefinerImageProcessor
@@ -73,7 +74,7 @@ _MODULES = {
     "open_network": "inspection.networks",
     "predict": "prediction.predict",
     "publish_folder": "hub.publish",
-    "quantize_onnx": "export.graph",
+    "quantize_onnx": "export.quantize",
     "refine": "encoders.refine",
     "refined_maps": "inspection.layer_views",
     "view_attention": "inspection.attention_views",

@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import SkipTest
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from nbclient import NotebookClient
@@ -125,6 +126,8 @@ def check_export(names: dict) -> None:
     expected = pipeline("image-classification", model="outputs/demo")("outputs/demo/examples/0.png")[0]["label"]
     labels = json.loads(Path("exported/config.json").read_text())["id2label"]
     assert labels[str(names["logits"][0].argmax())] == expected
+    in_8_bits = names["compiled"]({"pixel_values": names["pixel_values"]})["logits"]
+    assert np.abs(in_8_bits - names["logits"]).max() < 0.1 * np.abs(names["logits"]).max()
 
 
 def check_look_inside(names: dict) -> None:

@@ -14,7 +14,7 @@ from ..configuration_refiner import RefinerConfig
 from ..modeling_refiner import RefinerForImageClassification
 from ..refinements_refiner import make_refinement
 from ..utils.measure import Step
-from .engines import ENGINES, engine_step, installed_engines
+from .engines import ENGINES, engine_step, engines_here
 
 
 NETWORKS = {
@@ -68,13 +68,18 @@ def contender_names(part: str, device: str, among: Collection[str] | None = None
     implementations = [name for name, each in REFINE_IMPLEMENTATIONS.items() if each.runs_on(device)]
     names = [*implementations, "auto"]
     if part == "model":
-        names += [*COMPILED, *(installed_engines() if device == "cpu" else []), PLAIN, *VITS]
+        names += [*COMPILED, *(engines_here() if device == "cpu" else []), PLAIN, *VITS]
     return names if among is None else [name for name in names if name == BASE or name in among]
 
 
 def takes_part(case: Case, contender: str) -> bool:
-    """Whether a contender can do the case: engines don't train, and not all know all types."""
-    return contender not in ENGINES or (case.kind == "inference" and case.dtype in ENGINES[contender][1])
+    """
+    Whether a contender can do the case. Engines don't train. In a case in float32 those that compute in less take
+    part, too; in a case in bfloat16 only those that compute in it.
+    """
+    if contender not in ENGINES:
+        return True
+    return case.kind == "inference" and case.dtype in ("float32", ENGINES[contender].precision)
 
 
 def make_network(case: Case, contender: str) -> nn.Module:
@@ -112,7 +117,7 @@ def _network_step(case: Case, contender: str) -> Step:
     labels = torch.arange(case.batch_size, device=device) % config.num_labels
     model = make_network(case, contender).to(device).train(case.kind == "training")
     if contender in ENGINES:
-        return engine_step(contender, model, pixels, case.dtype)
+        return engine_step(contender, model, pixels)
     if case.kind == "inference":
         model, pixels = model.to(dtype), pixels.to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if case.kind == "training" else None

@@ -19,6 +19,7 @@ from ..configuration_refiner import RefinerConfig
 from ..refinements_refiner import make_refinement
 from ..utils.flops import count_flops
 from .contenders import BASE, PLAIN, VITS, Case, make_network
+from .engines import ENGINES
 
 
 def costs(case: Case, contender: str) -> dict[str, float]:
@@ -31,7 +32,8 @@ def costs(case: Case, contender: str) -> dict[str, float]:
     forwards = 3 if case.kind == "training" else 1
     if case.part == "model":
         flops, weights, elements = _network_costs(case.network, case.image_size, _architecture(contender))
-        moved = size * (weights + case.batch_size * elements)
+        of_weights, size = _sizes(contender, size)
+        moved = of_weights * weights + size * case.batch_size * elements
         # Backward reads or writes at least a gradient for each tensor, and reads the weights again.
         return {"flops": forwards * case.batch_size * flops, "bytes": moved * (2 if case.kind == "training" else 1)}
 
@@ -80,6 +82,15 @@ def eager_channels(config: RefinerConfig, kind: str) -> int:
         "forward": training,
         "training": training + 24 * expanded + 17 * heads,
     }[kind]
+
+
+def _sizes(contender: str, size: int) -> tuple[int, int]:
+    """Bytes of a weight, and of what passes between layers, which is `size` but in engines that compute in less."""
+    if contender not in ENGINES:
+        return size, size
+    _, precision, int8 = ENGINES[contender]
+    size = getattr(torch, precision).itemsize
+    return (1 if int8 else size), size
 
 
 def _architecture(contender: str) -> str:

@@ -4,65 +4,67 @@ import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from ..export.engines import BFLOAT16, FLOAT32, ONNXRUNTIME, OPENVINO, has_bfloat16, installed_engines, open_graph
 
-# By engine, its package and the types that it can compute in.
+
+class EngineContender(NamedTuple):
+    """
+    An engine, and what it computes in. With `int8` what can be is in 8 bits, its ranges taken from the images that are
+    timed, and the rest in `precision`.
+    """
+
+    engine: str
+    precision: str = FLOAT32
+    int8: bool = False
+
+
 ENGINES = {
-    "onnxruntime": ("onnxruntime", ("float32",)),
-    "OpenVINO": ("openvino", ("float32", "bfloat16")),
+    "onnxruntime": EngineContender(ONNXRUNTIME),
+    "onnxruntime int8": EngineContender(ONNXRUNTIME, int8=True),
+    "OpenVINO": EngineContender(OPENVINO),
+    "OpenVINO bfloat16": EngineContender(OPENVINO, BFLOAT16),
+    "OpenVINO int8": EngineContender(OPENVINO, int8=True),
+    "OpenVINO int8, bfloat16": EngineContender(OPENVINO, BFLOAT16, int8=True),
 }
 
 
-def installed_engines() -> list[str]:
-    """Those that can run here; both read the graph that onnxscript makes."""
+def engines_here() -> list[str]:
+    """Those that can run here; all read the graph that onnxscript makes, and onnxruntime writes the int8 form."""
+    installed = installed_engines()
+    if not find_spec("onnxscript") or ONNXRUNTIME not in installed:
+        return []
     return [
-        name for name, (package, _) in ENGINES.items() if all(map(find_spec, (package, "onnxscript", "onnxruntime")))
+        name
+        for name, (engine, precision, _) in ENGINES.items()
+        if engine in installed and (precision == FLOAT32 or has_bfloat16(engine))
     ]
 
 
-def engine_step(engine: str, model: PreTrainedModel, pixels: torch.Tensor, dtype: str) -> Callable[[], object]:
+def engine_step(contender: str, model: PreTrainedModel, pixels: torch.Tensor) -> Callable[[], object]:
     """
     What is timed: a call gives the logits.
 
     Args:
-        engine (`str`): of [`ENGINES`].
+        contender (`str`): of [`ENGINES`].
         model ([`PreTrainedModel`]): in float32.
         pixels (`torch.Tensor` of shape (B, C, height, width)): in float32.
-        dtype (`str`): what the engine computes in.
     """
     from ..export.graph import export_onnx
+    from ..export.quantize import quantize_onnx
 
+    engine, precision, int8 = ENGINES[contender]
     images = pixels.numpy()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.onnx")
         export_onnx(model, file)
-        start = _open_vino if engine == "OpenVINO" else _open_onnxruntime
-        run = start(file, images.shape, dtype)
-    return lambda: run(images)
-
-
-def _open_onnxruntime(file: Path, shape: tuple[int, ...], dtype: str) -> Callable[[np.ndarray], object]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    (pixel_values,) = session.get_inputs()
-    return lambda images: session.run(None, {pixel_values.name: images})
-
-
-def _open_vino(file: Path, shape: tuple[int, ...], dtype: str) -> Callable[[np.ndarray], object]:
-    import openvino
-
-    graph = openvino.Core().read_model(str(file))
-    graph.reshape({0: list(shape)})  # told the number of images, it is at its best
-    options = {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": "bf16" if dtype == "bfloat16" else "f32",
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    return openvino.Core().compile_model(graph, "CPU", options)
+        if int8:
+            file = Path(folder, "model_int8.onnx")
+            quantize_onnx(Path(folder, "model.onnx"), file, [images])
+        graph = open_graph(file, engine, precision)
+        graph(images)  # compiled now, while there is the file
+    return lambda: graph(images)

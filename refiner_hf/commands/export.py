@@ -1,9 +1,11 @@
 """
-Export a classifier as an ONNX graph, and check that its answers are the model's.
+Export a classifier as an ONNX graph, which ONNX Runtime and OpenVINO compute, and check that their answers are the
+model's. In 8 bits, too, with ranges of your own pictures.
 
     refiner export --model outputs/demo --output_dir exported
-    refiner export --model outputs/demo --output_dir exported --int8 --measure_on digits     # or photos/LABEL/*.jpg
-    refiner predict --model exported/model_int8.onnx --images photos --output_file answers.csv
+    refiner export --model outputs/demo --output_dir exported --int8 digits --measure_on digits
+    refiner export --model tuned --output_dir exported --int8 photos/train --measure_on photos/test   # LABEL/*.jpg
+    refiner predict --model exported/model_int8.onnx --engine openvino --images photos --output_file answers.csv
 """
 
 from dataclasses import dataclass, field
@@ -23,12 +25,18 @@ COMPARISON = "comparison.json"
 class ExportArguments:
     model: str = field(metadata={"help": "Folder or Hub name of a Refiner with a classifier."})
     output_dir: str = field(metadata={"help": "Folder to make; must be new or empty."})
-    int8: bool = field(default=False, metadata={"help": "Also write the graph with linear layers in 8 bits."})
+    int8: str | None = field(
+        default=None,
+        metadata={
+            "help": "Also write the graph in 8 bits, with ranges of up to 200 of these pictures: a folder of training "
+            "images, the Hub name of a dataset, or 'digits' for scikit-learn's training digits."
+        },
+    )
     measure_on: str | None = field(
         default=None,
         metadata={
-            "help": "Compare accuracy and speed with PyTorch's on labelled images: a folder with one subfolder per "
-            "label, the Hub name of a dataset, or 'digits' for scikit-learn's test digits."
+            "help": "Compare accuracy and speed of every engine with PyTorch's on labelled images: a folder with one "
+            "subfolder per label, the Hub name of a dataset, or 'digits' for scikit-learn's test digits."
         },
     )
     max_images: int | None = field(default=None, metadata={"help": "Compare on at most so many images."})
@@ -40,27 +48,38 @@ def main(args: ExportArguments) -> None:
     """Writes the folder, and compares the graphs with the model."""
     folder = Path(args.output_dir)
     check_new(folder)
+    from ..export.engines import ENGINES, INPUT, OUTPUT, installed_engines
     from ..export.exported_folder import export_folder, load_for_export
-    from ..export.graph import INPUT, OUTPUT
     from ..utils.image_config import image_shape_of
 
     model, processor = load_for_export(args.model, args.revision)
-    if args.measure_on:
-        try:  # comparing needs the packages for training
+    if args.int8 or args.measure_on:
+        try:  # images need the packages for training
+            from ..export.calibration import load_calibration
             from ..export.compare import compare, comparison_table, load_labelled
         except ModuleNotFoundError as error:
-            raise ValueError(
-                f"--measure_on needs {error.name}. Install it with: pip install 'refiner_hf[train]'"
-            ) from error
+            option = "--measure_on" if args.measure_on else "--int8"
+            advice = "Install it with: pip install 'refiner_hf[train]'"
+            raise ValueError(f"{option} needs {error.name}. {advice}") from error
+    if args.measure_on:
         images = load_labelled(args.measure_on, args.max_images, model)
-    files, difference = export_folder(model, processor, folder, args.int8)
+    calibration = load_calibration(args.int8, args.measure_on, processor) if args.int8 else None
+    exported = export_folder(model, processor, folder, calibration)
     channels, height, width = image_shape_of(model.config)
+    engines = " and ".join(ENGINES[engine] for engine in installed_engines())
     print(
-        f"{files[0]}: {INPUT} (batch, {channels}, {height}, {width}) to {OUTPUT} "
-        f"(batch, {model.config.num_labels}); the largest difference from PyTorch's is {difference:.1e}."
+        f"{exported.graph}: {INPUT} (batch, {channels}, {height}, {width}) to {OUTPUT} "
+        f"(batch, {model.config.num_labels}); the largest difference of {engines} from PyTorch is "
+        f"{exported.difference:.1e}."
     )
-    if args.int8:
-        print(f"{files[1]}: the same with linear layers in 8 bits; its answers differ a little.")
+    files = [exported.graph]
+    if calibration and exported.int8:
+        files.append(exported.int8)
+        pictures = counted(sum(map(len, calibration)), "picture")
+        print(
+            f"{exported.int8}: the same in 8 bits. Of {pictures} of {args.int8}, which set its ranges, "
+            f"{exported.same_answers:.1%} get the same answer."
+        )
     if args.measure_on:
         compared = compare(model, processor, files, images)
         write_json(folder / COMPARISON, compared)

@@ -1,13 +1,14 @@
 """
 Classify many pictures, and write the answers into a table (CSV or parquet): file, label, score.
 
-The model is a Refiner or any other image classifier of transformers, or an exported ONNX file. Pictures that can't be
-read are listed at the end. The same command continues an interrupted run. Several processes or GPUs divide the images:
-start it with torchrun or accelerate.
+The model is a Refiner or any other image classifier of transformers, or an exported ONNX file, which ONNX Runtime or
+OpenVINO computes. Pictures that can't be read are listed at the end. The same command continues an interrupted run.
+Several processes or GPUs divide the images: start it with torchrun or accelerate.
 
     refiner predict --model outputs/demo --images photos --output_file answers.csv
     refiner predict --model outputs/demo --images photos 'holiday/**/*.jpg' one.png --output_file answers.csv --top_k 3
     refiner predict --model exported/model.onnx --images photos --output_file answers.csv
+    refiner predict --model exported/model_int8.onnx --engine openvino --images photos --output_file answers.csv
     refiner predict --model outputs/demo --images photos --output_file answers.parquet --features
     torchrun --nproc_per_node 4 -m refiner_hf predict --model outputs/demo --images photos --output_file answers.csv
 """
@@ -16,7 +17,7 @@ import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ..utils.image_files import check_images
 from ..utils.text import FORMULA, counted, printable
@@ -53,6 +54,16 @@ class PredictArguments:
     )
     revision: str | None = revision_option()
     device: str | None = device_option()
+    engine: Literal["onnxruntime", "openvino"] | None = field(
+        default=None, metadata={"help": "What computes an exported model. Default: onnxruntime."}
+    )
+    precision: Literal["float32", "bfloat16"] | None = field(
+        default=None,
+        metadata={
+            "help": "What it computes in, except for what is in 8 bits; bfloat16 in OpenVINO, on CPUs that have it. "
+            "Default: float32."
+        },
+    )
 
 
 @command(PredictArguments)
@@ -64,7 +75,8 @@ def main(args: PredictArguments) -> None:
     from ..utils.processes import Processes
 
     with if_interrupted(lambda: _what_is_kept(partial_file(Path(args.output_file)))):
-        predictions = predict(**{**vars(args), "device": pick_device(args.device)})
+        device = "cpu" if args.engine == "openvino" and args.device is None else pick_device(args.device)
+        predictions = predict(**{**vars(args), "device": device})
     if not Processes().is_first:
         return
     print(_summary(predictions, args.output_file))

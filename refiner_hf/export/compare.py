@@ -1,9 +1,8 @@
-"""What a graph is worth beside the model it was made of: accuracy, same answers, speed, size."""
+"""What graphs are worth beside the model they were made of, by engine: accuracy, same answers, speed, size."""
 
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,14 @@ from ..data.transforms import PrepareImages, evaluation_pixels, match_labels
 from ..utils.image_config import label_names_of
 from ..utils.machine import describe_machine
 from ..utils.markdown import markdown_table
-from ..utils.measure import time_in_turns
-from .graph import open_onnx, run_onnx
+from ..utils.measure import Step, seconds_of, time_in_turns
+from .engines import BFLOAT16, ENGINES, FLOAT32, has_bfloat16, installed_engines, open_graph
 
 
 DIGITS = "digits"
+PYTORCH = "PyTorch"
 BATCHES = (1, 32)
-ROUNDS = 30
+FEWEST_ROUNDS, MOST_ROUNDS, SECONDS = 5, 30, 60  # of taking turns: as many as fit into so many seconds, about
 
 Answer = Callable[[np.ndarray], np.ndarray]  # pixels (B, C, height, width) to logits (B, K)
 
@@ -34,7 +34,8 @@ def compare(
     model: PreTrainedModel, processor: BaseImageProcessor, files: list[Path], images: ImageData
 ) -> dict[str, Any]:
     """
-    Runs the model and its graphs on labelled images, and times them in turns on the CPU.
+    Runs the model, and its graphs in every engine that is installed and every precision that it has here, on labelled
+    images, and times them in turns on the CPU, with as many threads each.
 
     Args:
         model (`PreTrainedModel`): on the CPU.
@@ -43,14 +44,22 @@ def compare(
         images ([`~refiner_hf.data.sources.ImageData`]): labelled ones, of [`load_labelled`].
 
     Returns:
-        `dict`: `data`, `images` and what the machine is; `contenders`, for the model ("PyTorch") and each file
-        `accuracy`, `same_answers` (share in which it agrees with the model), `bytes` (of a file), and by batch size
-        `images_per_second` (median of the rounds).
+        `dict`: `data`, `images` and what the machine is; `contenders`, for the model ("PyTorch") and each way to
+        compute a graph `engine`, `precision`, `file` and `bytes` (of a graph), `accuracy`, `same_answers` (share in
+        which it agrees with the model), and by batch size `images_per_second` (median of the rounds) and
+        `times_pytorch` (speed, median of the ratios to the model's in the same round).
     """
     label_ids = match_labels(images.labels, label_names_of(model.config))
     prepare = PrepareImages(evaluation_pixels(processor), LabelValues(label_ids=label_ids))
-    contenders: dict[str, Answer] = {"PyTorch": partial(_answer, model)}
-    contenders |= {file.name: partial(run_onnx, open_onnx(file)) for file in files}
+    results: dict[str, dict[str, Any]] = {PYTORCH: {"engine": PYTORCH}}
+    contenders: dict[str, Answer] = {PYTORCH: partial(_answer, model)}
+    for engine in installed_engines():
+        for file in files:
+            for precision in [FLOAT32] + [BFLOAT16] * has_bfloat16(engine):
+                name = f"{ENGINES[engine]}, {file.name}, {precision}"
+                contenders[name] = open_graph(file, engine, precision)
+                results[name] = {"engine": ENGINES[engine], "precision": precision}
+                results[name] |= {"file": file.name, "bytes": file.stat().st_size}
 
     predicted, labels = {name: [] for name in contenders}, []
     rows = images.evaluation.data
@@ -64,16 +73,17 @@ def compare(
         progress.update(len(pixels))
     progress.close()
 
-    results = {name: _agreement(np.concatenate(predicted[name]), predicted, labels) for name in contenders}
-    for file in files:
-        results[file.name]["bytes"] = file.stat().st_size
+    for name, row in results.items():
+        row |= _agreement(np.concatenate(predicted[name]), predicted, labels)
     for batch in BATCHES:
         pixels = np.resize(pixels, (batch, *pixels.shape[1:]))
-        times = time_in_turns(
-            {name: partial(partial, answer, pixels) for name, answer in contenders.items()}, ROUNDS, "cpu"
-        )
-        for name, row in times.items():
-            results[name].setdefault("images_per_second", {})[str(batch)] = batch / median(row["seconds"])
+        steps = {name: partial(answer, pixels) for name, answer in contenders.items()}
+        times = time_in_turns({name: partial(partial, step) for name, step in steps.items()}, _rounds(steps), "cpu")
+        seconds = {name: np.array(row["seconds"]) for name, row in times.items()}
+        for name, row in results.items():
+            ratios = seconds[PYTORCH] / seconds[name]
+            row.setdefault("images_per_second", {})[str(batch)] = batch / float(np.median(seconds[name]))
+            row.setdefault("times_pytorch", {})[str(batch)] = float(np.median(ratios))
     return {"data": images.name, "images": len(labels), **describe_machine("cpu"), "contenders": results}
 
 
@@ -101,13 +111,26 @@ def load_labelled(data: str, max_images: int | None, model: PreTrainedModel) -> 
 def comparison_table(compared: dict[str, Any]) -> str:
     """Markdown: what [`compare`] found, a row each."""
     rows = []
-    base = compared["contenders"]["PyTorch"]["images_per_second"]
-    for name, row in compared["contenders"].items():
-        size = f"{row['bytes'] / 1e6:.1f} MB" if "bytes" in row else ""
-        speeds = [f"{rate:,.0f} ({rate / base[batch]:.2f}x)" for batch, rate in row["images_per_second"].items()]
-        rows.append([name, size, f"{row['accuracy']:.2%}", f"{row['same_answers']:.2%}", *speeds])
-    heads = ["", "file", "accuracy", "same answers", *(f"images/s, {batch} at once" for batch in base)]
-    return markdown_table(heads, rows)
+    base = compared["contenders"][PYTORCH]
+    for row in compared["contenders"].values():
+        file = f"{row['file']}, {row['bytes'] / 1e6:.1f} MB" if "file" in row else ""
+        accuracy = f"{row['accuracy']:.2%}"
+        if row is not base:
+            accuracy += f" ({100 * (row['accuracy'] - base['accuracy']):+.2f})"
+        speeds = [
+            f"{row['images_per_second'][batch]:,.0f} ({times:.2f}x)" for batch, times in row["times_pytorch"].items()
+        ]
+        precision = row.get("precision", "")
+        rows.append([row["engine"], file, precision, accuracy, f"{row['same_answers']:.2%}", *speeds])
+    at_once = (f"images/s, {batch} at once" for batch in base["times_pytorch"])
+    return markdown_table(["engine", "file", "`--precision`", "accuracy", "same answers", *at_once], rows)
+
+
+def _rounds(steps: dict[str, Step]) -> int:
+    for step in steps.values():  # engines compile at their first
+        step()
+    seconds = sum(seconds_of(step, "cpu") for step in steps.values())
+    return int(min(max(SECONDS / seconds, FEWEST_ROUNDS), MOST_ROUNDS))
 
 
 @torch.no_grad()
@@ -118,5 +141,5 @@ def _answer(model: PreTrainedModel, pixels: np.ndarray) -> np.ndarray:
 def _agreement(answers: np.ndarray, predicted: dict[str, list[np.ndarray]], labels: list[int]) -> dict[str, Any]:
     return {
         "accuracy": float((answers == np.array(labels)).mean()),
-        "same_answers": float((answers == np.concatenate(predicted["PyTorch"])).mean()),
+        "same_answers": float((answers == np.concatenate(predicted[PYTORCH])).mean()),
     }

@@ -1,25 +1,20 @@
-"""A classifier as an ONNX graph, checked against the model it was made of, and its int8 form."""
+"""A classifier as an ONNX graph, checked against the model it was made of."""
 
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
 import torch
-from onnxruntime.quantization import QuantType, quantize_dynamic
-from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..utils.image_config import image_shape_of
 from ..utils.same_answers import check_same_answers, noise_of
+from .engines import INPUT, OUTPUT, open_every_way
 
 
-INPUT, OUTPUT = "pixel_values", "logits"
 TOLERANCE = 1e-4  # of a logit; see `check_same_answers`
 _BATCHES = (1, 2, 5)
 
@@ -56,7 +51,7 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> float:
     training = model.training
     model.eval()
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 _Logits(model),
                 (noise_of(image_shape_of(model.config), 2),),
@@ -76,7 +71,7 @@ def export_onnx(model: PreTrainedModel, file: str | Path) -> float:
 @torch.no_grad()
 def check_onnx(file: str | Path, model: PreTrainedModel) -> float:
     """
-    Compares a graph's logits with the model's, for one image and several.
+    Compares a graph's logits in each engine that is installed with the model's, for one image and several.
 
     Returns:
         `float`: the largest difference.
@@ -84,46 +79,18 @@ def check_onnx(file: str | Path, model: PreTrainedModel) -> float:
     Raises:
         `RuntimeError`: it is larger than 1e-4 (of the largest logit, if that is above 1).
     """
-    session, largest = open_onnx(file), 0.0
-    for batch in _BATCHES:
-        pixels = noise_of(image_shape_of(model.config), batch)
-        expected, actual = model(pixels.to(model.device)).logits.cpu(), run_onnx(session, pixels.numpy())
-        largest = max(largest, check_same_answers(expected, actual, TOLERANCE, f"The graph {Path(file).name}"))
+    largest = 0.0
+    for name, graph in open_every_way(file).items():
+        for batch in _BATCHES:
+            pixels = noise_of(image_shape_of(model.config), batch)
+            expected, actual = model(pixels.to(model.device)).logits.cpu(), graph(pixels.numpy())
+            what = f"The graph {Path(file).name} in {name}"
+            largest = max(largest, check_same_answers(expected, actual, TOLERANCE, what))
     return largest
 
 
-def quantize_onnx(file: str | Path, quantized: str | Path) -> None:
-    """
-    Writes the int8 form of a graph: weights of the linear layers in 8 bits, one scale for each output channel, and
-    their inputs quantized as they come. The convolutions over maps, which have few weights, stay in float32.
-    """
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        prepared = Path(folder) / "prepared.onnx"
-        quant_pre_process(str(file), str(prepared), skip_symbolic_shape=True)
-        quantize_dynamic(
-            prepared,
-            Path(quantized),
-            op_types_to_quantize=["MatMul", "Gemm"],
-            per_channel=True,
-            weight_type=QuantType.QInt8,
-        )
-
-
-def open_onnx(file: str | Path) -> onnxruntime.InferenceSession:
-    """A graph, ready to run on the CPU."""
-    options = onnxruntime.SessionOptions()
-    # Threads that wait in a loop between runs slow down everything else that runs.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-
-
-def run_onnx(session: onnxruntime.InferenceSession, pixel_values: np.ndarray) -> np.ndarray:
-    """(B, C, height, width) -> (B, K), both float32."""
-    return session.run([OUTPUT], {INPUT: pixel_values})[0]
-
-
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without what the libraries say about their own insides."""
     root = logging.getLogger()
     level = root.level

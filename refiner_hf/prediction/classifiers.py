@@ -1,4 +1,4 @@
-"""Image classifiers behind one interface, whether PyTorch or ONNX Runtime computes them."""
+"""Image classifiers behind one interface, whether PyTorch or an engine for exported graphs computes them."""
 
 import hashlib
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import BaseImageProcessor, PreTrainedConfig
 
+from ..export.engines import FLOAT32, INPUT, ONNXRUNTIME, OUTPUT, open_graph
 from ..utils.loading import load_classifier_and_processor, load_config, load_image_processor
 from ..utils.text import counted
 from .scores import probabilities
@@ -25,9 +26,14 @@ class Classifier(ABC):
             number of its own.
         processor ([`BaseImageProcessor`]): makes `pixel_values` of images.
 
+    Attributes:
+        precision (`str`): what it is computed in.
+
     Raises:
         `ValueError`: the model has no labels.
     """
+
+    precision = FLOAT32
 
     def __init__(self, name: str, config: PreTrainedConfig, processor: BaseImageProcessor):
         if not config.id2label:
@@ -87,7 +93,13 @@ class Classifier(ABC):
         return digest.hexdigest()
 
 
-def open_classifier(name: str, device: str = "cpu", revision: str | None = None) -> Classifier:
+def open_classifier(
+    name: str,
+    device: str = "cpu",
+    revision: str | None = None,
+    engine: str | None = None,
+    precision: str | None = None,
+) -> Classifier:
     """
     Args:
         name (`str`): folder or Hub name of any of transformers' image classifiers, Refiners among them; or an exported
@@ -95,16 +107,23 @@ def open_classifier(name: str, device: str = "cpu", revision: str | None = None)
             `model.onnx` that has no safetensors.
         device (`str`, *optional*, defaults to `"cpu"`): where it shall run.
         revision (`str`, *optional*): branch, tag or commit of a model on the Hub.
+        engine (`str`, *optional*): what computes an exported one, `"onnxruntime"` (the default) or `"openvino"`.
+        precision (`str`, *optional*): what an exported one is computed in, see
+            [`~refiner_hf.export.engines.open_graph`].
 
     Raises:
-        `ValueError`, `OSError`: there is no such model, it is damaged, or it isn't a classifier.
-        `RuntimeError`: it needs ONNX Runtime, which isn't installed.
+        `ValueError`, `OSError`: there is no such model, it is damaged, or it isn't a classifier; the engine can't
+            compute in this precision, or the model isn't exported, and an engine or precision was asked for.
+        `RuntimeError`: it needs an engine that isn't installed.
     """
     path = Path(name)
+    if path.suffix != ".onnx" and (path / "model.onnx").is_file() and not any(path.glob("*.safetensors")):
+        path = path / "model.onnx"
     if path.suffix == ".onnx":
-        return OnnxClassifier(path, device)
-    if (path / "model.onnx").is_file() and not any(path.glob("*.safetensors")):
-        return OnnxClassifier(path / "model.onnx", device)
+        return GraphClassifier(path, device, engine or ONNXRUNTIME, precision or FLOAT32)
+    for option, value in (("engine", engine), ("precision", precision)):
+        if value is not None:
+            raise ValueError(f"--{option} is for exported models (.onnx), and {name} is none.")
     return TorchClassifier(name, device, revision)
 
 
@@ -141,43 +160,28 @@ class TorchClassifier(Classifier):
             yield plain.cpu().flatten().view(torch.uint8).numpy().data
 
 
-class OnnxClassifier(Classifier):
+class GraphClassifier(Classifier):
     """A graph that takes `pixel_values` and gives `logits`."""
 
-    def __init__(self, file: Path, device: str):
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise RuntimeError(
-                "An ONNX model needs onnxruntime. Install it with: pip install 'refiner_hf[export]'"
-            ) from error
+    def __init__(self, file: Path, device: str, engine: str, precision: str):
         if not file.is_file():
             raise ValueError(f"There is no file {file}.")
+        self._graph = open_graph(file, engine, precision, device)
         folder = str(file.parent)
         super().__init__(str(file), load_config(folder), load_image_processor(folder))
-        self._file = file
-        wanted = torch.device(device)
-        providers = ["CPUExecutionProvider"]
-        if wanted.type == "cuda":  # where this onnxruntime has no CUDA, it says so and takes the CPU
-            providers.insert(0, ("CUDAExecutionProvider", {"device_id": wanted.index or 0}))
-        try:
-            self._session = onnxruntime.InferenceSession(str(file), providers=providers)
-        except Exception as error:  # ONNX Runtime's own errors have nothing else in common
-            raise ValueError(f"The ONNX model {file} is damaged or incomplete: {error}") from error
-        inputs = {each.name for each in self._session.get_inputs()}
-        outputs = {each.name for each in self._session.get_outputs()}
-        if inputs != {"pixel_values"} or "logits" not in outputs:
+        self._file, self.precision = file, precision
+        inputs, outputs = self._graph.inputs, self._graph.outputs
+        if inputs != {INPUT} or OUTPUT not in outputs:
             raise ValueError(
                 f"{file} isn't an image classifier: it takes {', '.join(sorted(inputs))} and gives "
-                f"{', '.join(sorted(outputs))}, not pixel_values and logits."
+                f"{', '.join(sorted(outputs))}, not {INPUT} and {OUTPUT}."
             )
 
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         try:
-            (logits,) = self._session.run(["logits"], {"pixel_values": pixel_values.numpy()})
-        except Exception as error:
+            return torch.from_numpy(self._graph(pixel_values.numpy()))
+        except Exception as error:  # the engines' own errors have nothing else in common
             raise ValueError(f"{self.name} can't compute these images: {error}") from error
-        return torch.from_numpy(logits)
 
     def weights(self) -> Iterable[bytes]:
         # Large graphs keep their weights in files beside them, such as model.onnx.data.

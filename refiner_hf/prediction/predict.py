@@ -47,6 +47,8 @@ def predict(
     num_workers: int = DEFAULT_WORKERS,
     device: str = "cpu",
     revision: str | None = None,
+    engine: str | None = None,
+    precision: str | None = None,
 ) -> Predictions:
     """
     Writes a table of a classifier's answers to images: `file,label,score`, and with `top_k` also `label_2,score_2` and
@@ -59,7 +61,7 @@ def predict(
     another number of processes may continue it.
 
     Args:
-        model (`str`): folder or Hub name of one of transformers' image classifiers, or an ONNX model, see
+        model (`str`): folder or Hub name of one of transformers' image classifiers, or an exported one, see
             [`~refiner_hf.prediction.classifiers.open_classifier`].
         images (`str` or `Iterable[str]`): files, folders and patterns, see
             [`~refiner_hf.utils.image_files.find_images`].
@@ -67,11 +69,13 @@ def predict(
             folder is made. Bytes in a file's name that aren't UTF-8 are written as `\\xe9`.
         top_k (`int`, *optional*, defaults to 1): how many labels of each image, at most all.
         features (`bool`, *optional*, defaults to `False`): also a column `features`, the numbers that the head of the
-            model makes its answer of; only in parquet, and not of an ONNX model.
+            model makes its answer of; only in parquet, and not of an exported model.
         batch_size (`int`, *optional*, defaults to 32): images at a time.
         num_workers (`int`, *optional*): processes that read ahead; 0 reads here. Default: 4, or the number of cores.
         device (`str`, *optional*, defaults to `"cpu"`): where the model runs.
         revision (`str`, *optional*): branch, tag or commit of a model on the Hub.
+        engine (`str`, *optional*): what computes an exported model, `"onnxruntime"` (the default) or `"openvino"`.
+        precision (`str`, *optional*): `"float32"` (the default) or, in OpenVINO, `"bfloat16"`.
 
     Returns:
         [`Predictions`], in each of several processes those of all. Images that can't be read have no row; they are
@@ -79,8 +83,8 @@ def predict(
 
     Raises:
         `ValueError`, `OSError`, `RuntimeError`: no images, or none that can be read; no classifier; a table that is
-            there already, or unfinished and of another model or `top_k`; a folder that can't be written, or a table
-            that another process writes.
+            there already, or unfinished and of another model, precision or `top_k`; a folder that can't be written,
+            or a table that another process writes.
     """
     output = Path(output_file)
     _check_options(output, features, top_k=top_k, batch_size=batch_size, num_workers=num_workers)
@@ -88,12 +92,12 @@ def predict(
     processes = Processes()
     if processes.is_first:
         check_place(output)
-    classifier = open_classifier(model, processes.device(device), revision)
+    classifier = open_classifier(model, processes.device(device), revision, engine, precision)
     top_k = min(top_k, len(classifier.labels))
     if features:
         classifier.keep_features()
 
-    facts = {"model": classifier.digest(), "top_k": top_k, "features": features}
+    facts = {"model": classifier.digest(), "top_k": top_k, "features": features, "precision": classifier.precision}
     names = [_printable(file) for file in files]
     with ExitStack() as held:
         columns, answers = _columns(top_k, features), None

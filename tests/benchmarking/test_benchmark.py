@@ -54,19 +54,24 @@ def test_every_refinement_takes_its_steps(name, kind, dtype):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_engines(name):
-    """They answer as the network does, in inference alone."""
+    """They answer as the network does, or nearly where they compute in less; in inference alone."""
     if name not in contender_names("model", "cpu"):
-        pytest.skip("it isn't installed")
+        pytest.skip("it isn't installed, or the CPU can't")
+    _, precision, int8 = ENGINES[name]
     inference = case()
-    (answer,) = make_step(inference, name)().values() if name == "OpenVINO" else make_step(inference, name)()
+    answer = torch.from_numpy(make_step(inference, name)())
     torch.manual_seed(0)
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         logits = make_network(inference, BASE).eval()(pixels).logits
-    torch.testing.assert_close(torch.as_tensor(answer), logits, atol=1e-4, rtol=1e-4)
+    away = ((answer - logits).norm() / logits.norm()).item()
+    assert 1e-4 < away < 0.1 if int8 or precision == "bfloat16" else away < 1e-5
     assert takes_part(inference, name) and not takes_part(case(kind="training"), name)
-    assert takes_part(case(dtype="bfloat16"), name) == (name == "OpenVINO")
+    assert takes_part(case(dtype="bfloat16"), name) == (precision == "bfloat16")
     assert name not in contender_names("op", "cpu") and name not in contender_names("model", "cuda")
+    weights = sum(weight.numel() for weight in make_network(inference, BASE).parameters())
+    less = costs(inference, BASE)["bytes"] - costs(inference, name)["bytes"]
+    assert less >= weights * (3 if int8 else 2 if precision == "bfloat16" else 0)
 
 
 def check_step(case: Case, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Graphs away from PyTorch: the same answers for any number of images, and what their int8 form is worth."""
+"""Graphs away from PyTorch: the same answers for any number of images, and what each engine makes of them."""
 
 import re
 import subprocess
@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from PIL import Image
@@ -14,9 +13,11 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from refiner_hf import RefinerForImageClassification, RefinerImageProcessor, RefinerImageProcessorPil, RefinerModel
 from refiner_hf.commands.export import main
+from refiner_hf.export import compare as comparing
 from refiner_hf.export import graph
 from refiner_hf.export.compare import compare, comparison_table, load_labelled
-from refiner_hf.export.graph import check_onnx, export_onnx, open_onnx, quantize_onnx, run_onnx
+from refiner_hf.export.engines import OPENVINO, has_bfloat16, open_every_way, open_graph
+from refiner_hf.export.graph import check_onnx, export_onnx
 from refiner_hf.hub.code import add_code
 
 from ..conftest import GOLDEN_MODELS, LAYOUTS, assert_close, load_json, save_with_processor
@@ -33,11 +34,7 @@ def network():
 
 
 def answers(file, pixels: torch.Tensor) -> torch.Tensor:
-    return torch.from_numpy(run_onnx(open_onnx(file), pixels.numpy()))
-
-
-def kinds(file) -> set[str]:
-    return {node.op_type for node in onnx.load(file).graph.node}
+    return torch.from_numpy(open_graph(file)(pixels.numpy()))
 
 
 # An export takes seconds, so most of them are slow tests.
@@ -81,15 +78,21 @@ def test_any_number_of_images(variant, tmp_path):
 
 def test_another_models_answers_are_noticed(network, tmp_path, monkeypatch):
     export_onnx(network, tmp_path / "model.onnx")
-    batches = []
+    asked = []
+
+    def noted(name, run):
+        return lambda pixels: asked.append((name, len(pixels))) or run(pixels)
+
     monkeypatch.setattr(
-        graph, "run_onnx", lambda session, pixels: batches.append(len(pixels)) or run_onnx(session, pixels)
+        graph, "open_every_way", lambda file: {name: noted(name, run) for name, run in open_every_way(file).items()}
     )
     assert check_onnx(tmp_path / "model.onnx", network) < 1e-4
+    assert {name.split(",")[0] for name, _ in asked} == {"onnxruntime", "OpenVINO"} and len(asked) == 9
+    batches = {images for _, images in asked}
     assert 1 in batches and max(batches) > 2, "other numbers of images than it was recorded with"
     with torch.no_grad():
         network.classifier.bias[0] += 0.001
-    with pytest.raises(RuntimeError, match=r"model.onnx answers differently: by 0\.0"):
+    with pytest.raises(RuntimeError, match=r"model.onnx in onnxruntime answers differently: by 0\.0"):
         check_onnx(tmp_path / "model.onnx", network)
 
 
@@ -97,20 +100,6 @@ def test_half_precision_is_refused(network, tmp_path):
     with pytest.raises(ValueError, match="dtype=torch.float32"):
         export_onnx(network.half(), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
-
-
-def test_int8(network, tmp_path):
-    file, small = tmp_path / "model.onnx", tmp_path / "model_int8.onnx"
-    export_onnx(network.train(), file)
-    assert network.training and network.refiner.norm.training, "as it was, though its evaluation is exported"
-    quantize_onnx(file, small)
-    assert "MatMulInteger" in kinds(small) and "ConvInteger" not in kinds(small)
-    assert "Gemm" in kinds(file) and "Gemm" not in kinds(small), "the classifiers too"
-    pixels = torch.randn(7, 3, 16, 16)
-    exact, rough = answers(file, pixels), answers(small, pixels)
-    assert 0 < (exact - rough).norm() < 0.2 * exact.norm()
-    linear = sum(m.weight.numel() for m in network.modules() if isinstance(m, torch.nn.Linear))
-    assert file.stat().st_size - small.stat().st_size > 2 * linear  # three of four bytes, less the scales
 
 
 @pytest.fixture
@@ -138,13 +127,21 @@ numpy.savez("out.npz", pixel_values=pixel_values, logits=logits)
 def test_command(saved, photos, tmp_path, capsys):
     model, folder = saved
     out = tmp_path / "exported"
-    main(["--model", str(folder), "--output_dir", str(out), "--int8", "--measure_on", str(photos)])
+    main(["--model", str(folder), "--output_dir", str(out), "--int8", "digits", "--measure_on", str(photos)])
     files = ["comparison.json", "config.json", "model.onnx", "model_int8.onnx", "preprocess.py"]
     files.append("preprocessor_config.json")
     assert sorted(path.name for path in out.iterdir()) == files
     assert load_json(out / "config.json")["id2label"] == {"0": "red", "1": "blue", "2": "green"}
     said = capsys.readouterr().out
     assert "pixel_values (batch, 3, 16, 16) to logits (batch, 3)" in said and "39 images of photos" in said
+    assert "the largest difference of onnxruntime and OpenVINO" in said and "Of 200 pictures of digits" in said
+    rows = load_json(out / "comparison.json")["contenders"].values()
+    ways = {(row["engine"], row.get("file"), row.get("precision")) for row in rows}
+    files = ("model.onnx", "model_int8.onnx")
+    expected = {(engine, file, "float32") for engine in ("onnxruntime", "OpenVINO") for file in files}
+    expected |= {("OpenVINO", file, "bfloat16") for file in files if has_bfloat16(OPENVINO)}
+    assert ways == expected | {("PyTorch", None, None)} and len(rows) == len(ways)
+    assert said.count("\n| ") == len(rows) + 2
 
     # The page's own lines, for a picture that isn't square, as on a machine with NumPy, Pillow and onnxruntime alone.
     noise = np.random.default_rng(0).integers(0, 256, (60, 140, 3), np.uint8)
@@ -179,11 +176,23 @@ def test_comparison(saved, photos, tmp_path):
     compared = compare(model.eval(), processor, files, load_labelled(str(photos), None, model))
     assert compared["images"] == 39
     rows = compared["contenders"]
-    assert rows["other.onnx"]["accuracy"] == pytest.approx(1 / 3)
-    assert rows["model.onnx"]["same_answers"] == 1 and rows["model.onnx"]["accuracy"] == rows["PyTorch"]["accuracy"]
-    assert rows["model.onnx"]["bytes"] == files[0].stat().st_size
-    assert set(rows["PyTorch"]["images_per_second"]) == {"1", "32"}
-    assert comparison_table(compared).count("\n") == 4
+    for engine in ("onnxruntime", "OpenVINO"):
+        right, wrong = (rows[f"{engine}, {file.name}, float32"] for file in files)
+        assert wrong["accuracy"] == pytest.approx(1 / 3)
+        assert right["same_answers"] == 1 and right["accuracy"] == rows["PyTorch"]["accuracy"]
+        assert right["bytes"] == files[0].stat().st_size
+    assert all(set(row["images_per_second"]) == set(row["times_pytorch"]) == {"1", "32"} for row in rows.values())
+    assert set(rows["PyTorch"]["times_pytorch"].values()) == {1}
+    lost = 100 * (1 / 3 - rows["PyTorch"]["accuracy"])
+    lines = comparison_table(compared).splitlines()
+    assert len(lines) == 2 + len(rows) and all(f"33.33% ({lost:+.2f})" in line for line in lines if "other" in line)
+
+
+@pytest.mark.parametrize("seconds, rounds", [(0.001, 30), (1.0, 20), (50.0, 5)])
+def test_a_large_network_takes_fewer_turns(monkeypatch, seconds, rounds):
+    """As many as take a minute, of three contenders here; and never so few that a median says nothing."""
+    monkeypatch.setattr(comparing, "seconds_of", lambda step, device: seconds)
+    assert comparing._rounds(dict.fromkeys("abc", lambda: None)) == rounds
 
 
 def test_what_cannot_be_exported(saved, photos, tmp_path):
@@ -224,9 +233,10 @@ def test_what_cannot_be_exported(saved, photos, tmp_path):
 
 def test_measuring_takes_the_packages_for_training(saved, photos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "refiner_hf.export.compare", None)
-    words = ["--model", str(saved[1]), "--output_dir", str(tmp_path / "out"), "--measure_on", str(photos)]
-    with pytest.raises(SystemExit, match=r"refiner_hf\[train\]"):
-        main(words)
+    for option in ("--measure_on", "--int8"):
+        words = ["--model", str(saved[1]), "--output_dir", str(tmp_path / "out"), option, str(photos)]
+        with pytest.raises(SystemExit, match=rf"{option} needs .*refiner_hf\[train\]"):
+            main(words)
 
 
 def test_code_stays_behind(saved, tmp_path):

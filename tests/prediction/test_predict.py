@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from refiner_hf.commands.predict import main
+from refiner_hf.export import engines
 from refiner_hf.prediction import predict as prediction
 from refiner_hf.prediction.classifiers import TorchClassifier, open_classifier
 from refiner_hf.prediction.predict import predict
@@ -258,7 +259,7 @@ class TestSeveralProcesses:
         expected = rows_of(table)
         Path(photos, "blue", "broken.png").write_text("no")
         together = table.with_name("together.csv")
-        facts = {"model": open_classifier(vit).digest(), "top_k": 1, "features": False}
+        facts = {"model": open_classifier(vit).digest(), "top_k": 1, "features": False, "precision": "float32"}
         for part, row in ((together, expected[3]), (part_of(together, 5), expected[2])):
             with AnswerTable(part, expected[0], facts) as left:
                 left.add([row[:1] + ["left over", "0.5"]])
@@ -273,7 +274,7 @@ class TestSeveralProcesses:
 
     def test_one_goes_on_where_several_were(self, vit, photos, table, asked):
         predict(vit, photos, table, num_workers=0)
-        facts = {"model": open_classifier(vit).digest(), "top_k": 1, "features": False}
+        facts = {"model": open_classifier(vit).digest(), "top_k": 1, "features": False, "precision": "float32"}
         again, rows = table.with_name("b.csv"), rows_of(table)
         for number in (0, 1):
             with AnswerTable(part_of(again, number), rows[0], facts) as left:
@@ -291,12 +292,44 @@ class TestSeveralProcesses:
             predict(vit, photos, table, num_workers=0)
 
 
-class TestOnnx:
-    def test_answers_as_the_model_does(self, vit, onnx, photos, tmp_path):
-        for name, model in (("torch", vit), ("folder", onnx), ("file", f"{onnx}/model.onnx")):
-            predict(model, photos, tmp_path / f"{name}.csv", top_k=4, batch_size=5, num_workers=0)
-        for name in ("folder", "file"):
+class TestExported:
+    @pytest.mark.parametrize("words", [[], ["--engine", "onnxruntime"], ["--engine", "openvino"]])
+    def test_answers_as_the_model_does(self, vit, onnx, photos, tmp_path, words):
+        """Batches of other sizes among them."""
+        usual = ["--top_k", "4", "--batch_size", "5"]
+        run(vit, photos, tmp_path / "torch.csv", *usual)
+        for name, model in (("folder", onnx), ("file", f"{onnx}/model.onnx")):
+            run(model, photos, tmp_path / f"{name}.csv", *usual, *words)
             assert_same_answers(rows_of(tmp_path / f"{name}.csv"), rows_of(tmp_path / "torch.csv"), 1e-5)
+
+    def test_in_bfloat16(self, vit, onnx, photos, tmp_path):
+        """The scores differ a little, and a table isn't continued with those."""
+        if not engines.has_bfloat16("openvino"):
+            pytest.skip("this CPU has no bfloat16")
+        words = ["--engine", "openvino", "--precision", "bfloat16"]
+        run(vit, photos, tmp_path / "torch.csv")
+        run(onnx, photos, tmp_path / "half.csv", *words)
+        exact, rough = rows_of(tmp_path / "torch.csv"), rows_of(tmp_path / "half.csv")
+        assert exact != rough
+        assert_same_answers(rough, exact, 0.05)
+        with pytest.MonkeyPatch.context() as broken:
+            broken.setattr(prediction.AnswerTable, "finish", lambda self: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                predict(onnx, photos, tmp_path / "begun.csv", num_workers=0)
+        with pytest.raises(SystemExit, match="precision was 'float32' and is now 'bfloat16'"):
+            run(onnx, photos, tmp_path / "begun.csv", *words)
+
+    def test_engines_are_for_exported_ones(self, vit, onnx, photos, table, monkeypatch):
+        with pytest.raises(SystemExit, match=f"--engine is for exported models .* and {vit} is none"):
+            run(vit, photos, table, "--engine", "openvino")
+        with pytest.raises(SystemExit, match="--precision is for exported models"):
+            run(vit, photos, table, "--precision", "bfloat16")
+        with pytest.raises(SystemExit, match="give --engine openvino"):
+            run(onnx, photos, table, "--precision", "bfloat16")
+        monkeypatch.setitem(sys.modules, "openvino", None)
+        with pytest.raises(SystemExit, match=r"needs openvino. Install it with: pip install 'refiner_hf\[export\]'"):
+            run(onnx, photos, table, "--engine", "openvino")
+        assert not table.exists()
 
     def test_a_folder_with_both_is_transformers(self, vit, onnx, photos, tmp_path, table, asked):
         shutil.copytree(vit, onnx, dirs_exist_ok=True)

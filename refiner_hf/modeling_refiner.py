@@ -54,6 +54,7 @@ from .native_refiner import attends, native_attend
 from .normalization_refiner import RefinerBatchNorm2d
 from .refinements_refiner import make_refinement
 from .token_mixing_refiner import mix_tokens, sample_mixing_mask
+from .triton_attention_refiner import make_map, makes_map
 
 
 logger = logging.get_logger(__name__)
@@ -94,6 +95,7 @@ class RefinerAttention(nn.Module):
 
     def __init__(self, config: RefinerConfig, attention_type: str):
         super().__init__()
+        self.config = config
         self.attention_type = attention_type
         self.accumulate_attention = config.accumulate_attention
         self.num_attention_heads = config.num_attention_heads
@@ -144,14 +146,20 @@ class RefinerAttention(nn.Module):
             output = nn.functional.scaled_dot_product_attention(query, key, value, scale=self.scaling)
             return output.transpose(1, 2).flatten(2), None
         added = previous_map if self._accumulates(previous_map) else None
+        weighted = value if self.attention_type == "plain" else None
         # In training a checkpointed layer must do the same with and without gradients.
-        if self.attention_type == "plain" and not self.training and attends(query, key, value, added):
+        if not self._drops and makes_map(self.config, query, key, value, added):
+            kernel_size = None if self.training else self.config.refinement_kernel_size
+            attention_map, output = make_map(query, key, weighted, added, self.scaling, kernel_size)
+        elif weighted is not None and not self.training and attends(query, key, value, added):
             attention_map, output = native_attend(query, key, value, added, self.scaling)
-            return output, attention_map
-        attention_map = self._own_map(query, key, previous_map)
+        else:
+            attention_map, output = self._own_map(query, key, previous_map), None
         if self.attention_type == "refined":
             return self.refinement.weigh(attention_map, value, map_needed=map_needed)
-        return (attention_map @ value).transpose(1, 2).flatten(2), attention_map
+        if output is None:
+            output = (attention_map @ value).transpose(1, 2).flatten(2)
+        return output, attention_map
 
     def _own_map(self, query: torch.Tensor, key: torch.Tensor, previous_map: torch.Tensor | None) -> torch.Tensor:
         """(B, H, N, D / H), the same, (B, H, N, N) -> the map before any refinement, (B, H, N, N)."""
@@ -172,8 +180,11 @@ class RefinerAttention(nn.Module):
 
     def _is_plain(self, previous_map: torch.Tensor | None) -> bool:
         """Whether nothing is done with the map but to weight the values."""
-        drops = self.training and self.dropout.p > 0
-        return self.attention_type == "plain" and not self._accumulates(previous_map) and not drops
+        return self.attention_type == "plain" and not self._accumulates(previous_map) and not self._drops
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.dropout.p > 0
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         """(B, N, D) -> (B, H, N, D / H)."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from .folding_refiner import needs_training_form, operands_of
 from .native_library_refiner import call, why_no_function
-from .operations_refiner import operation, products_of_weights
+from .operations_refiner import operation, products_of_weights, side_by_side
 
 
 def native_refine(
@@ -30,7 +30,7 @@ def native_weigh(refinement: Any, attention_map: torch.Tensor, value: torch.Tens
     Returns:
         `torch.Tensor` of shape (B, N, H D).
     """
-    return _native_refine(attention_map.contiguous(), _side_by_side(value), *operands_of(refinement), scale)
+    return _native_refine(attention_map.contiguous(), side_by_side(value), *operands_of(refinement), scale)
 
 
 @operation(
@@ -85,7 +85,7 @@ def native_attend(
         the map (B, H, N, N) and the weighted values (B, N, H D).
     """
     previous = None if previous is None else previous.contiguous()
-    return _native_attend(*map(_side_by_side, (query, key, value)), previous, query.shape[1], scaling)
+    return _native_attend(*map(side_by_side, (query, key, value)), previous, query.shape[1], scaling)
 
 
 @operation(
@@ -117,11 +117,6 @@ def attends(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, previou
     given = [each for each in (query, key, value, previous) if each is not None]
     differentiated = torch.is_grad_enabled() and any(each.requires_grad for each in given)
     return not differentiated and query.numel() > 0 and why_no_function(*given) is None
-
-
-def _side_by_side(heads: torch.Tensor) -> torch.Tensor:
-    """(B, H, N, D) -> (B, N, H D), which is how a layer's projections come."""
-    return heads.transpose(1, 2).flatten(2).contiguous()
 
 
 def _products_with(map_shape: torch.Size, value_shape: torch.Size | None) -> int:

@@ -55,3 +55,8 @@ def products_of_weights(map_shape: torch.Size, weight_shapes: Sequence[torch.Siz
 def like_the_map(attention_map: torch.Tensor, *others: Any) -> torch.Tensor:
     """The fake form of an operation whose result is a map as its first argument is."""
     return torch.empty_like(attention_map, memory_format=torch.contiguous_format)
+
+
+def side_by_side(heads: torch.Tensor) -> torch.Tensor:
+    """(B, H, N, D) -> (B, N, H D), which is how a layer's projections come."""
+    return heads.transpose(1, 2).flatten(2).contiguous()

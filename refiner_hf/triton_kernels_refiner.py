@@ -54,35 +54,26 @@ and what the kernels are compiled for:
 # Annotations as text, so that a machine without triton can import this file.
 from __future__ import annotations
 
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
-
-
-def _jit(function):
-    return function if triton is None else triton.jit(function)
+from .triton_launch_refiner import jit, tl
 
 
 # --- what programs are made of ---
 
 
-@_jit
+@jit
 def _lanes(N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """The first row and the column of each lane. Lanes too many begin below the map."""
     lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     return lane // N * ROWS, lane % N
 
 
-@_jit
+@jit
 def _real(packed, p, inside, H: tl.constexpr, HP: tl.constexpr):
     """Which of some packed positions aren't hidden by a mask: those that have a one behind their heads."""
     return inside & (tl.load(packed + p * HP + H, mask=inside, other=0.0) != 0.0)
 
 
-@_jit
+@jit
 def _counts(count, first, N, ROWS: tl.constexpr, MASKED: tl.constexpr):
     """How many values each lane has: what it counted, or its rows of the map."""
     if MASKED:
@@ -91,7 +82,7 @@ def _counts(count, first, N, ROWS: tl.constexpr, MASKED: tl.constexpr):
         return tl.minimum(tl.maximum(N - first, 0), ROWS).to(tl.float32)
 
 
-@_jit
+@jit
 def _counted(
     count, complete, packed, p, step, H: tl.constexpr, HP: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr
 ):
@@ -104,57 +95,57 @@ def _counted(
         return complete, count, tl.maximum(step - (K - 2), 1)
 
 
-@_jit
+@jit
 def _mean(means, counts):
     """How many values all lanes have, and their mean, from the lanes' own (BLOCK, channels)."""
     total = tl.sum(counts, 0)
     return total, tl.sum(counts[:, None] * means, 0) / tl.maximum(total, 1.0)
 
 
-@_jit
+@jit
 def _load_heads(maps, h, p, inside, area, H: tl.constexpr):
     """Some positions of an image's unpacked maps, (heads, BLOCK), zero where there is nothing."""
     mask = (h < H)[:, None] & inside[None, :]
     return tl.load(maps + h[:, None] * area + p[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
-@_jit
+@jit
 def _load_packed(maps, h, p, inside, width: tl.constexpr):
     """Some positions, (BLOCK, heads), in the maps' own type."""
     return tl.load(maps + p[:, None] * width + h[None, :], mask=inside[:, None], other=0.0)
 
 
-@_jit
+@jit
 def _number(vector, i):
     return tl.load(vector + i).to(tl.float32)
 
 
-@_jit
+@jit
 def _vector(vector, i, size: tl.constexpr):
     """A short vector, zero beyond its end."""
     return tl.load(vector + i, mask=i < size, other=0.0).to(tl.float32)
 
 
-@_jit
+@jit
 def _matrix(matrix, i, j, rows: tl.constexpr, columns: tl.constexpr):
     """A piece of a row-major matrix, zero beyond its end."""
     mask = (i < rows)[:, None] & (j < columns)[None, :]
     return tl.load(matrix + i[:, None] * columns + j[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
-@_jit
+@jit
 def _relu6(values):
     # As torch's, it hands on what isn't a number.
     values = tl.maximum(values, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(values, 6.0, propagate_nan=tl.PropagateNan.ALL)
 
 
-@_jit
+@jit
 def _relu6_backward(gradient, activated):
     return tl.where((activated <= 0.0) | (activated >= 6.0), 0.0, gradient)
 
 
-@_jit
+@jit
 def _halves(matrix, like):
     """A matrix as a sum of two in the maps' type, which together hold twice its digits; in float32 just itself."""
     high = matrix.to(like.dtype.element_ty)
@@ -164,7 +155,7 @@ def _halves(matrix, like):
         return high, (matrix - high.to(tl.float32)).to(like.dtype.element_ty)
 
 
-@_jit
+@jit
 def _product(values, halves, PRECISION: tl.constexpr):
     high, low = halves
     if values.dtype == tl.float32:
@@ -173,7 +164,7 @@ def _product(values, halves, PRECISION: tl.constexpr):
         return tl.dot(values, high, acc=tl.dot(values, low))
 
 
-@_jit
+@jit
 def _expansion(weight, bias, h, e, H: tl.constexpr, E: tl.constexpr, EXPANDS: tl.constexpr):
     """What a packed position is multiplied with to be expanded, (HP, CHANNELS)."""
     if EXPANDS:
@@ -184,7 +175,7 @@ def _expansion(weight, bias, h, e, H: tl.constexpr, E: tl.constexpr, EXPANDS: tl
         return tl.where((h[:, None] == e[None, :]) & (e < E)[None, :], 1.0, 0.0)
 
 
-@_jit
+@jit
 def _taps(local, e, E: tl.constexpr, K: tl.constexpr):
     """The convolution's weights, a row (1, CHANNELS) for each of its K K taps."""
     taps = ()
@@ -194,7 +185,7 @@ def _taps(local, e, E: tl.constexpr, K: tl.constexpr):
     return taps
 
 
-@_jit
+@jit
 def _channel_block(
     block, weight, bias, local, h, like,
     H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -204,7 +195,7 @@ def _channel_block(
     return e, _halves(_expansion(weight, bias, h, e, H, E, EXPANDS), like), _taps(local, e, E, K)
 
 
-@_jit
+@jit
 def _expand(values, halves, EXPANDS: tl.constexpr, PRECISION: tl.constexpr):
     """h1 of packed positions, (BLOCK, CHANNELS)."""
     if EXPANDS:
@@ -213,7 +204,7 @@ def _expand(values, halves, EXPANDS: tl.constexpr, PRECISION: tl.constexpr):
         return _product(values, halves, PRECISION)
 
 
-@_jit
+@jit
 def _no_rows(K: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr):
     """The K rows under way before the first step."""
     rows = ()
@@ -222,7 +213,7 @@ def _no_rows(K: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr):
     return rows
 
 
-@_jit
+@jit
 def _add_shares(rows, values, taps, column: tl.constexpr, K: tl.constexpr):
     """Adds a row, seen `column` columns from the left end of the kernel, to all that it has a share in."""
     after = ()
@@ -231,19 +222,19 @@ def _add_shares(rows, values, taps, column: tl.constexpr, K: tl.constexpr):
     return after
 
 
-@_jit
+@jit
 def _next(rows):
     """The rows under way once the first is complete."""
     return rows[1:] + (tl.zeros_like(rows[0]),)
 
 
-@_jit
+@jit
 def _completes(step, row, side, K: tl.constexpr):
     """Whether the first of the rows under way is a lane's own, complete with this step, and within the map."""
     return (step >= K - 1) & (row < side)
 
 
-@_jit
+@jit
 def _convolved(
     rows, packed, halves, taps, h, p, inside,
     HP: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr, PRECISION: tl.constexpr,
@@ -258,14 +249,14 @@ def _convolved(
 # --- evaluation ---
 
 
-@_jit
+@jit
 def _affine(gain, bias, mean, variance, eps, i, size: tl.constexpr):
     """A norm in evaluation, as gain x + bias."""
     scale = _vector(gain, i, size) / tl.sqrt(_vector(variance, i, size) + eps)
     return scale, _vector(bias, i, size) - scale * _vector(mean, i, size)
 
 
-@_jit
+@jit
 def fold_kernel(
     w1, gain1, bias1, mean1, var1, eps1, w2, gain2, bias2, mean2, var2, eps2,
     w3, gain3, bias3, mean3, var3, eps3, gain4, bias4, mean4, var4, eps4,
@@ -303,7 +294,7 @@ def fold_kernel(
 # --- forward ---
 
 
-@_jit
+@jit
 def pack_kernel(
     maps, real, packed, counts, means, scatters, N,
     STEPS: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
@@ -345,7 +336,7 @@ def pack_kernel(
         tl.store(scatters + program * H * H + h[:, None] * H + h[None, :], scatter, mask=mask)
 
 
-@_jit
+@jit
 def local_moments_kernel(
     packed, weight, bias, local, counts, means, scatters, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
@@ -380,7 +371,7 @@ def local_moments_kernel(
     tl.store(scatters + program * E + e, tl.sum(scatter + count[:, None] * delta * delta, 0), mask=e < E)
 
 
-@_jit
+@jit
 def project_kernel(
     packed, weight, bias, local, local_bias, reduction, identity, constant, output, counts, means, scatters, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
@@ -455,7 +446,7 @@ def project_kernel(
         tl.store(scatters + target + H, tl.sum(scatter_a + count[:, None] * mean_z * mean_a, 0), mask=h < H)
 
 
-@_jit
+@jit
 def join_kernel(
     counts, means, scatters, output, programs,
     MEANS: tl.constexpr, PAIRS: tl.constexpr, X_REPEATS: tl.constexpr, X: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -496,7 +487,7 @@ def join_kernel(
     tl.store(output + 1 + MEANS + c, tl.sum(scatter, 0), mask=c < PAIRS)
 
 
-@_jit
+@jit
 def combine_kernel(coefficients, maps, reduced, output, area, H: tl.constexpr, BLOCK: tl.constexpr):
     """c0 z3 + c1 A + c2 for coefficients (3, H), a channel at a time."""
     channel = tl.program_id(0)  # of all images
@@ -511,7 +502,7 @@ def combine_kernel(coefficients, maps, reduced, output, area, H: tl.constexpr, B
 # --- backward ---
 
 
-@_jit
+@jit
 def outer_sums_kernel(gradient, maps, reduced, mean, sums, area, H: tl.constexpr, BLOCK: tl.constexpr):
     """Sums of d, d (A - mean) and d (z3 - mean) over a block of a channel, (programs, 3, H); `mean` is (2, H)."""
     channel, block, blocks = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -527,7 +518,7 @@ def outer_sums_kernel(gradient, maps, reduced, mean, sums, area, H: tl.constexpr
     tl.store(target + 2 * H, tl.sum(d * z3, 0))
 
 
-@_jit
+@jit
 def _combination(gradient, maps, reduced, coefficients, h, p, inside, area, H: tl.constexpr):
     """c0 d + c1 A + c2 z3 + c3 for coefficients (4, H), (heads, BLOCK), zero outside."""
     values = _vector(coefficients, h, H)[:, None] * _load_heads(gradient, h, p, inside, area, H)
@@ -536,7 +527,7 @@ def _combination(gradient, maps, reduced, coefficients, h, p, inside, area, H: t
     return tl.where(inside[None, :], values + _vector(coefficients + 3 * H, h, H)[:, None], 0.0)
 
 
-@_jit
+@jit
 def reduced_gradient_kernel(
     gradient, maps, real, reduced, coefficients, output, N,
     H: tl.constexpr, HP: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr,
@@ -553,7 +544,7 @@ def reduced_gradient_kernel(
     tl.store(offsets, values.to(output.dtype.element_ty), mask=(p < area)[None, :])
 
 
-@_jit
+@jit
 def _second_norm_gradient(convolved, dz3, back, local_bias, gain, offset, e, E: tl.constexpr, PRECISION: tl.constexpr):
     """dn2, z2^ and h2, (BLOCK, CHANNELS)."""
     normalised = convolved + _vector(local_bias, e, E)[None, :]
@@ -562,7 +553,7 @@ def _second_norm_gradient(convolved, dz3, back, local_bias, gain, offset, e, E: 
     return _relu6_backward(dn2, h2), normalised, h2
 
 
-@_jit
+@jit
 def reduction_backward_kernel(
     packed, reduced_gradient, weight, bias, local, local_bias, gain, offset, reduction,
     sums, N,
@@ -597,7 +588,7 @@ def reduction_backward_kernel(
     tl.store(sums + (2 + h[:, None]) * E + e[None, :], outer, mask=(h < H)[:, None] & (e < E)[None, :])
 
 
-@_jit
+@jit
 def local_gradient_kernel(
     packed, reduced_gradient, weight, bias, local, local_bias, gain, offset, reduction, second_norm, exchange, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
@@ -633,7 +624,7 @@ def local_gradient_kernel(
         rows = _next(rows)
 
 
-@_jit
+@jit
 def local_weight_gradient_kernel(
     packed, exchange, weight, bias, sums, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
@@ -674,7 +665,7 @@ def local_weight_gradient_kernel(
             tl.store(sums + e * (K * K) + tap, tl.sum(tap_sums[shift * K + down], 0), mask=e < E)
 
 
-@_jit
+@jit
 def expansion_backward_kernel(
     packed, exchange, weight, bias, local, centre, part, sums, N,
     H: tl.constexpr, HP: tl.constexpr, E: tl.constexpr, K: tl.constexpr, EXPANDS: tl.constexpr,
@@ -738,7 +729,7 @@ def expansion_backward_kernel(
             tl.store(sums + h[:, None] * E + e[None, :], sums_ga[block], mask=mask)
 
 
-@_jit
+@jit
 def finish_kernel(
     part, gradient, maps, reduced, coefficients, mixing, output, N,
     H: tl.constexpr, HP: tl.constexpr, MIXES: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,

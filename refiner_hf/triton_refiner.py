@@ -13,8 +13,6 @@ expansions. That one expanded gradient goes through memory, for as many images a
 """
 
 import math
-import os
-from contextlib import nullcontext
 from functools import cached_property
 
 import torch
@@ -22,6 +20,7 @@ from torch import nn
 
 from .folding_refiner import Expansion, Folded, Local, needs_training_form, operands_of
 from .operations_refiner import like_the_map, operation, products_of_weights
+from .packed_maps_refiner import MAX_HEADS, empty_packed, packed_of, padded_heads
 from .recomputing_refiner import BackwardInputs, Moments, Recomputed
 from .triton_kernels_refiner import (
     combine_kernel,
@@ -37,8 +36,8 @@ from .triton_kernels_refiner import (
     project_kernel,
     reduced_gradient_kernel,
     reduction_backward_kernel,
-    triton,
 )
+from .triton_launch_refiner import ceil_div, on_device_of, power_of_two, precision, why_no_kernels
 
 
 # Lanes of a program and the warps that they make; rows that a lane walks, about; expanded heads of a tile.
@@ -46,29 +45,21 @@ _LANES, _WARPS, _ROWS, _CHANNELS = 32, 2, 32, 16
 # Of programs that expand nothing: positions of one channel, and of all of them side by side; how often those that pack
 # take so many; partial results that are joined at once. Bytes of the exchanged gradient.
 _PLAIN, _PACKED, _STEPS, _JOINED, _EXCHANGE = 1024, 64, 8, 512, 128 * 2**20
-_MAX_HEADS = 16
 # Bytes on a chip for what is loaded ahead: Ampere and Ada grant a program 99 KB, and there is more to hold.
 _AHEAD = 75 * 1024
 
 
 def why_not_triton(refinement: nn.Module, attention_map: torch.Tensor) -> str | None:
     """Why the kernels can't refine a map on this machine, or `None` where they can."""
-    if triton is None:
-        return "triton isn't installed"
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        if attention_map.device.type != "cuda" or torch.version.cuda is None:
-            return "the kernels need an NVIDIA GPU"
-        if torch.cuda.get_device_capability(attention_map.device) < (8, 0):
-            return "the kernels need a GPU of compute capability 8.0 (Ampere) or newer"
-    if attention_map.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the kernels take no maps in {attention_map.dtype}"
-    if attention_map.shape[1] > _MAX_HEADS:
-        return f"the kernels take up to {_MAX_HEADS} heads"
+    if reason := why_no_kernels(attention_map):
+        return reason
+    if attention_map.shape[1] > MAX_HEADS:
+        return f"the kernels take up to {MAX_HEADS} heads"
     if getattr(refinement, "local_attention", None) is None:
         return "the kernels are for the refinement with distributed local attention"
     # The first is CUDA's limit, the second that of the kernels' 32-bit offsets within an image, which they pad.
     side = attention_map.shape[-1] + refinement.local_attention.kernel_size[0] - 1
-    padded = max(refinement.reduction.in_channels + _CHANNELS, 2 * _MAX_HEADS)
+    padded = max(refinement.reduction.in_channels + _CHANNELS, 2 * MAX_HEADS)
     if len(attention_map) >= 2**16 or padded * side * side >= 2**31:
         return "the kernels take fewer than 65536 images, and fewer than 2^31 values of an image's expanded maps"
     return None
@@ -95,7 +86,7 @@ def triton_refine(
     """
     if needs_training_form(refinement, attention_map):
         return triton_training(refinement, attention_map, scale, mask)
-    return _triton_refine(attention_map.contiguous(), mask, *operands_of(refinement), scale)
+    return _triton_refine(attention_map, mask, *operands_of(refinement), scale)
 
 
 @operation(
@@ -110,8 +101,11 @@ def _triton_refine(
     eps: list[float],
     scale: float,
 ) -> torch.Tensor:
-    output = torch.empty_like(attention_map)
-    passes = TritonPasses(attention_map, weights[1].shape[-1], mask)  # type: ignore[union-attr]
+    kernel_size = weights[1].shape[-1]  # type: ignore[union-attr]
+    if mask is not None or packed_of(attention_map, kernel_size) is None:
+        attention_map = attention_map.contiguous()
+    output = torch.empty_like(attention_map, memory_format=torch.contiguous_format)
+    passes = TritonPasses(attention_map, kernel_size, mask)
     folded = _fold(weights, eps, scale)
     vectors = (folded.reduction, folded.identity, folded.constant)
     passes.run_projection(folded.expansion, folded.local, *vectors, output, None, None, None)
@@ -126,11 +120,11 @@ def _fold(weights: list[torch.Tensor | None], eps: list[float], scale: float) ->
     shapes = [(expanded, heads), (expanded,), w2.shape, (expanded,), (heads, expanded), (heads,), (heads,)]
     flat = torch.empty(sum(math.prod(shape) for shape in shapes), dtype=torch.float32, device=w3.device)
     pieces = [piece.view(shape) for piece, shape in zip(flat.split([math.prod(shape) for shape in shapes]), shapes)]
-    with _on(w3):
+    with on_device_of(w3):
         fold_kernel[(1,)](
             w1, *norms[0], w2, *norms[1], w3, *norms[2], *norms[3], scale, *pieces,
-            H=heads, HP=_power_of_two(heads), E=expanded, EP=_power_of_two(expanded), K=kernel,
-            TAPS=_power_of_two(kernel * kernel), EXPANDS=w1 is not None,
+            H=heads, HP=power_of_two(heads), E=expanded, EP=power_of_two(expanded), K=kernel,
+            TAPS=power_of_two(kernel * kernel), EXPANDS=w1 is not None,
         )  # fmt: skip
     expansion = None if w1 is None else Expansion(*pieces[:2])
     return Folded(expansion, Local(*pieces[2:4]), *pieces[4:])
@@ -144,10 +138,10 @@ class TritonPasses:
         self.real = None if mask is None else mask.contiguous().view(torch.uint8)
         self.images, self.heads, self.size, _ = attention_map.shape
         self.area, self.side = self.size * self.size, self.size + kernel_size - 1
-        self.padded_heads = max(16, _power_of_two(self.heads + 1))  # 16 is a product's smallest side
-        strips = _ceil_div(self.size, _ROWS)
-        self.rows = _ceil_div(self.size, strips)
-        self.blocks = _ceil_div(strips * self.size, _LANES)  # programs of an image
+        self.padded_heads = padded_heads(self.heads)
+        strips = ceil_div(self.size, _ROWS)
+        self.rows = ceil_div(self.size, strips)
+        self.blocks = ceil_div(strips * self.size, _LANES)  # programs of an image
 
     def map_moments(self) -> Moments:
         groups = self._pack_groups
@@ -160,8 +154,8 @@ class TritonPasses:
     def local_moments(self, expansion: Expansion | None, weight: torch.Tensor) -> Moments:
         expanded = weight.shape[0]
         counts, means, scatters = self._sums(self.blocks), *(self._sums(self.blocks, expanded) for _ in range(2))
-        with _on(self.maps):
-            local_moments_kernel[self.blocks, self.images, _ceil_div(expanded, _CHANNELS)](
+        with on_device_of(self.maps):
+            local_moments_kernel[self.blocks, self.images, ceil_div(expanded, _CHANNELS)](
                 self.packed, *_of(expansion), weight.contiguous(), counts, means, scatters, self.size,
                 MASKED=self.real is not None, **self._constants(expansion, weight),
             )  # fmt: skip
@@ -180,16 +174,16 @@ class TritonPasses:
 
     def combine(self, coefficients: torch.Tensor, reduced: torch.Tensor) -> torch.Tensor:
         output = torch.empty_like(self.maps)
-        with _on(self.maps):
-            combine_kernel[self.images * self.heads, _ceil_div(self.area, _PLAIN)](
+        with on_device_of(self.maps):
+            combine_kernel[self.images * self.heads, ceil_div(self.area, _PLAIN)](
                 coefficients, self.maps, reduced, output, self.area, H=self.heads, BLOCK=_PLAIN
             )
         return output
 
     def outer_sums(self, gradient: torch.Tensor, reduced: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
-        blocks = _ceil_div(self.area, _PLAIN)
+        blocks = ceil_div(self.area, _PLAIN)
         sums = self._sums(blocks, 3, self.heads)
-        with _on(self.maps):
+        with on_device_of(self.maps):
             outer_sums_kernel[self.images * self.heads, blocks](
                 gradient, self.maps, reduced, means, sums, self.area, H=self.heads, BLOCK=_PLAIN
             )
@@ -200,12 +194,12 @@ class TritonPasses:
         sums = self._sums(self.blocks, 2 + self.heads, expanded)
         # The gradient at z3, packed as well; the other passes need it too.
         self.reduced_gradient = self.maps.new_empty(self.images, self.area, self.padded_heads)
-        with _on(self.maps):
-            reduced_gradient_kernel[_ceil_div(self.area, _PACKED), self.images](
+        with on_device_of(self.maps):
+            reduced_gradient_kernel[ceil_div(self.area, _PACKED), self.images](
                 inputs.gradient, self.maps, self.real, inputs.reduced, inputs.coefficients, self.reduced_gradient,
                 self.size, H=self.heads, HP=self.padded_heads, BLOCK=_PACKED, MASKED=self.real is not None,
             )  # fmt: skip
-            reduction_backward_kernel[self.blocks, self.images, _ceil_div(expanded, _CHANNELS)](
+            reduction_backward_kernel[self.blocks, self.images, ceil_div(expanded, _CHANNELS)](
                 *self._backward_arguments(inputs, slice(None)), sums, self.size,
                 **self._constants(inputs.expansion, inputs.local.weight),
             )  # fmt: skip
@@ -219,13 +213,13 @@ class TritonPasses:
         part = torch.empty(self.images, self.area, self.heads, dtype=torch.float32, device=self.maps.device)
         local_sums = self._sums(self.blocks, expanded, weight[0].numel())
         sums = None if expansion is None else self._sums(self.blocks, self.heads + 1, expanded)
-        channel_blocks = _ceil_div(expanded, _CHANNELS)
+        channel_blocks = ceil_div(expanded, _CHANNELS)
         shape = (*self.packed.shape[1:3], channel_blocks * _CHANNELS)
         images_at_once = min(self.images, max(1, _EXCHANGE // (math.prod(shape) * self.maps.itemsize)))
         exchange = self.maps.new_zeros(images_at_once, *shape)  # around the maps it stays so
         constants = self._constants(expansion, weight)
         stages = _stages(shape[-1], self.kernel_size, self.padded_heads, self.maps.itemsize)
-        with _on(self.maps):
+        with on_device_of(self.maps):
             for start in range(0, self.images, images_at_once):
                 images = slice(start, min(start + images_at_once, self.images))
                 count = images.stop - images.start
@@ -252,26 +246,27 @@ class TritonPasses:
         self, part: torch.Tensor, inputs: BackwardInputs, coefficients: torch.Tensor, mixing: torch.Tensor | None
     ) -> torch.Tensor:
         output = torch.empty_like(self.maps)
-        with _on(self.maps):
-            finish_kernel[_ceil_div(self.area, _PACKED), self.images](
+        with on_device_of(self.maps):
+            finish_kernel[ceil_div(self.area, _PACKED), self.images](
                 part, inputs.gradient, self.maps, inputs.reduced, coefficients, mixing, output, self.size,
                 H=self.heads, HP=self.padded_heads, MIXES=mixing is not None, BLOCK=_PACKED,
-                PRECISION=_precision(),
+                PRECISION=precision(),
             )  # fmt: skip
         return output
 
     @cached_property
     def packed(self) -> torch.Tensor:
         """Maps with their heads side by side, as the kernels want them."""
-        return self._pack(None, None, None)
+        packed = None if self.maps.is_contiguous() else packed_of(self.maps, self.kernel_size)
+        return self._pack(None, None, None) if packed is None else packed
 
     @property
     def _pack_groups(self) -> int:
-        return _ceil_div(self.side * self.side, _STEPS * _PACKED)
+        return ceil_div(self.side * self.side, _STEPS * _PACKED)
 
     def _pack(self, counts, means, scatters) -> torch.Tensor:
-        packed = self.maps.new_empty(self.images, self.side, self.side, self.padded_heads)
-        with _on(self.maps):
+        packed = empty_packed(self.images, self.heads, self.size, self.kernel_size, like=self.maps)
+        with on_device_of(self.maps):
             pack_kernel[self._pack_groups, self.images](
                 self.maps, self.real, packed, counts, means, scatters, self.size,
                 STEPS=_STEPS, H=self.heads, HP=self.padded_heads, HALF=self.kernel_size // 2, BLOCK=_PACKED,
@@ -280,11 +275,11 @@ class TritonPasses:
         return packed
 
     def run_projection(self, expansion, local: Local, reduction, identity, constant, output, *sums) -> None:
-        with _on(self.maps):
+        with on_device_of(self.maps):
             project_kernel[self.blocks, self.images](
                 self.packed, *_of(expansion), local.weight.contiguous(), local.bias, reduction, identity, constant,
                 output, *sums, self.size,
-                BLOCKS=_ceil_div(len(local.weight), _CHANNELS), MOMENTS=identity is None, MASKED=self.real is not None,
+                BLOCKS=ceil_div(len(local.weight), _CHANNELS), MOMENTS=identity is None, MASKED=self.real is not None,
                 **self._constants(expansion, local.weight),
             )  # fmt: skip
 
@@ -292,8 +287,8 @@ class TritonPasses:
         """Count, means and scatters of all programs together; see the kernel about the last two arguments."""
         sizes = (1, means[0].numel(), scatters[0].numel())
         output = self.maps.new_empty(sum(sizes), dtype=torch.float64)
-        with _on(self.maps):
-            join_kernel[(_ceil_div(sizes[2], _CHANNELS),)](
+        with on_device_of(self.maps):
+            join_kernel[(ceil_div(sizes[2], _CHANNELS),)](
                 counts, means, scatters, output, len(counts),
                 MEANS=sizes[1], PAIRS=sizes[2], X_REPEATS=x_repeats, X=x, PROGRAMS=_JOINED, CHANNELS=_CHANNELS,
                 num_warps=8,
@@ -322,7 +317,7 @@ class TritonPasses:
             BLOCK=_LANES,
             num_warps=_WARPS,
             CHANNELS=_CHANNELS,
-            PRECISION=_precision(),
+            PRECISION=precision(),
         )
 
 
@@ -336,26 +331,6 @@ def _of(expansion: Expansion | None) -> tuple[torch.Tensor | None, torch.Tensor 
 def _stages(expanded: int, kernel_size: int, padded_heads: int, itemsize: int) -> int:
     """How many steps of the expansion's backward pass are loaded at a time: what the smallest GPU has room for."""
     return max(1, min(3, _AHEAD // (_LANES * itemsize * (expanded * kernel_size + padded_heads))))
-
-
-def _precision() -> str:
-    # Of float32 products; those of half-precision numbers are what they are.
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
-
-
-def _on(maps: torch.Tensor):
-    """Kernels go to the current device, which need not be the maps'."""
-    elsewhere = maps.is_cuda and maps.device.index != torch.cuda.current_device()
-    return torch.cuda.device(maps.device) if elsewhere else nullcontext()
-
-
-# Triton's own are made for kernels too, and take long on the way to one.
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def _power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()
 
 
 def _added(sums: torch.Tensor) -> torch.Tensor:

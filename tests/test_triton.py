@@ -1,26 +1,22 @@
-"""
-The kernels equal the refinement module by module. On the CPU they run in triton's interpreter, which must be switched
-on before triton is imported, so those tests run in a process of their own.
-"""
+"""The kernels equal the refinement module by module."""
 
 import copy
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from itertools import product
+from functools import partial
 
 import pytest
 import torch
 
-from refiner_hf import RefinerConfig, RefinerForImageClassification, refine, triton_refiner
+from refiner_hf import RefinerConfig, RefinerForImageClassification, refine, triton_kernels_refiner, triton_refiner
 from refiner_hf.attention_refiner import REFINE_IMPLEMENTATIONS, eager_refine
+from refiner_hf.benchmarking.on_paper import compile_launch, imagined_gpu, launches_of
 from refiner_hf.folding_refiner import operands_of
 from refiner_hf.triton_refiner import triton_refine
 
 from .compilers import Graphs
 from .conftest import assert_close
 from .encoders import disturb, inputs_of, make_encoder, real_tokens
+from .kernels import DEVICE, INTERPRETED, kernels_run, not_interpreted, poison, run_interpreted  # noqa: F401
 from .refinements import (
     assert_exact,
     assert_exact_but_for_kinks,
@@ -34,31 +30,11 @@ from .refinements import (
 
 
 pytest.importorskip("triton")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-
 # (heads, ratio, kernel, tokens): with and without expansion, more expanded heads than a tile holds, sizes that no tile
 # divides. The interpreter takes seconds for each.
 FEW = [(4, 3, 3, 9), (3, 1, 5, 7), (12, 2, 3, 5)]
 GRID = [(h, r, k, n) for h in (2, 5, 12, 16) for r in (1, 2, 3, 6) for k in (3, 5) for n in (2, 7, 26)]
 ON_GPU = [(12, 3, 3, 197), (12, 3, 3, 577), (16, 3, 3, 785), (12, 6, 5, 197), (12, 1, 3, 197), (5, 2, 5, 63)]
-
-# On a GPU they run there; without one in the interpreter, in a process of its own.
-kernels_run = (
-    pytest.mark.gpu
-    if DEVICE == "cuda"
-    else pytest.mark.skipif(not INTERPRETED, reason="runs in the process of test_in_the_interpreter")
-)
-
-
-@pytest.fixture(autouse=True)
-def poison():
-    """Memory that a kernel forgets to write is NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def check(
@@ -320,107 +296,50 @@ class TestOnGpu:
 
 
 @pytest.mark.parametrize("part", ["TestKernels", pytest.param("TestWholeGrid", marks=pytest.mark.slow)])
-@pytest.mark.skipif(INTERPRETED or DEVICE == "cuda", reason="the kernels run here")
+@not_interpreted
 def test_in_the_interpreter(part):
     """All of the above, interpreted."""
-    child = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{part}"],
-        env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert child.returncode == 0, child.stdout[-3000:]
-    assert "passed" in child.stdout and "skipped" not in child.stdout and "failed" not in child.stdout
-
-
-IN_MAPS_TYPE = ("maps", "packed", "gradient", "reduced", "reduced_gradient", "exchange", "output")
-EXACT = (
-    "weight", "bias", "local", "local_bias", "reduction", "gain", "offset", "coefficients", "second_norm", "mixing",
-    "mean", "centre",
-)  # fmt: skip
-WARPS = dict(
-    join_kernel=8, combine_kernel=4, outer_sums_kernel=4, reduced_gradient_kernel=4, finish_kernel=4, fold_kernel=4
-)
-
-
-def _compile(kernel, capability: int, maps: str, **constants) -> None:
-    """Compiles a kernel for a GPU that needn't be there, down to machine code."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    in_evaluation = (
-        kernel.__name__ == "fold_kernel" or kernel.__name__ == "project_kernel" and not constants["MOMENTS"]
-    )
-
-    def kind(parameter) -> str:
-        name = parameter.name
-        if parameter.is_constexpr:
-            return "constexpr"
-        if name in ("N", "area", "programs"):
-            return "i32"
-        if name == "scale" or name[:-1] == "eps":
-            return "fp32"
-        if kernel.__name__ == "join_kernel":
-            return "*fp64" if name == "output" else "*fp32"
-        if name == "real":
-            return "*u8"
-        if name in IN_MAPS_TYPE:
-            return f"*{maps}"
-        return "*fp64" if name in EXACT and not in_evaluation else "*fp32"
-
-    source = triton.compiler.ASTSource(
-        fn=kernel,
-        signature={parameter.name: kind(parameter) for parameter in kernel.params},
-        constexprs={
-            parameter.name: constants[parameter.name] for parameter in kernel.params if parameter.is_constexpr
-        },
-        attrs={  # as torch allocates them; without it nothing is loaded ahead
-            (i,): [["tt.divisibility", 16]] for i, parameter in enumerate(kernel.params) if kind(parameter)[0] == "*"
-        },
-    )
-    warps = WARPS.get(kernel.__name__, triton_refiner._WARPS)
-    if kernel.__name__ == "pack_kernel":
-        warps = 1 if constants["MOMENTS"] else 4
-    options = dict(num_warps=warps)
-    if kernel.__name__ == "expansion_backward_kernel":
-        expanded = constants["BLOCKS"] * constants["CHANNELS"]
-        itemsize = 4 if maps == "fp32" else 2
-        options["num_stages"] = triton_refiner._stages(expanded, constants["K"], constants["HP"], itemsize)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert compiled.asm["cubin"]
-    assert compiled.metadata.shared <= 99 * 1024  # what any GPU from Ampere on grants a program
+    run_interpreted(__file__, part)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel can't be compiled")
 @pytest.mark.parametrize(
-    "capability, maps, heads, ratio, kernel",
+    "capability, dtype, heads, ratio, kernel",
     [
-        (90, "bf16", 12, 3, 3),
+        (90, torch.bfloat16, 12, 3, 3),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in [(80, "fp32", 12, 3, 3), (90, "fp16", 16, 6, 5), (80, "bf16", 1, 1, 3), (90, "fp32", 16, 6, 5)]
+            for case in [
+                (80, torch.float32, 12, 3, 3),
+                (90, torch.float16, 16, 6, 5),
+                (80, torch.bfloat16, 1, 1, 3),
+                (90, torch.float32, 16, 6, 5),
+            ]
         ),
     ],
 )
-def test_compiles_for_gpus(capability, maps, heads, ratio, kernel):
-    from refiner_hf import triton_kernels_refiner
+def test_compiles_for_gpus(capability, dtype, heads, ratio, kernel):
+    """All that is launched in evaluation and in training, with and without a mask, down to machine code."""
+    launches = {}
+    with torch.device("meta"):
+        refinements = [make_refinement(heads, ratio, kernel).train(training) for training in (True, False)]
+    with imagined_gpu():
+        for refinement in refinements:
+            refinement.to_empty(device="cpu")  # only there torch knows backward without a GPU
+            for mask in (None, torch.ones(2, 1, 50, 50, dtype=torch.bool)):
+                found = launches_of(partial(_call, refinement, torch.empty(2, heads, 50, 50, dtype=dtype), mask))
+                launches |= {launch.compiled_for: launch for launch in found}
+    kernels = {name for name in vars(triton_kernels_refiner) if name.endswith("_kernel")}
+    assert {launch.name for launch in launches.values()} == kernels and len(kernels) == 13
+    for launch in launches.values():
+        assert compile_launch(launch, capability).shared <= 99 * 1024  # what any GPU from Ampere on grants a program
 
-    kernels = [value for name, value in vars(triton_kernels_refiner).items() if name.endswith("_kernel")]
-    assert len(kernels) == 13
-    expanded, of = heads * ratio, triton_refiner
-    for each in kernels:
-        name = each.__name__
-        pixels = of._PLAIN if name in ("combine_kernel", "outer_sums_kernel") else of._LANES
-        flags = {parameter.name for parameter in each.params} & {"MOMENTS", "MASKED"}
-        for masked, moments in product((False, True) if "MASKED" in flags else (False,), (True, False)):
-            if not moments and "MOMENTS" not in flags:
-                continue
-            _compile(
-                each, capability, maps, MASKED=masked,
-                H=heads, HP=16 if heads < 16 else 32, HALF=kernel // 2, E=expanded, EP=128, K=kernel, TAPS=32,
-                EXPANDS=ratio > 1, MIXES=ratio > 1, STEPS=of._STEPS, ROWS=of._ROWS,
-                BLOCK=of._PACKED if name in ("pack_kernel", "reduced_gradient_kernel", "finish_kernel") else pixels,
-                CHANNELS=of._CHANNELS, BLOCKS=-(-expanded // of._CHANNELS), PRECISION="tf32x3", MOMENTS=moments,
-                MEANS=heads, PAIRS=heads * heads, X_REPEATS=heads, X=heads, PROGRAMS=of._JOINED,
-            )  # fmt: skip
+
+def _call(refinement, maps, mask) -> None:
+    with torch.set_grad_enabled(refinement.training):
+        output = triton_refine(refinement, maps.requires_grad_(refinement.training), 0.7, mask)
+    if refinement.training:
+        output.backward(torch.empty_like(output))
 
 
 def test_says_what_stands_against_it():

@@ -15,6 +15,9 @@ from .folding_refiner import has_hooks, is_transformed
 # A product of oneDNN's that torch takes in what it compiles; elsewhere it takes another library's in float32.
 _product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
+# Multiplications of a product. In smaller ones that library is longer on its way to the product than the other is.
+_PAYS_FROM = 4 * 10**6
+
 
 def _count_flops(inputs_shape: torch.Size, weight_shape: torch.Size, *others: Any, **more: Any) -> int:
     return 2 * prod(inputs_shape) * weight_shape[0]
@@ -33,13 +36,13 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     """(..., D), (d, D), (d) -> (..., d), with or without an activation."""
     if (
         _product is None
+        or inputs.numel() * weight.shape[0] < _PAYS_FROM
         or inputs.device.type != "cpu"
         or not only_infers(inputs)
         or not inputs.dtype == weight.dtype == torch.float32
         or type(inputs) is not torch.Tensor  # neither quantized nor divided among devices
         or type(weight) not in (torch.Tensor, nn.Parameter)
         or not weight.is_contiguous()
-        or inputs.numel() == 0
         or torch.is_autocast_enabled("cpu")
     ):
         outputs = nn.functional.linear(inputs, weight, bias)

@@ -15,7 +15,8 @@ IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def products(monkeypatch):
-    """How often oneDNN's product ran."""
+    """How often oneDNN's product ran, also with the smallest matrices."""
+    monkeypatch.setattr(inference_refiner, "_PAYS_FROM", 1)
     ran, run = [], inference_refiner._product
     if run is None:
         pytest.skip("this torch has no oneDNN")
@@ -56,6 +57,16 @@ def test_shapes_and_types(products):
             assert linear(inputs, weight, bias).dtype == torch.bfloat16
     assert linear(inputs, weight.requires_grad_(), bias).requires_grad
     assert not products
+
+
+def test_small_products_are_left_to_torch(products, monkeypatch):
+    monkeypatch.undo()
+    ran, run = [], inference_refiner._product
+    monkeypatch.setattr(inference_refiner, "_product", lambda *args: ran.append(args[0].shape) or run(*args))
+    with torch.no_grad():
+        for tokens in (17, 400):
+            linear(torch.randn(1, tokens, 96), torch.randn(300, 96), None)
+    assert ran == [(1, 400, 96)]
 
 
 @pytest.mark.parametrize("how", ["hook", "pre-hook", "wrapped", "subclass", "other activation"])

@@ -42,18 +42,17 @@ def makes_map(
     """
     given = [query, key, value] if previous is None else [query, key, value, previous]
     images, heads, tokens, width = query.shape
-    side = tokens + config.refinement_kernel_size - 1
     return (
-        config.refine_implementation in ("auto", "triton")
-        and config.refinement == "expansion_convolution"
-        and not (torch.compiler.is_compiling() or is_transformed(query))
-        and all(each.dtype == query.dtype for each in given)
+        not (torch.compiler.is_compiling() or is_transformed(query))
         and why_no_kernels(query) is None
+        and config.refine_implementation in ("auto", "triton")
+        and config.refinement == "expansion_convolution"
+        and all(each.dtype == query.dtype for each in given)
         and heads <= MAX_HEADS
         and width * query.itemsize <= _MAX_WIDTH
         # The first is CUDA's limit, the second that of 32-bit offsets within an image.
         and 0 < images < 2**16
-        and padded_heads(heads) * side * side < 2**31
+        and padded_heads(heads) * (tokens + config.refinement_kernel_size - 1) ** 2 < 2**31
     )
 
 

@@ -36,9 +36,9 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     """(..., D), (d, D), (d) -> (..., d), with or without an activation."""
     if (
         _product is None
-        or inputs.numel() * weight.shape[0] < _PAYS_FROM
         or inputs.device.type != "cpu"
-        or not only_infers(inputs)
+        or not only_infers(inputs)  # exporters leave sizes open
+        or inputs.numel() * weight.shape[0] < _PAYS_FROM
         or not inputs.dtype == weight.dtype == torch.float32
         or type(inputs) is not torch.Tensor  # neither quantized nor divided among devices
         or type(weight) not in (torch.Tensor, nn.Parameter)

@@ -9,6 +9,7 @@ Several processes or GPUs divide the images: start it with torchrun or accelerat
     refiner predict --model outputs/demo --images photos 'holiday/**/*.jpg' one.png --output_file answers.csv --top_k 3
     refiner predict --model exported/model.onnx --images photos --output_file answers.csv
     refiner predict --model exported/model_int8.onnx --engine openvino --images photos --output_file answers.csv
+    refiner predict --model outputs/demo --precision bfloat16 --images photos --output_file answers.csv
     refiner predict --model outputs/demo --images photos --output_file answers.parquet --features
     torchrun --nproc_per_node 4 -m refiner_hf predict --model outputs/demo --images photos --output_file answers.csv
 """
@@ -60,8 +61,8 @@ class PredictArguments:
     precision: Literal["float32", "bfloat16"] | None = field(
         default=None,
         metadata={
-            "help": "What it computes in, except for what is in 8 bits; bfloat16 in OpenVINO, on CPUs that have it. "
-            "Default: float32."
+            "help": "What the model is computed in, except for what is in 8 bits; bfloat16 where the device has it, "
+            "by PyTorch or OpenVINO. Default: float32."
         },
     )
 

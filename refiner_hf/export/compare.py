@@ -1,5 +1,6 @@
 """What graphs are worth beside the model they were made of, by engine: accuracy, same answers, speed, size."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from ..data.labels import LabelValues
 from ..data.sources import IMAGE_COLUMN, LABEL_COLUMN, ImageData, load_image_data
 from ..data.transforms import PrepareImages, evaluation_pixels, match_labels
 from ..utils.image_config import label_names_of
-from ..utils.machine import describe_machine
+from ..utils.machine import computes_bfloat16, describe_machine
 from ..utils.markdown import markdown_table
 from ..utils.measure import Step, seconds_of, time_in_turns
 from .engines import BFLOAT16, ENGINES, FLOAT32, has_bfloat16, installed_engines, open_graph
@@ -44,15 +45,20 @@ def compare(
         images ([`~refiner_hf.data.sources.ImageData`]): labelled ones, of [`load_labelled`].
 
     Returns:
-        `dict`: `data`, `images` and what the machine is; `contenders`, for the model ("PyTorch") and each way to
-        compute a graph `engine`, `precision`, `file` and `bytes` (of a graph), `accuracy`, `same_answers` (share in
-        which it agrees with the model), and by batch size `images_per_second` (median of the rounds) and
-        `times_pytorch` (speed, median of the ratios to the model's in the same round).
+        `dict`: `data`, `images` and what the machine is; `contenders`, for the model ("PyTorch"; where the CPU has
+        bfloat16 also "PyTorch, bfloat16") and each way to compute a graph `engine`, `precision`, `file` and `bytes`
+        (of a graph), `accuracy`, `same_answers` (share in which it agrees with the model), and by batch size
+        `images_per_second` (median of the rounds) and `times_pytorch` (speed, median of the ratios to the model's in
+        the same round).
     """
     label_ids = match_labels(images.labels, label_names_of(model.config))
     prepare = PrepareImages(evaluation_pixels(processor), LabelValues(label_ids=label_ids))
-    results: dict[str, dict[str, Any]] = {PYTORCH: {"engine": PYTORCH}}
+    results: dict[str, dict[str, Any]] = {PYTORCH: {"engine": PYTORCH, "precision": FLOAT32}}
     contenders: dict[str, Answer] = {PYTORCH: partial(_answer, model)}
+    if computes_bfloat16("cpu"):
+        name = f"{PYTORCH}, {BFLOAT16}"
+        contenders[name] = partial(_answer, copy.deepcopy(model).bfloat16())
+        results[name] = {"engine": PYTORCH, "precision": BFLOAT16}
     for engine in installed_engines():
         for file in files:
             for precision in [FLOAT32] + [BFLOAT16] * has_bfloat16(engine):
@@ -120,8 +126,7 @@ def comparison_table(compared: dict[str, Any]) -> str:
         speeds = [
             f"{row['images_per_second'][batch]:,.0f} ({times:.2f}x)" for batch, times in row["times_pytorch"].items()
         ]
-        precision = row.get("precision", "")
-        rows.append([row["engine"], file, precision, accuracy, f"{row['same_answers']:.2%}", *speeds])
+        rows.append([row["engine"], file, row["precision"], accuracy, f"{row['same_answers']:.2%}", *speeds])
     at_once = (f"images/s, {batch} at once" for batch in base["times_pytorch"])
     return markdown_table(["engine", "file", "`--precision`", "accuracy", "same answers", *at_once], rows)
 
@@ -135,7 +140,7 @@ def _rounds(steps: dict[str, Step]) -> int:
 
 @torch.no_grad()
 def _answer(model: PreTrainedModel, pixels: np.ndarray) -> np.ndarray:
-    return model(torch.from_numpy(pixels)).logits.numpy()
+    return model(torch.from_numpy(pixels).to(model.dtype)).logits.float().numpy()
 
 
 def _agreement(answers: np.ndarray, predicted: dict[str, list[np.ndarray]], labels: list[int]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from transformers import BaseImageProcessor, PreTrainedConfig
 
-from ..export.engines import FLOAT32, INPUT, ONNXRUNTIME, OUTPUT, open_graph
+from ..export.engines import BFLOAT16, FLOAT32, INPUT, ONNXRUNTIME, OUTPUT, open_graph
 from ..utils.loading import load_classifier_and_processor, load_config, load_image_processor
+from ..utils.machine import computes_bfloat16
 from ..utils.text import counted
 from .scores import probabilities
 
@@ -108,12 +109,12 @@ def open_classifier(
         device (`str`, *optional*, defaults to `"cpu"`): where it shall run.
         revision (`str`, *optional*): branch, tag or commit of a model on the Hub.
         engine (`str`, *optional*): what computes an exported one, `"onnxruntime"` (the default) or `"openvino"`.
-        precision (`str`, *optional*): what an exported one is computed in, see
-            [`~refiner_hf.export.engines.open_graph`].
+        precision (`str`, *optional*): what it is computed in, `"float32"` (the default) or `"bfloat16"`; for exported
+            ones see [`~refiner_hf.export.engines.open_graph`].
 
     Raises:
-        `ValueError`, `OSError`: there is no such model, it is damaged, or it isn't a classifier; the engine can't
-            compute in this precision, or the model isn't exported, and an engine or precision was asked for.
+        `ValueError`, `OSError`: there is no such model, it is damaged, or it isn't a classifier; the device or engine
+            can't compute in this precision, or the model isn't exported, and an engine was asked for.
         `RuntimeError`: it needs an engine that isn't installed.
     """
     path = Path(name)
@@ -121,19 +122,21 @@ def open_classifier(
         path = path / "model.onnx"
     if path.suffix == ".onnx":
         return GraphClassifier(path, device, engine or ONNXRUNTIME, precision or FLOAT32)
-    for option, value in (("engine", engine), ("precision", precision)):
-        if value is not None:
-            raise ValueError(f"--{option} is for exported models (.onnx), and {name} is none.")
-    return TorchClassifier(name, device, revision)
+    if engine is not None:
+        raise ValueError(f"--engine is for exported models (.onnx), and {name} is none.")
+    return TorchClassifier(name, device, revision, precision or FLOAT32)
 
 
 class TorchClassifier(Classifier):
-    """A model of transformers, in float32 however it was saved."""
+    """A model of transformers, in `precision` however it was saved."""
 
-    def __init__(self, name: str, device: str, revision: str | None = None):
+    def __init__(self, name: str, device: str, revision: str | None = None, precision: str = FLOAT32):
+        if precision == BFLOAT16 and not computes_bfloat16(device):
+            raise ValueError(f"{device} can't compute in bfloat16, or only slowly: drop --precision.")
         model, processor = load_classifier_and_processor(name, revision)
         super().__init__(name, model.config, processor)
-        self._model = model.to(device)
+        self.precision = precision
+        self._model = model.to(device, getattr(torch, precision))
         self._into_head: torch.Tensor | None = None
 
     def keep_features(self) -> None:
@@ -150,7 +153,7 @@ class TorchClassifier(Classifier):
         return self._into_head.flatten(1).float().cpu()
 
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self._model(pixel_values=pixel_values.to(self._model.device)).logits
+        return self._model(pixel_values=pixel_values.to(self._model.device, self._model.dtype)).logits
 
     def weights(self) -> Iterable[memoryview]:
         for name, tensor in sorted(self._model.state_dict().items()):

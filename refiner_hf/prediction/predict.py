@@ -75,7 +75,7 @@ def predict(
         device (`str`, *optional*, defaults to `"cpu"`): where the model runs.
         revision (`str`, *optional*): branch, tag or commit of a model on the Hub.
         engine (`str`, *optional*): what computes an exported model, `"onnxruntime"` (the default) or `"openvino"`.
-        precision (`str`, *optional*): `"float32"` (the default) or, in OpenVINO, `"bfloat16"`.
+        precision (`str`, *optional*): `"float32"` (the default) or `"bfloat16"`, which PyTorch and OpenVINO know.
 
     Returns:
         [`Predictions`], in each of several processes those of all. Images that can't be read have no row; they are

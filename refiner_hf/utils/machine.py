@@ -24,6 +24,15 @@ def device_name(device: str | None = None) -> str:
     return f"CPU ({_cpu_name()}, {threads} thread{'s' * (threads > 1)})"
 
 
+def computes_bfloat16(device: str | torch.device) -> bool:
+    """Whether a device multiplies in bfloat16, and doesn't only pretend to. Of CPUs this is known under Linux."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = next((line for line in _cpu_lines() if line.startswith(("flags", "Features"))), "")
+    return kind == "cpu" and not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags.split())
+
+
 def versions() -> str:
     """The versions of Python and of what computes."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets"))
@@ -47,9 +56,12 @@ def _git(*words: str) -> str:
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    named = (line.split(":", 1)[1].strip() for line in _cpu_lines() if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
+
+
+def _cpu_lines() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []

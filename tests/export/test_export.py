@@ -19,6 +19,7 @@ from refiner_hf.export.compare import compare, comparison_table, load_labelled
 from refiner_hf.export.engines import OPENVINO, has_bfloat16, open_every_way, open_graph
 from refiner_hf.export.graph import check_onnx, export_onnx
 from refiner_hf.hub.code import add_code
+from refiner_hf.utils.machine import computes_bfloat16
 
 from ..conftest import GOLDEN_MODELS, LAYOUTS, assert_close, load_json, save_with_processor
 from ..every_class import config_of, make
@@ -136,11 +137,12 @@ def test_command(saved, photos, tmp_path, capsys):
     assert "pixel_values (batch, 3, 16, 16) to logits (batch, 3)" in said and "39 images of photos" in said
     assert "the largest difference of onnxruntime and OpenVINO" in said and "Of 200 pictures of digits" in said
     rows = load_json(out / "comparison.json")["contenders"].values()
-    ways = {(row["engine"], row.get("file"), row.get("precision")) for row in rows}
+    ways = {(row["engine"], row.get("file"), row["precision"]) for row in rows}
     files = ("model.onnx", "model_int8.onnx")
     expected = {(engine, file, "float32") for engine in ("onnxruntime", "OpenVINO") for file in files}
     expected |= {("OpenVINO", file, "bfloat16") for file in files if has_bfloat16(OPENVINO)}
-    assert ways == expected | {("PyTorch", None, None)} and len(rows) == len(ways)
+    expected |= {("PyTorch", None, "bfloat16")} if computes_bfloat16("cpu") else set()
+    assert ways == expected | {("PyTorch", None, "float32")} and len(rows) == len(ways)
     assert said.count("\n| ") == len(rows) + 2
 
     # The page's own lines, for a picture that isn't square, as on a machine with NumPy, Pillow and onnxruntime alone.

@@ -30,6 +30,7 @@ from refiner_hf.prediction.classifiers import TorchClassifier, open_classifier
 from refiner_hf.prediction.predict import predict
 from refiner_hf.prediction.scores import probabilities
 from refiner_hf.prediction.table import AnswerTable, part_of, whole_rows
+from refiner_hf.utils import machine
 from refiner_hf.utils.image_files import find_images
 
 from ..conftest import save_with_processor
@@ -192,6 +193,19 @@ class TestAnswers:
         assert open_classifier(str(tmp_path / "half")).logits(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
         predict(str(tmp_path / "half"), photos, table, num_workers=0)
 
+    def test_in_bfloat16(self, vit, photos, tmp_path, monkeypatch):
+        if not machine.computes_bfloat16("cpu"):
+            pytest.skip("this CPU has no bfloat16")
+        run(vit, photos, tmp_path / "full.csv")
+        run(vit, photos, tmp_path / "half.csv", "--precision", "bfloat16")
+        exact, rough = rows_of(tmp_path / "full.csv"), rows_of(tmp_path / "half.csv")
+        assert exact != rough
+        assert_same_answers(rough, exact, 0.05)
+        monkeypatch.setattr(machine, "_cpu_lines", lambda: ["model name : old", "flags : sse2 avx2 avx512f"])
+        with pytest.raises(SystemExit, match="cpu can't compute in bfloat16, or only slowly: drop --precision"):
+            run(vit, photos, tmp_path / "other.csv", "--precision", "bfloat16")
+        assert not (tmp_path / "other.csv").exists()
+
 
 class TestParquet:
     def test_has_the_same_answers(self, vit, photos, table):
@@ -322,8 +336,6 @@ class TestExported:
     def test_engines_are_for_exported_ones(self, vit, onnx, photos, table, monkeypatch):
         with pytest.raises(SystemExit, match=f"--engine is for exported models .* and {vit} is none"):
             run(vit, photos, table, "--engine", "openvino")
-        with pytest.raises(SystemExit, match="--precision is for exported models"):
-            run(vit, photos, table, "--precision", "bfloat16")
         with pytest.raises(SystemExit, match="give --engine openvino"):
             run(onnx, photos, table, "--precision", "bfloat16")
         monkeypatch.setitem(sys.modules, "openvino", None)

@@ -221,14 +221,15 @@ class RefineImplementation(NamedTuple):
     It runs on the device types `devices`, by default on all. `fastest_from` has those on which `"auto"` takes it where
     none before it can: with gradients only where a layer's expanded maps have at least so many bytes; with a mask a
     kind's `masked_pieces_pay_from` says it. For smaller ones many small operations cost more than they save (see the
-    curves in docs/benchmarks/). `weigh(refinement, map, values, scale)`, where there is one, weights values with the
-    refined map without making it.
+    curves in docs/benchmarks/). `trains`: it is for training, too. `weigh(refinement, map, values, scale)`,
+    where there is one, weights values with the refined map without making it.
     """
 
     refine: Callable[[RefinerMapRefinement, torch.Tensor, float, torch.Tensor | None], torch.Tensor]
     why_not: Callable[..., str | None]
     devices: tuple[str, ...] | None = None
     fastest_from: dict[str, int] = {}
+    trains: bool = True
     weigh: Callable[[RefinerMapRefinement, torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None
 
     def runs_on(self, device: str) -> bool:
@@ -243,6 +244,7 @@ REFINE_IMPLEMENTATIONS: dict[str, RefineImplementation] = {
         _why_not_native,
         devices=("cpu",),
         fastest_from={"cpu": 0},
+        trains=False,
         weigh=native_weigh,
     ),
     "blocked": RefineImplementation(

@@ -74,11 +74,12 @@ def contender_names(part: str, device: str, among: Collection[str] | None = None
 
 def takes_part(case: Case, contender: str) -> bool:
     """
-    Whether a contender can do the case. Engines don't train. In a case in float32 those that compute in less take
-    part, too; in a case in bfloat16 only those that compute in it.
+    Whether a contender can do the case. Engines don't train, nor do all implementations. Of engines those that compute
+    in less take part in a case in float32, too; in a case in bfloat16 only those that compute in it.
     """
     if contender not in ENGINES:
-        return True
+        implementation = REFINE_IMPLEMENTATIONS.get(contender)
+        return case.kind == "inference" or implementation is None or implementation.trains
     return case.kind == "inference" and case.dtype in ("float32", ENGINES[contender].precision)
 
 

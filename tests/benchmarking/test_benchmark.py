@@ -52,6 +52,11 @@ def test_every_refinement_takes_its_steps(name, kind, dtype):
     check_step(case("op", kind, dtype=dtype), name)
 
 
+def test_an_implementation_for_evaluation_alone_is_not_timed_in_training():
+    assert takes_part(case(), "native") and takes_part(case(kind="training"), "auto")
+    assert not any(takes_part(case("op", kind), "native") for kind in ("forward", "training"))
+
+
 @pytest.mark.parametrize("name", ENGINES)
 def test_engines(name):
     """They answer as the network does, or nearly where they compute in less; in inference alone."""

@@ -37,7 +37,7 @@ inline Vector relu6(Vector values) {  // NaN stays NaN
     return all(6) < values ? all(6) : values;
 }
 
-// e to the power of numbers that aren't positive, within 2e-7 of it; NaN stays NaN.
+// e to the power of numbers that aren't positive, with a relative error below 3e-7; NaN stays NaN.
 inline Vector exponential(Vector x) {
     const Vector magic = all(12582912.0f);  // 1.5 * 2^23: whoever adds it is rounded to an integer, in the lowest bits
     const Vector shifted = x * all(1.44269504f) + magic;

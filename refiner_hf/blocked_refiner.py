@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .folding_refiner import Expansion, Folded, Local, arithmetic_type, fold, needs_training_form, operands_of
 from .normalization_refiner import combine_moments
-from .operations_refiner import like_the_map, operation, products_of_weights
+from .operations_refiner import refine_operation
 from .recomputing_refiner import BackwardInputs, Moments, Recomputed, sums_type
 
 
@@ -52,11 +52,7 @@ def blocked_refine(
     return _blocked_refine(attention_map, mask, *operands_of(refinement), scale)
 
 
-@operation(
-    "blocked_refine(Tensor map, Tensor? mask, Tensor?[] weights, float[] eps, float scale) -> Tensor",
-    fake=like_the_map,
-    flops=lambda map_shape, mask, weight_shapes, *others: products_of_weights(map_shape, weight_shapes),
-)
+@refine_operation("blocked")
 def _blocked_refine(
     attention_map: torch.Tensor,
     mask: torch.Tensor | None,

@@ -60,3 +60,15 @@ def like_the_map(attention_map: torch.Tensor, *others: Any) -> torch.Tensor:
 def side_by_side(heads: torch.Tensor) -> torch.Tensor:
     """(B, H, N, D) -> (B, N, H D), which is how a layer's projections come."""
     return heads.transpose(1, 2).flatten(2).contiguous()
+
+
+def refine_operation(name: str) -> Callable[[Callable[..., Any]], Any]:
+    """
+    As [`operation`], for a function that refines a map in evaluation. It takes the map, a mask or `None`, weights and
+    eps as [`~folding_refiner.operands_of`] gives them, and a factor on the result.
+    """
+    return operation(
+        f"{name}_refine(Tensor map, Tensor? mask, Tensor?[] weights, float[] eps, float scale) -> Tensor",
+        fake=like_the_map,
+        flops=lambda map_shape, mask, weight_shapes, *others: products_of_weights(map_shape, weight_shapes),
+    )

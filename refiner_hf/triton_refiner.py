@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from .folding_refiner import Expansion, Folded, Local, needs_training_form, operands_of
-from .operations_refiner import like_the_map, operation, products_of_weights
+from .operations_refiner import refine_operation
 from .packed_maps_refiner import MAX_HEADS, empty_packed, packed_of, padded_heads
 from .recomputing_refiner import BackwardInputs, Moments, Recomputed
 from .triton_kernels_refiner import (
@@ -89,11 +89,7 @@ def triton_refine(
     return _triton_refine(attention_map, mask, *operands_of(refinement), scale)
 
 
-@operation(
-    "triton_refine(Tensor map, Tensor? mask, Tensor?[] weights, float[] eps, float scale) -> Tensor",
-    fake=like_the_map,
-    flops=lambda map_shape, mask, weight_shapes, *others: products_of_weights(map_shape, weight_shapes),
-)
+@refine_operation("triton")
 def _triton_refine(
     attention_map: torch.Tensor,
     mask: torch.Tensor | None,

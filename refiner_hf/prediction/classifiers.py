@@ -136,7 +136,7 @@ class TorchClassifier(Classifier):
         model, processor = load_classifier_and_processor(name, revision)
         super().__init__(name, model.config, processor)
         self.precision = precision
-        self._model = model.to(device, getattr(torch, precision))
+        self._model = (model.bfloat16() if precision == BFLOAT16 else model).to(device)
         self._into_head: torch.Tensor | None = None
 
     def keep_features(self) -> None:

@@ -38,18 +38,23 @@ def plot_bars(parts: dict[str, dict[str, Results]], path: Path) -> None:
             axis.set_title(f"{title}: {unit}\n(times {BASE}'s, {better} is better)", fontsize=10)
     # One legend for all: a contender may have failed in one panel and not in another.
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), fontsize=9)
     figure.savefig(path, dpi=110)
 
 
 def _bars(axis, found: dict[str, Results], quantity: str, colours: dict[str, Any]) -> None:
-    taking_part = {name for results in found.values() for result in results.values() for name in result["rows"]}
+    kind = "inference" if quantity == "speed" else "training"
+    taking_part = {name for results in found.values() for name in results.get(kind, {}).get("rows", {})}
+    if not taking_part:
+        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center")
+        axis.set_axis_off()
+        return
     colours = {name: colour for name, colour in colours.items() if name in taking_part}
     width = 0.85 / len(colours)
     for index, (name, colour) in enumerate(colours.items()):
         points = []
         for place, results in enumerate(found.values()):
-            rows = results.get("inference" if quantity == "speed" else "training", {}).get("rows", {})
+            rows = results.get(kind, {}).get("rows", {})
             if name not in rows or BASE not in rows:
                 continue
             if quantity == "memory":
@@ -112,6 +117,7 @@ def plot_curves(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def _colours(results: Any) -> dict[str, Any]:
-    """A colour for each contender, in the order in which they take part."""
+    """A colour for each contender, in the order in which they take part; where they are many, dark and light ones."""
     names = dict.fromkeys(name for result in results for name in result["rows"])
-    return {name: colormaps["tab10"](index % 10) for index, name in enumerate(names)}
+    palette, size = ("tab10", 10) if len(names) <= 10 else ("tab20", 20)
+    return {name: colormaps[palette](index % size) for index, name in enumerate(names)}

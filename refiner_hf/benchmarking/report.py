@@ -125,7 +125,8 @@ def _number(value: float) -> str:
 def _notes(part: str, found: dict[str, Results]) -> str:
     notes = [
         f"Times are medians; beside them what they are in relation to {BASE}'s of the same round: median (quartiles). "
-        "Memory is the peak of a step above what stays between steps (weights, optimizer states). GFLOP and MB moved "
+        "Memory is the peak of a step above what stays between steps (weights, optimizer states; engines keep all of "
+        "theirs, so it isn't listed). GFLOP and MB moved "
         "are those of the inference, for the whole batch: 2 operations per multiply-add of products and convolutions; "
         "bytes that have to be read and written at least. A step with backward counts as three forwards; what an "
         "implementation recomputes isn't counted."

@@ -15,6 +15,7 @@ from ..utils.machine import describe_machine
 from ..utils.measure import time_in_turns
 from .contenders import NETWORKS, Case, contender_names, make_step, takes_part
 from .costs import costs
+from .engines import ENGINES
 from .memory import peak_memory_in_child
 from .options import BenchmarkOptions
 from .record import open_record
@@ -124,7 +125,7 @@ def measure(case: Case, options: BenchmarkOptions, results: dict[str, Any]) -> I
     # On CUDA it comes with the times.
     if case.device == "cpu" and case.part != "curves" and sys.platform == "linux":
         for name in names:
-            if not {"memory", "error"} & rows[name].keys():
+            if name not in ENGINES and not {"memory", "error"} & rows[name].keys():
                 rows[name] |= peak_memory_in_child(case, name)
                 yield f"{name}, memory: {_in_words(rows[name], 'memory')}"
     # A contender that failed or was killed in a process of its own isn't run in this one.

@@ -18,6 +18,7 @@ from .configuration_refiner import RefinerConfig
 from .folding_refiner import can_bypass, has_hooks, is_transformed, needs_training_form
 from .native_refiner import native_refine, native_weigh, why_not_native
 from .normalization_refiner import RefinerBatchNorm2d
+from .operations_refiner import side_by_side
 from .recomputing_refiner import why_not_recomputed
 from .triton_refiner import triton_refine, why_not_triton
 
@@ -90,11 +91,13 @@ class RefinerMapRefinement(nn.Module):
             needed and was never made.
         """
         if not map_needed and not has_hooks(self):
-            weigh = REFINE_IMPLEMENTATIONS[pick_implementation(self, attention_map)].weigh
-            if weigh is not None and value.dtype == attention_map.dtype:
-                return weigh(self, attention_map, value, scale), None
-        refined = self(attention_map, scale)
-        return (refined @ value).transpose(1, 2).flatten(2), refined
+            implementation = REFINE_IMPLEMENTATIONS[pick_implementation(self, attention_map)]
+            if implementation.weigh is not None and value.dtype == attention_map.dtype:
+                return implementation.weigh(self, attention_map, value, scale), None
+            refined = implementation.refine(self, attention_map, scale, None)
+        else:
+            refined = self(attention_map, scale)
+        return side_by_side(refined @ value), refined
 
     def refine_scores(self, scores: torch.Tensor) -> torch.Tensor:
         """The scores that the softmax gets, before any mask, (B, H, N, N) -> (B, H, N, N)."""

@@ -52,6 +52,7 @@ from .inference_refiner import call_linear, call_linear_and_activation
 from .loss_refiner import image_classification_loss
 from .native_refiner import attends, native_attend
 from .normalization_refiner import RefinerBatchNorm2d
+from .operations_refiner import side_by_side
 from .refinements_refiner import make_refinement
 from .token_mixing_refiner import mix_tokens, sample_mixing_mask
 from .triton_attention_refiner import make_map, makes_map
@@ -144,7 +145,7 @@ class RefinerAttention(nn.Module):
         """Three times (B, H, N, D / H), (B, H, N, N) -> the weighted values (B, N, D), and this layer's map."""
         if not map_needed and self._is_plain(previous_map):
             output = nn.functional.scaled_dot_product_attention(query, key, value, scale=self.scaling)
-            return output.transpose(1, 2).flatten(2), None
+            return side_by_side(output), None
         added = previous_map if self._accumulates(previous_map) else None
         weighted = value if self.attention_type == "plain" else None
         # In training a checkpointed layer must do the same with and without gradients.
@@ -158,7 +159,7 @@ class RefinerAttention(nn.Module):
         if self.attention_type == "refined":
             return self.refinement.weigh(attention_map, value, map_needed=map_needed)
         if output is None:
-            output = (attention_map @ value).transpose(1, 2).flatten(2)
+            output = side_by_side(attention_map @ value)
         return output, attention_map
 
     def _own_map(self, query: torch.Tensor, key: torch.Tensor, previous_map: torch.Tensor | None) -> torch.Tensor:

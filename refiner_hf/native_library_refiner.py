@@ -18,8 +18,6 @@ from typing import Any
 
 import torch
 
-from .folding_refiner import is_transformed
-
 
 _SOURCES = sorted(Path(__file__).with_name("native").glob("*"))  # none beside a model's code on the Hub
 # No -ffast-math: it would change what the whole process does with the smallest numbers.
@@ -34,8 +32,6 @@ def why_no_function(*tensors: torch.Tensor) -> str | None:
         return f"it is for float32 and bfloat16 on CPUs, got {first.dtype} on {first.device.type}"
     if any(each.dtype != first.dtype for each in tensors):
         return "it is for tensors of one type"
-    if is_transformed(first):
-        return "what happens to the maps is recorded or transformed, which takes plain operations"
     return _why_not_loaded()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .folding_refiner import needs_training_form, operands_of
+from .folding_refiner import is_transformed, needs_training_form, operands_of
 from .native_library_refiner import call, why_no_function
 from .operations_refiner import operation, products_of_weights, side_by_side
 
@@ -116,7 +116,7 @@ def attends(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, previou
     """Whether [`native_attend`] can take these."""
     given = [each for each in (query, key, value, previous) if each is not None]
     differentiated = torch.is_grad_enabled() and any(each.requires_grad for each in given)
-    return not differentiated and query.numel() > 0 and why_no_function(*given) is None
+    return not differentiated and query.numel() > 0 and not is_transformed(query) and why_no_function(*given) is None
 
 
 def _products_with(map_shape: torch.Size, value_shape: torch.Size | None) -> int:

@@ -26,6 +26,7 @@ class Worker {
     explicit Worker(Attention& attention)
         : a(attention),
           columns(rounded(a.size, WIDTH)),
+          rows_of_keys(a.size * a.width),
           keys(a.width * columns, 0.0f),
           values(1, a.size, a.width),
           query(BLOCK * a.width),
@@ -53,13 +54,15 @@ class Worker {
 
     // Transposed: (D, N).
     void take_keys(int64_t image, int64_t head) {
-        for (int64_t n = 0; n < a.size; ++n) {
-            read(a.key, of_token(image, n, head), a.width, a.is_bfloat16, query.data());
-            for (int64_t d = 0; d < a.width; ++d) keys[d * columns + n] = query[d];
-        }
+        for (int64_t n = 0; n < a.size; ++n)
+            read(a.key, of_token(image, n, head), a.width, a.is_bfloat16, rows_of_keys.data() + n * a.width);
+        transpose(rows_of_keys.data(), a.width, keys.data(), columns, a.size, a.width);
     }
 
     void make_rows(int64_t image, int64_t head, int64_t first, int64_t count) {
+        const int64_t place = ((image * a.heads + head) * a.size + first) * a.size;
+        if (a.previous) fetch(a.previous, place, count * a.size, a.is_bfloat16, false);
+        fetch(a.map, place, count * a.size, a.is_bfloat16, true);
         for (int64_t i = 0; i < count; ++i) {
             float* to = query.data() + i * a.width;
             read(a.query, of_token(image, first + i, head), a.width, a.is_bfloat16, to);
@@ -68,13 +71,9 @@ class Worker {
         row_product(query.data(), a.width, 1, keys.data(), columns, rows.data(), columns, a.width);
         for (int64_t i = 0; i < count; ++i) {
             float* row = rows.data() + i * columns;
-            const int64_t at = ((image * a.heads + head) * a.size + first + i) * a.size;
+            const int64_t at = place + i * a.size;
+            if (a.previous) read(a.previous, at, a.size, a.is_bfloat16, before.data());
             softmax(row);
-            if (a.previous) {
-                read(a.previous, at, a.size, a.is_bfloat16, before.data());
-                for (int64_t c = 0; c < columns; c += WIDTH)
-                    store(row + c, load(row + c) + all(a.scaling) * load(before.data() + c));
-            }
             write(a.map, at, a.size, a.is_bfloat16, row);
         }
         values.weigh(rows.data(), columns, 0, weighted.data());
@@ -82,12 +81,13 @@ class Worker {
             write(a.output, of_token(image, first + i, head), a.width, a.is_bfloat16, weighted.data() + i * values.columns);
     }
 
+    // softmax(row), and the row before added where there is one.
     void softmax(float* row) const {
         std::fill(row + a.size, row + columns, -INFINITY);
         Vector largest = all(-INFINITY), sum = all(0);
         for (int64_t c = 0; c < columns; c += WIDTH) {
             const Vector scores = load(row + c);
-            largest = scores > largest ? scores : largest;
+            largest = larger(scores, largest);
         }
         float top = largest[0], total = 0;
         for (int64_t i = 1; i < WIDTH; ++i) top = std::max(top, largest[i]);
@@ -97,14 +97,15 @@ class Worker {
             sum += power;
         }
         for (int64_t i = 0; i < WIDTH; ++i) total += sum[i];
-        for (int64_t c = 0; c < columns; c += WIDTH) store(row + c, load(row + c) * all(1 / total));
+        for (int64_t c = 0; c < columns; c += WIDTH)  // `before` is zero where there is none
+            store(row + c, load(row + c) * all(1 / total) + all(a.scaling) * load(before.data() + c));
     }
 
     Attention& a;
     const int64_t columns;
-    std::vector<float> keys;
+    Floats rows_of_keys, keys;
     Values values;
-    std::vector<float> query, rows, before, weighted;
+    Floats query, rows, before, weighted;
     int64_t taken = -1;  // the head whose keys and values are here
 };
 

@@ -13,7 +13,7 @@ namespace {
 
 // A batch norm in evaluation as gain x + bias.
 struct Affine {
-    std::vector<float> gain, bias;
+    Floats gain, bias;
 
     Affine(const float* const* norm, int64_t channels, double eps) : gain(channels), bias(channels) {
         const float *weight = norm[0], *shift = norm[1], *mean = norm[2], *variance = norm[3];
@@ -25,8 +25,8 @@ struct Affine {
 };
 
 // (M, K) with a gain for each row -> (M / BLOCK, K, BLOCK), as `product` reads it; M rounded up with zeros.
-std::vector<float> packed(const float* weight, const std::vector<float>& gain, int64_t m, int64_t k) {
-    std::vector<float> result(rounded(m, BLOCK) * k, 0.0f);
+Floats packed(const float* weight, const Floats& gain, int64_t m, int64_t k) {
+    Floats result(rounded(m, BLOCK) * k, 0.0f);
     for (int64_t i = 0; i < m; ++i)
         for (int64_t j = 0; j < k; ++j) result[(i / BLOCK * k + j) * BLOCK + i % BLOCK] = gain[i] * weight[i * k + j];
     return result;
@@ -37,7 +37,7 @@ struct Problem {
     void* output;             // as `value`, or as `map`
     int64_t batch, heads, expanded, size, kernel, value_width;
     bool is_bfloat16, has_expansion;
-    std::vector<float> expand, expand_bias, local, local_bias, reduce, identity, constant;
+    Floats expand, expand_bias, local, local_bias, reduce, identity, constant;
     int64_t block_rows;  // a task is so many rows of an image
     std::atomic<int64_t> next{0};
 
@@ -46,7 +46,7 @@ struct Problem {
 
 // to (M, V vectors) = bias + weight (M / BLOCK, K, BLOCK) times from (K, V vectors)
 template <int V, bool ACTIVATE>
-inline void product(const std::vector<float>& weight, const float* bias, const float* from, int64_t from_stride, float* to,
+inline void product(const Floats& weight, const float* bias, const float* from, int64_t from_stride, float* to,
                     int64_t to_stride, int64_t m, int64_t k) {
     for (int64_t first = 0; first < m; first += BLOCK)
         block_product<V, ACTIVATE>(weight.data() + first * k, 1, BLOCK, bias ? bias + first : nullptr, from, from_stride,
@@ -86,7 +86,8 @@ class Worker {
         : p(problem),
           pad(p.kernel / 2),
           width(rounded(p.size, WIDTH)),
-          stride(width + 2 * pad),
+          lead(rounded(pad, WIDTH)),
+          stride(width + 2 * lead),
           rows_stride(rounded(p.expanded, BLOCK) * stride + WIDTH),
           ring((p.kernel + 1) * rows_stride, 0.0f),
           nothing(rows_stride, 0.0f),
@@ -125,7 +126,7 @@ class Worker {
             for (; made < std::min(row + rows + pad, p.size); ++made) expand(image, made);
             for (int64_t i = 0; i < p.kernel + rows - 1; ++i) {
                 const int64_t at = row - pad + i;
-                around[i] = at < 0 || at >= p.size ? nothing.data() : ring.data() + at % (p.kernel + 1) * rows_stride;
+                around[i] = (at < 0 || at >= p.size ? nothing.data() : ring.data() + at % (p.kernel + 1) * rows_stride) + lead - pad;
             }
             int64_t column = 0;
             for (; column + WIDTH < width; column += 2 * WIDTH)
@@ -154,8 +155,10 @@ class Worker {
 
     // A row of an image's expanded maps, into the ring.
     void expand(int64_t image, int64_t row) {
-        for (int64_t h = 0; h < p.heads; ++h)
+        for (int64_t h = 0; h < p.heads; ++h) {
             read(p.map, place(image, h, row), p.size, p.is_bfloat16, source.data() + h * width);
+            if (row + 1 < p.size) fetch(p.map, place(image, h, row + 1), p.size, p.is_bfloat16, false);
+        }
         float* to = ring.data() + row % (p.kernel + 1) * rows_stride;
         if (p.has_expansion) {
             int64_t column = 0;
@@ -164,15 +167,15 @@ class Worker {
             for (; column < width; column += WIDTH) expand_columns<1>(to, column);
         } else {
             for (int64_t h = 0; h < p.heads; ++h)
-                std::memcpy(to + h * stride + pad, source.data() + h * width, p.size * sizeof(float));
+                std::memcpy(to + h * stride + lead, source.data() + h * width, p.size * sizeof(float));
         }
         for (int64_t e = 0; e < p.expanded; ++e)  // beside the map there is nothing
-            std::fill(to + e * stride + pad + p.size, to + (e + 1) * stride, 0.0f);
+            std::fill(to + e * stride + lead + p.size, to + (e + 1) * stride, 0.0f);
     }
 
     template <int V>
     void expand_columns(float* to, int64_t column) {
-        product<V, true>(p.expand, p.expand_bias.data(), source.data() + column, width, to + pad + column, stride, p.expanded,
+        product<V, true>(p.expand, p.expand_bias.data(), source.data() + column, width, to + lead + column, stride, p.expanded,
                          p.heads);
     }
 
@@ -186,28 +189,29 @@ class Worker {
         product<VECTORS, false>(p.reduce, nullptr, hidden.data(), VECTORS * WIDTH, reduced.data(), VECTORS * WIDTH, p.heads,
                                 p.expanded);
         const int64_t count = std::min(V * WIDTH, p.size - column);
+        const bool in_place = count == V * WIDTH && !p.is_bfloat16;
         for (int64_t h = 0; h < p.heads; ++h) {
             const float gain = p.identity[h], bias = p.constant[h];
             for (int64_t r = 0; r < R; ++r) {
                 const int64_t at = place(image, h, first + r) + column;
                 const float* z = reduced.data() + (h * VECTORS + r * V) * WIDTH;
-                float row[V * WIDTH];
-                read(p.map, at, count, p.is_bfloat16, row);
-                for (int64_t c = 0; c < count; ++c) row[c] = z[c] + gain * row[c] + bias;
-                if (p.value)
-                    std::memcpy(refined_row(h, first + r) + column, row, count * sizeof(float));
-                else
-                    write(p.output, at, count, p.is_bfloat16, row);
+                float row[V * WIDTH] = {};
+                const float* from = in_place ? static_cast<const float*>(p.map) + at : row;
+                float* to = p.value ? refined_row(h, first + r) + column : in_place ? static_cast<float*>(p.output) + at : row;
+                if (!in_place) read(p.map, at, count, p.is_bfloat16, row);
+                for (int v = 0; v < V; ++v)
+                    store(to + v * WIDTH, load(z + v * WIDTH) + all(gain) * load(from + v * WIDTH) + all(bias));
+                if (to == row) write(p.output, at, count, p.is_bfloat16, row);
             }
         }
     }
 
     Problem& p;
-    const int64_t pad, width, stride, rows_stride;
-    std::vector<float> ring, nothing, source, hidden, reduced;
+    const int64_t pad, width, lead, stride, rows_stride;  // `lead`: where the map begins in a row, so that vectors lie well
+    Floats ring, nothing, source, hidden, reduced;
     std::vector<const float*> around;
     Values values;
-    std::vector<float> refined, weighted;
+    Floats refined, weighted;
     int64_t taken = -1;  // the image whose values are here
     int64_t begin, made;  // the group's first row, and the next expanded row to make
 };
@@ -250,7 +254,7 @@ extern "C" int refiner_refine(const void* const* tensors, const int64_t* sizes, 
     p.local.resize(p.expanded * area);
     for (int64_t i = 0; i < p.expanded * area; ++i) p.local[i] = local.gain[i / area] * floats[4][i];
     p.local_bias = local.bias;
-    std::vector<float> gain(p.heads);
+    Floats gain(p.heads);
     p.identity.resize(p.heads), p.constant.resize(p.heads);
     for (int64_t h = 0; h < p.heads; ++h) {
         p.identity[h] = float(scale) * output.gain[h];

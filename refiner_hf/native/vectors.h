@@ -11,7 +11,11 @@
 #include <cstring>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -25,6 +29,19 @@ constexpr int64_t WIDTH = 8, BLOCK = 3;
 typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(WIDTH * sizeof(int32_t)), aligned(4), may_alias));
 
+// Floats from a place where a vector lies in one cache line; otherwise each would be read and written in two pieces.
+template <class T>
+struct Aligned {
+    typedef T value_type;
+    static constexpr auto PLACE = std::align_val_t(sizeof(Vector));
+
+    T* allocate(std::size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), PLACE)); }
+    void deallocate(T* first, std::size_t) noexcept { ::operator delete(first, PLACE); }
+    bool operator==(const Aligned&) const { return true; }
+    bool operator!=(const Aligned&) const { return false; }
+};
+typedef std::vector<float, Aligned<float>> Floats;
+
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector values) { *reinterpret_cast<Vector*>(to) = values; }
 inline Vector all(float value) { return Vector{} + value; }
@@ -32,10 +49,28 @@ inline Vector all(float value) { return Vector{} + value; }
 inline int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }            // rounded up
 inline int64_t rounded(int64_t a, int64_t b) { return divided(a, b) * b; }  // up to a multiple
 
-inline Vector relu6(Vector values) {  // NaN stays NaN
-    values = all(0) > values ? all(0) : values;
-    return all(6) < values ? all(6) : values;
+// The larger and the smaller of two numbers; `b` where one is NaN. GCC makes two operations of such a condition.
+inline Vector larger(Vector a, Vector b) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (Vector)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    return a > b ? a : b;
+#endif
 }
+
+inline Vector smaller(Vector a, Vector b) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(__AVX__)
+    return (Vector)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+    return a < b ? a : b;
+#endif
+}
+
+inline Vector relu6(Vector values) { return smaller(all(6), larger(all(0), values)); }  // NaN stays NaN
 
 // e to the power of numbers that aren't positive, with a relative error below 3e-7; NaN stays NaN.
 inline Vector exponential(Vector x) {
@@ -47,6 +82,43 @@ inline Vector exponential(Vector x) {
     for (const float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) power = power * r + all(factor);
     const Integers exponent = ((Integers)shifted - (Integers)magic + 127) << 23;
     return x < all(-87.0f) ? all(0) : power * (Vector)exponent;
+}
+
+// From the halves of two vectors that begin at FIRST: a[FIRST], b[FIRST], a[FIRST + 1], b[FIRST + 1], ...
+template <int FIRST, int... I>
+inline Vector interleaved(Vector a, Vector b, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+    return __builtin_shufflevector(a, b, (FIRST + I / 2 + I % 2 * int(WIDTH))...);
+#else
+    return __builtin_shuffle(a, b, Integers{(FIRST + I / 2 + I % 2 * int(WIDTH))...});
+#endif
+}
+
+// to (columns, rows) = from (rows, columns), WIDTH of each.
+inline void transpose_square(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    constexpr std::make_integer_sequence<int, WIDTH> indices{};
+    Vector rows[WIDTH], next[WIDTH];
+    for (int i = 0; i < WIDTH; ++i) rows[i] = load(from + i * from_stride);
+    // Row i and the row half of them further become rows 2 i and 2 i + 1: after all halvings, columns.
+    for (int done = 1; done < WIDTH; done *= 2) {
+        for (int i = 0; i < WIDTH / 2; ++i) {
+            next[2 * i] = interleaved<0>(rows[i], rows[i + WIDTH / 2], indices);
+            next[2 * i + 1] = interleaved<WIDTH / 2>(rows[i], rows[i + WIDTH / 2], indices);
+        }
+        for (int i = 0; i < WIDTH; ++i) rows[i] = next[i];
+    }
+    for (int i = 0; i < WIDTH; ++i) store(to + i * to_stride, rows[i]);
+}
+
+// The same for any number of rows and columns.
+inline void transpose(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows, int64_t columns) {
+    const int64_t whole_rows = rows / WIDTH * WIDTH, whole_columns = columns / WIDTH * WIDTH;
+    for (int64_t r = 0; r < whole_rows; r += WIDTH)
+        for (int64_t c = 0; c < whole_columns; c += WIDTH)
+            transpose_square(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
+            to[c * to_stride + r] = from[r * from_stride + c];
 }
 
 inline float from_bfloat16(uint16_t value) {
@@ -82,19 +154,32 @@ inline void write(void* tensor, int64_t at, int64_t count, bool is_bfloat16, con
     }
 }
 
+// Brings rows of a tensor nearer that will soon be read or written: memory is slower than what is done with it.
+inline void fetch(const void* tensor, int64_t at, int64_t count, bool is_bfloat16, bool written) {
+    const int64_t size = is_bfloat16 ? sizeof(uint16_t) : sizeof(float);
+    const char* from = static_cast<const char*>(tensor) + at * size;
+    for (int64_t i = 0; i < count * size; i += 64) written ? __builtin_prefetch(from + i, 1) : __builtin_prefetch(from + i, 0);
+}
+
 // A block of BLOCK rows of a matrix product: to (BLOCK, V vectors) = bias + weight (BLOCK, K) times from (K, V vectors).
 template <int V, bool ACTIVATE>
 inline void block_product(const float* weight, int64_t weight_row, int64_t weight_column, const float* bias, const float* from,
                           int64_t from_stride, float* to, int64_t to_stride, int64_t k) {
-    Vector sums[BLOCK][V];
+    Vector sums[BLOCK][V];  // in registers, if all loops over them are unrolled
+#pragma GCC unroll 8
     for (int i = 0; i < BLOCK; ++i)
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sums[i][v] = all(bias ? bias[i] : 0.0f);
     for (int64_t j = 0; j < k; ++j)
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
             const Vector values = load(from + j * from_stride + v * WIDTH);
+#pragma GCC unroll 8
             for (int i = 0; i < BLOCK; ++i) sums[i][v] += weight[i * weight_row + j * weight_column] * values;
         }
+#pragma GCC unroll 8
     for (int i = 0; i < BLOCK; ++i)
+#pragma GCC unroll 4
         for (int v = 0; v < V; ++v) store(to + i * to_stride + v * WIDTH, ACTIVATE ? relu6(sums[i][v]) : sums[i][v]);
 }
 
@@ -113,7 +198,7 @@ inline void row_product(const float* weight, int64_t weight_row, int64_t weight_
 // The values of an image's heads, (N, H D) in memory, as (H, N, D rounded up to vectors): what maps weight.
 struct Values {
     const int64_t heads, size, width, columns;
-    std::vector<float> numbers;
+    Floats numbers;
 
     Values(int64_t heads, int64_t size, int64_t width)
         : heads(heads), size(size), width(width), columns(rounded(width, WIDTH)), numbers(heads * size * columns, 0.0f) {}

@@ -1,35 +1,27 @@
 # Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
-"""What a CPU does faster where nothing is differentiated, recorded or compiled."""
+"""What a CPU does faster where nothing is differentiated."""
 
 from math import prod
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 from transformers.activations import GELUActivation
 
 from .folding_refiner import has_hooks, is_transformed
+from .operations_refiner import operation
 
 
-# A product of oneDNN's that torch takes in what it compiles; elsewhere it takes another library's in float32.
-_product = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+# A product of oneDNN's. In float32 torch itself takes another library's, unless weights are frozen.
+_product: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
 # Multiplications of a product. In smaller ones that library is longer on its way to the product than the other is.
 _PAYS_FROM = 4 * 10**6
 
 
-def _count_flops(inputs_shape: torch.Size, weight_shape: torch.Size, *others: Any, **more: Any) -> int:
-    return 2 * prod(inputs_shape) * weight_shape[0]
-
-
-if _product is not None and _product not in flop_registry:  # otherwise torch's counter would overlook it
-    register_flop_formula(_product)(_count_flops)
-
-
 def only_infers(tensor: torch.Tensor) -> bool:
-    """Whether operations on `tensor` are computed, and no more than that."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_transformed(tensor))
+    """Whether operations on `tensor` are computed, now or by what is compiled, and no more than that."""
+    return not (torch.is_grad_enabled() or is_transformed(tensor))
 
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool = False) -> torch.Tensor:
@@ -37,8 +29,8 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if (
         _product is None
         or inputs.device.type != "cpu"
-        or not only_infers(inputs)  # exporters leave sizes open
-        or inputs.numel() * weight.shape[0] < _PAYS_FROM
+        or not only_infers(inputs)
+        or not _pays(inputs, weight)
         or not inputs.dtype == weight.dtype == torch.float32
         or type(inputs) is not torch.Tensor  # neither quantized nor divided among devices
         or type(weight) not in (torch.Tensor, nn.Parameter)
@@ -47,6 +39,22 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ):
         outputs = nn.functional.linear(inputs, weight, bias)
         return nn.functional.gelu(outputs) if gelu else outputs
+    return _linear(inputs, weight, bias, gelu)
+
+
+def _pays(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    rows = inputs.shape[:-1]
+    if torch.compiler.is_compiling():  # what is compiled may be for any number of images
+        rows = rows[-1:]
+    return prod(rows) * weight.numel() >= _PAYS_FROM
+
+
+@operation(
+    "linear(Tensor inputs, Tensor weight, Tensor? bias, bool gelu) -> Tensor",
+    fake=lambda inputs, weight, *others: inputs.new_empty(*inputs.shape[:-1], weight.shape[0]),
+    flops=lambda inputs_shape, weight_shape, *others: 2 * prod(inputs_shape) * weight_shape[0],
+)
+def _linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool) -> torch.Tensor:
     return _product(inputs, weight, bias, *(("gelu", [], "none") if gelu else ("none", [], "")))
 
 

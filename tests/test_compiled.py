@@ -1,11 +1,13 @@
 """`torch.compile` keeps the fast implementations, as operations in one graph."""
 
 import copy
+import math
 
 import pytest
 import torch
+from torch import nn
 
-from refiner_hf import attention_refiner
+from refiner_hf import attention_refiner, inference_refiner
 from refiner_hf.folding_refiner import operands_of
 
 from .compilers import Graphs
@@ -17,6 +19,7 @@ from .test_native import needs_compiler
 
 
 OPERATIONS = torch.ops.refiner_hf
+needs_onednn = pytest.mark.skipif(inference_refiner._product is None, reason="this torch has no oneDNN")
 implementations = pytest.mark.parametrize(
     "implementation", [pytest.param("native", marks=needs_compiler), "blocked", "auto"]
 )
@@ -39,6 +42,26 @@ def test_evaluation(tiny_model, implementation):
     fastest = "native" if compiled_function() else "blocked"
     name = fastest if implementation == "auto" else implementation
     assert graphs.count(f"{name}_refine") == [refinements_of(model)]
+
+
+@needs_onednn
+def test_linear_layers(tiny_model, monkeypatch):
+    """Those that are large enough for one image are oneDNN's products, with their activation."""
+    model, graphs = tiny_model().eval(), Graphs()
+    tokens, width = model.config.num_prefix_tokens + math.prod(model.config.patch_grid), model.config.hidden_size
+    layers = [model.base_model.embeddings.patch_embeddings.projection]  # a linear layer on patches
+    layers += [each for each in model.modules() if isinstance(each, nn.Linear)]
+    large = [each for each in layers if each.weight.numel() > width**2]
+    monkeypatch.setattr(inference_refiner, "_PAYS_FROM", tokens * width * model.config.intermediate_size)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs.backend)
+    with torch.no_grad():
+        for images in (2, 5):
+            pixels = torch.randn(images, 3, 16, 16)
+            assert_close(compiled(pixels).logits, model(pixels).logits, 1e-5)
+    assert graphs.count("linear") == [len(large)] and len(layers) > len(large) > 2 * model.config.num_hidden_layers
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs.backend)
+    assert compiled(pixels).logits.requires_grad
+    assert graphs.count("linear")[1:] == (len(graphs.count("linear")) - 1) * [0]
 
 
 @pytest.mark.parametrize("norms", ["training", "frozen"])
@@ -92,6 +115,13 @@ class TestOperations:
         self.check(OPERATIONS.native_refine, maps, value, operands, eps, 0.7)
         self.check(OPERATIONS.native_attend, query, key, value, None, 4, 0.7)
         self.check(OPERATIONS.native_attend, query, key, value, maps, 4, 0.7)
+
+    @needs_onednn
+    @pytest.mark.parametrize("gelu", [False, True])
+    def test_linear(self, gelu):
+        inputs, weight, bias = torch.randn(2, 5, 8), torch.randn(3, 8), torch.randn(3)
+        self.check(OPERATIONS.linear, inputs, weight, bias, gelu)
+        self.check(OPERATIONS.linear, inputs[0], weight, None, gelu)
 
     @pytest.mark.parametrize("masked", [False, True])
     @pytest.mark.parametrize("ratio", [1, 3])

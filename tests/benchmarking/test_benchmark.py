@@ -271,7 +271,8 @@ def test_startup_alone(tmp_path, monkeypatch):
     assert "## Commands and imports" in text and "| `import torch` |" in text
 
 
-def test_a_run_cut_off_keeps_what_was_measured(quick, tmp_path, monkeypatch):
+@pytest.mark.parametrize("again", ["for all", "for fewer"])
+def test_a_run_cut_off_keeps_what_was_measured(quick, tmp_path, monkeypatch, again):
     def interrupted(case, name):
         raise KeyboardInterrupt
 
@@ -284,8 +285,12 @@ def test_a_run_cut_off_keeps_what_was_measured(quick, tmp_path, monkeypatch):
         main(words)
     assert len(quick) == 2
     monkeypatch.setattr(run, "peak_memory_in_child", peak)
+    if again == "for fewer":  # whoever wasn't timed doesn't keep the others out of the table
+        words += ["--contenders", "eager"]
     main(words)
     assert len(quick) == 3
+    (row,) = (line for line in (tmp_path / "cpu.md").read_text().splitlines() if line.startswith("| tiny 32 | eager"))
+    assert row.count("1.00 (1.00 to 1.00)") == 3
 
 
 def test_reports_say_what_failed_and_why(tmp_path):

@@ -87,7 +87,7 @@ def _folded_refine(folded: Folded, attention_map: torch.Tensor, mask: torch.Tens
 class BlockedPasses:
     """The passes of [`recomputing_refiner.Passes`] in plain torch."""
 
-    def __init__(self, attention_map: torch.Tensor, kernel_size: int, mask: torch.Tensor | None):
+    def __init__(self, attention_map: torch.Tensor, weight_shape: torch.Size, mask: torch.Tensor | None):
         self.attention_map, self.mask = attention_map, mask
         self.dtype = arithmetic_type(attention_map)
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from .user_cache_refiner import user_cache
+
 
 _SOURCES = sorted(Path(__file__).with_name("native").glob("*"))  # none beside a model's code on the Hub
 # No -ffast-math: it would change what the whole process does with the smallest numbers.
@@ -81,7 +83,7 @@ def _library() -> Path:
         raise OSError("its source isn't beside the model's code; it comes with the package refiner_hf")
     sources = [source.read_text(encoding="utf-8") for source in _SOURCES]
     kind = [*sources, *_FLAGS, compiler, platform.machine(), _processor()]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refiner_hf"
+    cache = user_cache()
     library = cache / f"native-{hashlib.sha256('|'.join(kind).encode()).hexdigest()[:16]}.so"
     if library.is_file():
         return library

@@ -51,9 +51,9 @@ class Passes(Protocol):
     `None` and h1 is the map.
     """
 
-    def __init__(self, attention_map, kernel_size: int, mask):
-        """`mask` (B, 1, N, N) of booleans, or `None`. Maps are zero where it is false; only where it is true count
-        places for sums and moments."""
+    def __init__(self, attention_map, weight_shape, mask):
+        """`weight_shape` is the local attention's (E, 1, k, k). `mask` (B, 1, N, N) of booleans, or `None`. Maps are
+        zero where it is false; only where it is true count places for sums and moments."""
 
     def map_moments(self) -> Moments:
         """x and y are (H, 1) and (1, H), the scatter (H, H)."""
@@ -245,7 +245,7 @@ def _refine(passes_class, setting, attention_map, mask, weights):
         gain4, bias4, mean4, var4,
     ) = cast_together(_complete(weights, batch), sums_type(attention_map))  # fmt: skip
     w1, w3 = None if w1 is None else w1.flatten(1), w3.flatten(1)  # (E, H), (H, E)
-    passes = passes_class(attention_map, w2.shape[-1], mask)
+    passes = passes_class(attention_map, w2.shape, mask)
 
     def scaled(gain, variance):
         return gain * (variance + eps).rsqrt()
@@ -299,7 +299,7 @@ def _refine_backward(passes_class, setting, attention_map, mask, reduced, statis
         covariance, count = covariance.view(heads, heads), count.squeeze()
     else:
         centre = torch.zeros_like(gain4)
-    passes = passes_class(attention_map, w2.shape[-1], mask)
+    passes = passes_class(attention_map, w2.shape, mask)
     sizes = (0 if w1 is None else expanded, expanded, heads, heads)
     inverse = (torch.cat([v for v in (var1, var2, var3, var4) if v is not None]) + eps).rsqrt()
     scales = inverse * torch.cat([g for g in (gain1, gain2, gain3, gain4) if g is not None])

@@ -20,11 +20,9 @@ from .triton_attention_kernels_refiner import (
     query_gradient_kernel,
 )
 from .triton_launch_refiner import ceil_div, on_device_of, power_of_two, precision, why_no_kernels
+from .triton_tiles_refiner import Kernels, MapTiles, tiles_for
 
 
-# Queries and keys of a step, and a program's warps: in inference for all heads at once, in training for one.
-_ROWS, _COLUMNS, _WARPS = 16, 16, 8
-_ROWS_OF_A_HEAD, _COLUMNS_OF_A_HEAD, _WARPS_OF_A_HEAD = 32, 32, 2
 # Bytes of a head's query: with more of them a program has too few registers.
 _MAX_WIDTH = 128
 
@@ -98,14 +96,14 @@ def _make_packed_map(
     images, tokens, _ = queries.shape
     packed = empty_packed(images, heads, tokens, kernel_size, like=queries)
     output = None if values is None else torch.empty_like(values)
-    width = _widths(queries, heads)
+    width, tiles = _widths(queries, heads), _tiles(queries, heads, training=False)
     with on_device_of(queries):
-        packed_map_kernel[ceil_div(packed.shape[1], _ROWS), images](
+        packed_map_kernel[ceil_div(packed.shape[1], tiles.rows), images](
             queries, keys, values, previous, packed, output, tokens, *_factors(scaling), *_strides(previous),
             H=heads, HD=min(MAX_HEADS, packed.shape[-1]), HP=packed.shape[-1], **width, HALF=kernel_size // 2,
-            ROWS=_ROWS, COLUMNS=_COLUMNS, ACCUMULATES=previous is not None,
+            ROWS=tiles.rows, COLUMNS=tiles.columns, ACCUMULATES=previous is not None,
             PREVIOUS_PACKED=previous is not None and packed_of(previous, kernel_size) is not None,
-            WEIGHTS=values is not None, PRECISION=precision(), num_warps=_WARPS,
+            WEIGHTS=values is not None, PRECISION=precision(), num_warps=tiles.warps,
             num_stages=_stages(width["DP"], queries.itemsize),
         )  # fmt: skip
     return as_maps(packed, heads, kernel_size), output
@@ -120,10 +118,11 @@ class _Attend(torch.autograd.Function):
         maps = queries.new_empty(images, heads, tokens, tokens)
         output = None if values is None else torch.empty_like(values)
         highest, shares = (queries.new_empty(images, heads, tokens, dtype=torch.float32) for _ in range(2))
+        constants = _constants(queries, values, heads)
         with on_device_of(queries):
-            map_kernel[images * heads, ceil_div(tokens, _ROWS_OF_A_HEAD)](
+            map_kernel[images * heads, ceil_div(tokens, constants["ROWS"])](
                 queries, keys, values, previous, maps, output, highest, shares, tokens, *_factors(scaling),
-                *_strides(previous), ACCUMULATES=previous is not None, **_constants(queries, values, heads),
+                *_strides(previous), ACCUMULATES=previous is not None, **constants,
             )  # fmt: skip
         ctx.scaling = scaling
         ctx.save_for_backward(queries, keys, values, maps, highest, shares)
@@ -143,11 +142,11 @@ class _Attend(torch.autograd.Function):
         d_previous = torch.empty_like(maps) if ctx.needs_input_grad[3] else None
         constants = _constants(queries, d_output, heads) | {"HAS_MAPS": d_maps is not None}
         with on_device_of(queries):
-            query_gradient_kernel[images * heads, ceil_div(tokens, _ROWS_OF_A_HEAD)](
+            query_gradient_kernel[images * heads, ceil_div(tokens, constants["ROWS"])](
                 queries, keys, values, highest, shares, d_maps, d_output, d_queries, d_previous, deltas, tokens,
                 *_factors(ctx.scaling), ACCUMULATES=d_previous is not None, **constants,
             )  # fmt: skip
-            key_gradient_kernel[images * heads, ceil_div(tokens, _COLUMNS_OF_A_HEAD)](
+            key_gradient_kernel[images * heads, ceil_div(tokens, constants["COLUMNS"])](
                 queries, keys, values, maps, highest, shares, d_maps, d_output, deltas, d_keys, d_values, tokens,
                 *_factors(ctx.scaling), **constants,
             )  # fmt: skip
@@ -156,10 +155,16 @@ class _Attend(torch.autograd.Function):
 
 def _constants(queries: torch.Tensor, weighted: torch.Tensor | None, heads: int) -> dict:
     """What the kernels of training are compiled for."""
+    tiles = _tiles(queries, heads, training=True)
     return dict(
-        **_widths(queries, heads), H=heads, ROWS=_ROWS_OF_A_HEAD, COLUMNS=_COLUMNS_OF_A_HEAD,
-        WEIGHTS=weighted is not None, PRECISION=precision(), num_warps=_WARPS_OF_A_HEAD,
+        **_widths(queries, heads), H=heads, ROWS=tiles.rows, COLUMNS=tiles.columns,
+        WEIGHTS=weighted is not None, PRECISION=precision(), num_warps=tiles.warps,
     )  # fmt: skip
+
+
+def _tiles(queries: torch.Tensor, heads: int, training: bool) -> MapTiles:
+    kernels = Kernels("map", training, queries.dtype, heads, queries.shape[-1] // heads)
+    return tiles_for(kernels, queries.device)
 
 
 def _widths(queries: torch.Tensor, heads: int) -> dict[str, int]:

@@ -38,13 +38,13 @@ from .triton_kernels_refiner import (
     reduction_backward_kernel,
 )
 from .triton_launch_refiner import ceil_div, on_device_of, power_of_two, precision, why_no_kernels
+from .triton_tiles_refiner import MOST_CHANNELS, Kernels, RefinementTiles, tiles_for
 
 
-# Lanes of a program and the warps that they make; rows that a lane walks, about; expanded heads of a tile.
-_LANES, _WARPS, _ROWS, _CHANNELS = 32, 2, 32, 16
-# Of programs that expand nothing: positions of one channel, and of all of them side by side; how often those that pack
-# take so many; partial results that are joined at once. Bytes of the exchanged gradient.
-_PLAIN, _PACKED, _STEPS, _JOINED, _EXCHANGE = 1024, 64, 8, 512, 128 * 2**20
+# Of programs that expand nothing (`triton_tiles_refiner.py` has the tiles of the others): positions of one channel,
+# and of all of them side by side; how often those that pack take so many; partial results that are joined at once, and
+# of how many sums. Bytes of the exchanged gradient.
+_PLAIN, _PACKED, _STEPS, _JOINED, _JOINED_SUMS, _EXCHANGE = 1024, 64, 8, 512, 16, 128 * 2**20
 # Bytes on a chip for what is loaded ahead: Ampere and Ada grant a program 99 KB, and there is more to hold.
 _AHEAD = 75 * 1024
 
@@ -59,7 +59,7 @@ def why_not_triton(refinement: nn.Module, attention_map: torch.Tensor) -> str | 
         return "the kernels are for the refinement with distributed local attention"
     # The first is CUDA's limit, the second that of the kernels' 32-bit offsets within an image, which they pad.
     side = attention_map.shape[-1] + refinement.local_attention.kernel_size[0] - 1
-    padded = max(refinement.reduction.in_channels + _CHANNELS, 2 * MAX_HEADS)
+    padded = max(refinement.reduction.in_channels + MOST_CHANNELS, 2 * MAX_HEADS)
     if len(attention_map) >= 2**16 or padded * side * side >= 2**31:
         return "the kernels take fewer than 65536 images, and fewer than 2^31 values of an image's expanded maps"
     return None
@@ -97,11 +97,11 @@ def _triton_refine(
     eps: list[float],
     scale: float,
 ) -> torch.Tensor:
-    kernel_size = weights[1].shape[-1]  # type: ignore[union-attr]
-    if mask is not None or packed_of(attention_map, kernel_size) is None:
+    local = weights[1]
+    if mask is not None or packed_of(attention_map, local.shape[-1]) is None:
         attention_map = attention_map.contiguous()
     output = torch.empty_like(attention_map, memory_format=torch.contiguous_format)
-    passes = TritonPasses(attention_map, kernel_size, mask)
+    passes = TritonPasses(attention_map, local.shape, mask, training=False)
     folded = _fold(weights, eps, scale)
     vectors = (folded.reduction, folded.identity, folded.constant)
     passes.run_projection(folded.expansion, folded.local, *vectors, output, None, None, None)
@@ -129,15 +129,20 @@ def _fold(weights: list[torch.Tensor | None], eps: list[float], scale: float) ->
 class TritonPasses:
     """The passes of [`recomputing_refiner.Passes`] as kernels."""
 
-    def __init__(self, attention_map: torch.Tensor, kernel_size: int, mask: torch.Tensor | None):
+    def __init__(
+        self, attention_map: torch.Tensor, weight_shape: torch.Size, mask: torch.Tensor | None, training: bool = True
+    ):
+        expanded, _, _, kernel_size = weight_shape
         self.maps, self.kernel_size = attention_map, kernel_size
         self.real = None if mask is None else mask.contiguous().view(torch.uint8)
         self.images, self.heads, self.size, _ = attention_map.shape
         self.area, self.side = self.size * self.size, self.size + kernel_size - 1
         self.padded_heads = padded_heads(self.heads)
-        strips = ceil_div(self.size, _ROWS)
+        kernels = Kernels("refinement", training, attention_map.dtype, self.heads, expanded, kernel_size)
+        self.tiles: RefinementTiles = tiles_for(kernels, attention_map.device)
+        strips = ceil_div(self.size, self.tiles.rows)
         self.rows = ceil_div(self.size, strips)
-        self.blocks = ceil_div(strips * self.size, _LANES)  # programs of an image
+        self.blocks = ceil_div(strips * self.size, self.tiles.lanes)  # programs of an image
 
     def map_moments(self) -> Moments:
         groups = self._pack_groups
@@ -151,7 +156,7 @@ class TritonPasses:
         expanded = weight.shape[0]
         counts, means, scatters = self._sums(self.blocks), *(self._sums(self.blocks, expanded) for _ in range(2))
         with on_device_of(self.maps):
-            local_moments_kernel[self.blocks, self.images, ceil_div(expanded, _CHANNELS)](
+            local_moments_kernel[self.blocks, self.images, ceil_div(expanded, self.tiles.channels)](
                 self.packed, *_of(expansion), weight.contiguous(), counts, means, scatters, self.size,
                 MASKED=self.real is not None, **self._constants(expansion, weight),
             )  # fmt: skip
@@ -195,7 +200,7 @@ class TritonPasses:
                 inputs.gradient, self.maps, self.real, inputs.reduced, inputs.coefficients, self.reduced_gradient,
                 self.size, H=self.heads, HP=self.padded_heads, BLOCK=_PACKED, MASKED=self.real is not None,
             )  # fmt: skip
-            reduction_backward_kernel[self.blocks, self.images, ceil_div(expanded, _CHANNELS)](
+            reduction_backward_kernel[self.blocks, self.images, ceil_div(expanded, self.tiles.channels)](
                 *self._backward_arguments(inputs, slice(None)), sums, self.size,
                 **self._constants(inputs.expansion, inputs.local.weight),
             )  # fmt: skip
@@ -209,12 +214,14 @@ class TritonPasses:
         part = torch.empty(self.images, self.area, self.heads, dtype=torch.float32, device=self.maps.device)
         local_sums = self._sums(self.blocks, expanded, weight[0].numel())
         sums = None if expansion is None else self._sums(self.blocks, self.heads + 1, expanded)
-        channel_blocks = ceil_div(expanded, _CHANNELS)
-        shape = (*self.packed.shape[1:3], channel_blocks * _CHANNELS)
+        channel_blocks = ceil_div(expanded, self.tiles.channels)
+        shape = (*self.packed.shape[1:3], channel_blocks * self.tiles.channels)
         images_at_once = min(self.images, max(1, _EXCHANGE // (math.prod(shape) * self.maps.itemsize)))
         exchange = self.maps.new_zeros(images_at_once, *shape)  # around the maps it stays so
         constants = self._constants(expansion, weight)
-        stages = _stages(shape[-1], self.kernel_size, self.padded_heads, self.maps.itemsize)
+        # How many steps are loaded at a time: what the smallest GPU has room for.
+        of_a_step = self.tiles.lanes * self.maps.itemsize * (shape[-1] * self.kernel_size + self.padded_heads)
+        stages = max(1, min(3, _AHEAD // of_a_step))
         with on_device_of(self.maps):
             for start in range(0, self.images, images_at_once):
                 images = slice(start, min(start + images_at_once, self.images))
@@ -274,9 +281,8 @@ class TritonPasses:
         with on_device_of(self.maps):
             project_kernel[self.blocks, self.images](
                 self.packed, *_of(expansion), local.weight.contiguous(), local.bias, reduction, identity, constant,
-                output, *sums, self.size,
-                BLOCKS=ceil_div(len(local.weight), _CHANNELS), MOMENTS=identity is None, MASKED=self.real is not None,
-                **self._constants(expansion, local.weight),
+                output, *sums, self.size, BLOCKS=ceil_div(len(local.weight), self.tiles.channels),
+                MOMENTS=identity is None, MASKED=self.real is not None, **self._constants(expansion, local.weight),
             )  # fmt: skip
 
     def _joined(self, counts, means, scatters, x_repeats: int, x: int) -> tuple[torch.Tensor, ...]:
@@ -284,9 +290,9 @@ class TritonPasses:
         sizes = (1, means[0].numel(), scatters[0].numel())
         output = self.maps.new_empty(sum(sizes), dtype=torch.float64)
         with on_device_of(self.maps):
-            join_kernel[(ceil_div(sizes[2], _CHANNELS),)](
+            join_kernel[(ceil_div(sizes[2], _JOINED_SUMS),)](
                 counts, means, scatters, output, len(counts),
-                MEANS=sizes[1], PAIRS=sizes[2], X_REPEATS=x_repeats, X=x, PROGRAMS=_JOINED, CHANNELS=_CHANNELS,
+                MEANS=sizes[1], PAIRS=sizes[2], X_REPEATS=x_repeats, X=x, PROGRAMS=_JOINED, CHANNELS=_JOINED_SUMS,
                 num_warps=8,
             )  # fmt: skip
         count, mean, scatter = output.split(sizes)
@@ -310,9 +316,9 @@ class TritonPasses:
             K=self.kernel_size,
             EXPANDS=expansion is not None,
             ROWS=self.rows,
-            BLOCK=_LANES,
-            num_warps=_WARPS,
-            CHANNELS=_CHANNELS,
+            BLOCK=self.tiles.lanes,
+            num_warps=self.tiles.warps,
+            CHANNELS=self.tiles.channels,
             PRECISION=precision(),
         )
 
@@ -322,11 +328,6 @@ triton_training = Recomputed("triton", TritonPasses)
 
 def _of(expansion: Expansion | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     return (None, None) if expansion is None else (expansion.weight.contiguous(), expansion.bias)
-
-
-def _stages(expanded: int, kernel_size: int, padded_heads: int, itemsize: int) -> int:
-    """How many steps of the expansion's backward pass are loaded at a time: what the smallest GPU has room for."""
-    return max(1, min(3, _AHEAD // (_LANES * itemsize * (expanded * kernel_size + padded_heads))))
 
 
 def _added(sums: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,12 @@ triton is imported, so there they run in a process of their own.
 import os
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
+
+from refiner_hf.triton_tiles_refiner import DEFAULTS, trying
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -30,6 +33,16 @@ def poison():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(before)
+
+
+def refinement_tiles(**sizes: int) -> AbstractContextManager[None]:
+    """Within it, the refinement's kernels have these sizes, and the others by default."""
+    return trying({key: tiles._replace(**sizes) for key, tiles in DEFAULTS.items() if key[0] == "refinement"})
+
+
+def map_tiles(**sizes: int) -> AbstractContextManager[None]:
+    """The same for the kernels that make a map."""
+    return trying({key: tiles._replace(**sizes) for key, tiles in DEFAULTS.items() if key[0] == "map"})
 
 
 def run_interpreted(file: str, part: str) -> None:

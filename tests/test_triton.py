@@ -16,7 +16,15 @@ from refiner_hf.triton_refiner import triton_refine
 from .compilers import Graphs
 from .conftest import assert_close
 from .encoders import disturb, inputs_of, make_encoder, real_tokens
-from .kernels import DEVICE, INTERPRETED, kernels_run, not_interpreted, poison, run_interpreted  # noqa: F401
+from .kernels import (  # noqa: F401
+    DEVICE,
+    INTERPRETED,
+    kernels_run,
+    not_interpreted,
+    poison,
+    refinement_tiles,
+    run_interpreted,
+)
 from .refinements import (
     assert_exact,
     assert_exact_but_for_kinks,
@@ -96,10 +104,9 @@ def check_masked(
 class TestKernels:
     @pytest.mark.parametrize("make_mask", [lengths, band])
     @pytest.mark.parametrize("heads, ratio, kernel, training", [(4, 3, 3, True), (3, 1, 5, True), (4, 2, 3, False)])
-    def test_masked(self, heads, ratio, kernel, training, make_mask, monkeypatch):
-        monkeypatch.setattr(triton_refiner, "_ROWS", 5)
-        monkeypatch.setattr(triton_refiner, "_LANES", 16)
-        check_masked(make_mask(3, 8), heads, ratio, kernel, training)
+    def test_masked(self, heads, ratio, kernel, training, make_mask):
+        with refinement_tiles(lanes=16, rows=5):
+            check_masked(make_mask(3, 8), heads, ratio, kernel, training)
 
     @pytest.mark.parametrize("heads, ratio, kernel, tokens", FEW)
     def test_equal_eager(self, heads, ratio, kernel, tokens):
@@ -138,15 +145,14 @@ class TestKernels:
 
     @pytest.mark.parametrize("lanes, channels, rows, steps", [(16, 16, 2, 1), (64, 32, 5, 3)])
     def test_other_tiles(self, monkeypatch, lanes, channels, rows, steps):
-        for name, value in (("_LANES", lanes), ("_CHANNELS", channels), ("_ROWS", rows), ("_STEPS", steps)):
-            monkeypatch.setattr(triton_refiner, name, value)
-        check(2, 2, 3, 9)
+        monkeypatch.setattr(triton_refiner, "_STEPS", steps)
+        with refinement_tiles(lanes=lanes, channels=channels, rows=rows):
+            check(2, 2, 3, 9)
 
     @pytest.mark.parametrize("heads, ratio, kernel", [(12, 2, 5), (3, 1, 5), (16, 2, 3)])
-    def test_several_strips(self, monkeypatch, heads, ratio, kernel):
-        monkeypatch.setattr(triton_refiner, "_ROWS", 3)
-        monkeypatch.setattr(triton_refiner, "_LANES", 16)
-        check(heads, ratio, kernel, 7, images=2)
+    def test_several_strips(self, heads, ratio, kernel):
+        with refinement_tiles(lanes=16, rows=3):
+            check(heads, ratio, kernel, 7, images=2)
 
     def test_a_kernel_that_looks_at_no_neighbour(self):
         check(4, 3, 1, 7)
@@ -327,7 +333,7 @@ def test_compiles_for_gpus(capability, dtype, heads, ratio, kernel):
         for refinement in refinements:
             refinement.to_empty(device="cpu")  # only there torch knows backward without a GPU
             for mask in (None, torch.ones(2, 1, 50, 50, dtype=torch.bool)):
-                found = launches_of(partial(_call, refinement, torch.empty(2, heads, 50, 50, dtype=dtype), mask))
+                found = launches_of(partial(call, refinement, torch.empty(2, heads, 50, 50, dtype=dtype), mask))
                 launches |= {launch.compiled_for: launch for launch in found}
     kernels = {name for name in vars(triton_kernels_refiner) if name.endswith("_kernel")}
     assert {launch.name for launch in launches.values()} == kernels and len(kernels) == 13
@@ -335,7 +341,7 @@ def test_compiles_for_gpus(capability, dtype, heads, ratio, kernel):
         assert compile_launch(launch, capability).shared <= 99 * 1024  # what any GPU from Ampere on grants a program
 
 
-def _call(refinement, maps, mask) -> None:
+def call(refinement, maps, mask) -> None:
     with torch.set_grad_enabled(refinement.training):
         output = triton_refine(refinement, maps.requires_grad_(refinement.training), 0.7, mask)
     if refinement.training:

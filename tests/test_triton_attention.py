@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from refiner_hf import RefinerConfig, triton_attention_refiner
+from refiner_hf import RefinerConfig
 from refiner_hf.benchmarking.on_paper import compile_launch, imagined_gpu, launches_of
 from refiner_hf.modeling_refiner import RefinerAttention
 from refiner_hf.packed_maps_refiner import as_maps, empty_packed, packed_of
@@ -15,7 +15,15 @@ from refiner_hf.triton_attention_refiner import make_map, makes_map
 from refiner_hf.triton_refiner import TritonPasses, triton_refine
 
 from .conftest import assert_close
-from .kernels import DEVICE, INTERPRETED, kernels_run, not_interpreted, poison, run_interpreted  # noqa: F401
+from .kernels import (  # noqa: F401
+    DEVICE,
+    INTERPRETED,
+    kernels_run,
+    map_tiles,
+    not_interpreted,
+    poison,
+    run_interpreted,
+)
 from .refinements import make_refinement
 
 
@@ -49,7 +57,7 @@ def make_inputs(heads: int, tokens: int, width: int, dtype: torch.dtype = torch.
 
 
 def packed_by_itself(maps: torch.Tensor, kernel: int) -> torch.Tensor:
-    return TritonPasses(maps.contiguous(), kernel, None).packed
+    return TritonPasses(maps.contiguous(), (1, 1, kernel, kernel), None).packed
 
 
 def exact(inputs: list, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -189,10 +197,9 @@ class TestKernel:
             assert_close(ours, theirs, 1e-4)
 
     @pytest.mark.parametrize("heads, tokens, width", [(3, 37, 6), (2, 16, 16), (1, 1, 4)])
-    def test_gradients(self, heads, tokens, width, monkeypatch):
-        monkeypatch.setattr(triton_attention_refiner, "_ROWS_OF_A_HEAD", 32)
-        monkeypatch.setattr(triton_attention_refiner, "_COLUMNS_OF_A_HEAD", 16)
-        check_gradients(heads, tokens, width)
+    def test_gradients(self, heads, tokens, width):
+        with map_tiles(rows=32, columns=16):
+            check_gradients(heads, tokens, width)
 
     @pytest.mark.parametrize("used", ["map", "weighted"])
     def test_gradients_where_only_one_is_used(self, used):

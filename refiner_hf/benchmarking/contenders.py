@@ -108,7 +108,7 @@ def vit_config(config: RefinerConfig) -> ViTConfig:
 def make_step(case: Case, contender: str) -> Step:
     """What is timed: a call does one step of the case."""
     torch.manual_seed(0)
-    return (_network_step if case.part == "model" else _refinement_step)(case, contender)
+    return (_network_step if case.part == "model" else make_refinement_step)(case, contender)
 
 
 def _network_step(case: Case, contender: str) -> Step:
@@ -142,7 +142,8 @@ def _network_step(case: Case, contender: str) -> Step:
     return train if case.kind == "training" else infer
 
 
-def _refinement_step(case: Case, contender: str) -> Step:
+def make_refinement_step(case: Case, contender: str, masked: bool = False) -> Step:
+    """[`make_step`] of one refinement; `masked` with a mask that hides the last place."""
     device, dtype = torch.device(case.device), getattr(torch, case.dtype)
     config, training = case.config(), case.kind != "inference"
     shape = (case.batch_size, config.num_attention_heads, case.tokens, case.tokens)
@@ -152,13 +153,17 @@ def _refinement_step(case: Case, contender: str) -> Step:
     refinement = make_refinement(config).to(device).train(training)
     if not training:
         refinement = refinement.to(dtype)
+    mask = None
+    if masked:
+        mask = torch.ones(case.batch_size, 1, case.tokens, case.tokens, dtype=torch.bool, device=device)
+        mask[..., -1] = False
 
     def step() -> None:
         with (
             torch.set_grad_enabled(training),
             torch.autocast(device.type, dtype, enabled=training and dtype != torch.float32),
         ):
-            refined = refinement(attention_map)
+            refined = refinement(attention_map, mask=mask)
         if gradient is not None:
             refined.backward(gradient.to(refined.dtype))
             refinement.zero_grad()

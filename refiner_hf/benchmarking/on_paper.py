@@ -73,12 +73,14 @@ class Compiled(NamedTuple):
 
 @contextmanager
 def imagined_gpu() -> Iterator[None]:
-    """Tensors on "cuda" have only a shape here, and kernels aren't run."""
+    """Tensors on "cuda" have only a shape here, and kernels aren't run. Their tiles have the default sizes."""
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(patch("torch.cuda.current_device", return_value=0))
         for name in _KERNEL_FILES:
             stack.enter_context(patch(f"refiner_hf.{name}.why_no_kernels", return_value=None))
+        tiles = "refiner_hf.triton_tiles_refiner.chosen_tiles"
+        stack.enter_context(patch(tiles, lambda kernels, device: kernels.default))
         yield
 
 

@@ -7,11 +7,12 @@ from typing import Literal
 
 @dataclass
 class BenchmarkOptions:
-    part: Literal["all", "model", "op", "curves", "startup"] = field(
+    part: Literal["all", "model", "op", "curves", "startup", "tiles"] = field(
         default="all",
         metadata={
             "help": "Networks, one refinement on its own, its cost against tokens and batch, or how long commands "
-            "take to answer; or all."
+            "take to answer; or all of these. On its own, tiles: the Triton kernels' sizes that are fastest on this "
+            "NVIDIA GPU, for all that runs on it from then on; takes minutes, and leaves no record."
         },
     )
     models: list[str] = field(
@@ -65,6 +66,8 @@ class BenchmarkOptions:
             raise ValueError(f"The device must be cpu or cuda, got {self.device!r}.")
         if self.device == "cuda" and not torch.cuda.is_available() and not self.report:
             raise ValueError("There is no CUDA device here.")
+        if self.part == "tiles":
+            self._check_tiles()
         on_cuda = self.device == "cuda"
         self.batch_size = (128 if on_cuda else 8) if self.batch_size is None else self.batch_size
         self.train_batch_size = (128 if on_cuda else 6) if self.train_batch_size is None else self.train_batch_size
@@ -74,6 +77,21 @@ class BenchmarkOptions:
         for name in ("batch_size", "train_batch_size", "rounds", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+    def _check_tiles(self) -> None:
+        import torch
+
+        from ..triton_launch_refiner import why_no_kernels
+
+        # In Triton's interpreter kernels run without a GPU, too.
+        reason = why_no_kernels(torch.empty(0, device=self.device)) if self.device == "cuda" else "there is none here"
+        if reason is not None:
+            raise ValueError(
+                "--part tiles times Triton's kernels on an NVIDIA GPU of compute capability 8.0 or newer, but "
+                f"{reason}. Nothing was changed."
+            )
+        if self.report:
+            raise ValueError("--part tiles leaves no record, of which --report could write tables.")
 
     @property
     def stem(self) -> Path:

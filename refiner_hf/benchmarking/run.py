@@ -21,6 +21,7 @@ from .options import BenchmarkOptions
 from .record import open_record
 from .roofline import measure_roofline
 from .startup import measure_startup
+from .tiles import facts_of_tiles
 
 
 KINDS = {"model": ("inference", "training"), "op": ("inference", "forward", "training")}
@@ -93,6 +94,7 @@ def run_benchmark(options: BenchmarkOptions, command: str, say: Callable[[str], 
     path = Path(f"{options.stem}.json")
     facts = describe_machine(options.device) | {"threads": torch.get_num_threads()}
     facts |= {"dtype": options.dtype, "rounds": options.rounds}
+    facts |= facts_of_tiles(options.dtype, str(options.device))
     record = open_record(path, facts, options.fresh)
     if command not in record["commands"]:
         record["commands"].append(command)

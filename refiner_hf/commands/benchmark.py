@@ -9,6 +9,10 @@ interrupted run.
     refiner benchmark --device cuda --dtype bfloat16 --name h100 --roofline
     refiner benchmark --part op --models S L --image_sizes 224 448
     refiner benchmark --name h100 --report                                             # tables and plots anew
+
+Before anything else on an NVIDIA GPU, for everything that runs on it from then on:
+
+    refiner benchmark --part tiles --dtype bfloat16 --models S --image_sizes 224       # in minutes, the fastest tiles
 """
 
 import shlex
@@ -23,7 +27,14 @@ from .running import command, if_interrupted
 
 @command(BenchmarkOptions)
 def main(options: BenchmarkOptions) -> None:
-    """Measures what the record doesn't hold yet, and writes the report."""
+    """Measures what the record doesn't hold yet, and writes the report; or tunes the kernels."""
+    if options.part == "tiles":
+        from ..benchmarking.tiles import tune
+
+        with if_interrupted("The fastest of each table above are kept, and used."):
+            tune(options)
+        return
+
     from ..benchmarking.record import read_record
     from ..benchmarking.report import write_report
     from ..benchmarking.run import run_benchmark

@@ -23,6 +23,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from refiner_hf.benchmarking.contenders import NETWORKS
+from refiner_hf.benchmarking.engines import engine_step
 from refiner_hf.export.graph import export_onnx
 from refiner_hf.modeling_refiner import RefinerForImageClassification
 from refiner_hf.utils.machine import commit, device_name
@@ -31,6 +32,7 @@ from refiner_hf.utils.measure import time_in_turns
 
 
 LINEAR, PROJECTION, STEM, REST = "linear layers and their GELU", "patch projection", "stem's convolutions", "all else"
+OPENVINO = "OpenVINO"  # the benchmark's name
 REPETITIONS = 5  # of what is profiled
 CACHE = 256 * 2**20  # bytes of weights that take turns, so that each comes from memory as in a network
 
@@ -89,12 +91,12 @@ def main() -> None:
 
 
 def table_of_parts(model: RefinerForImageClassification, pixels: torch.Tensor, rounds: int) -> str:
-    engine, counting_engine = openvino_requests(model, pixels)
+    counting_engine = counting_openvino(model, pixels)
     compiled = torch.compile(model, dynamic=False)
     contenders = {
         "auto": (lambda: model(pixels), lambda: torch_parts(model, lambda: model(pixels))),
         "auto, compiled": (lambda: compiled(pixels), lambda: torch_parts(model, lambda: compiled(pixels))),
-        "OpenVINO": (engine.infer, lambda: openvino_parts(counting_engine)),
+        OPENVINO: (engine_step(OPENVINO, model, pixels), lambda: openvino_parts(counting_engine)),
     }
     times = time_in_turns({name: lambda step=step: step for name, (step, _) in contenders.items()}, rounds, "cpu")
     found = {}
@@ -149,8 +151,8 @@ def torch_parts(model: RefinerForImageClassification, step: Callable[[], object]
     return {part: time / total for part, time in parts.items()}
 
 
-def openvino_requests(model: RefinerForImageClassification, pixels: torch.Tensor) -> list[openvino.InferRequest]:
-    """For the exported graph, without and with counters, which take time of their own."""
+def counting_openvino(model: RefinerForImageClassification, pixels: torch.Tensor) -> openvino.InferRequest:
+    """For the exported graph, as the benchmark has it but for counters, which take time of their own."""
     core = openvino.Core()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "model.onnx")
@@ -161,12 +163,11 @@ def openvino_requests(model: RefinerForImageClassification, pixels: torch.Tensor
             "INFERENCE_PRECISION_HINT": "f32",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
+            "PERF_COUNT": True,
         }
-        compiled = [core.compile_model(graph, "CPU", {**options, "PERF_COUNT": counts}) for counts in (False, True)]
-    requests = [each.create_infer_request() for each in compiled]
-    for request in requests:
-        request.set_input_tensor(openvino.Tensor(pixels.numpy()))
-    return requests
+        request = core.compile_model(graph, "CPU", options).create_infer_request()
+    request.set_input_tensor(openvino.Tensor(pixels.numpy()))
+    return request
 
 
 def openvino_parts(request: openvino.InferRequest) -> dict[str, float]:

@@ -6,27 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from refiner_hf import RefinerForImageClassification
 from refiner_hf.export import engines
 from refiner_hf.export.engines import BFLOAT16, ENGINES, FLOAT32, ONNXRUNTIME, OPENVINO, has_bfloat16, open_graph
-from refiner_hf.export.graph import export_onnx
-
-from ..every_class import make
 
 
 WAYS = [(ONNXRUNTIME, False), (OPENVINO, False), (OPENVINO, True)]
-
-
-@pytest.fixture(scope="module")
-def network():
-    return make(RefinerForImageClassification)
-
-
-@pytest.fixture(scope="module")
-def file(network, tmp_path_factory):
-    file = tmp_path_factory.mktemp("exported") / "model.onnx"
-    export_onnx(network, file)
-    return file
 
 
 @torch.no_grad()

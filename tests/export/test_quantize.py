@@ -29,15 +29,8 @@ PICTURES = [noise(8, 1), noise(3, 2)]
 
 
 @pytest.fixture(scope="module")
-def network():
-    return make(RefinerForImageClassification)
-
-
-@pytest.fixture(scope="module")
-def file(network, tmp_path_factory):
+def file(file):
     """The graph, and beside it its int8 form."""
-    file = tmp_path_factory.mktemp("exported") / "model.onnx"
-    export_onnx(network, file)
     quantize_onnx(file, small(file), PICTURES)
     return file
 

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from .configuration_refiner import RefinerConfig
-from .folding_refiner import can_bypass, folded_convolution, is_transformed, is_untouched
+from .folding_refiner import can_bypass, fold_convolution, has_hooks, is_transformed, is_untouched
 from .inference_refiner import linear, only_infers
 from .normalization_refiner import RefinerBatchNorm2d
+from .stem_inference_refiner import cut_into_patches, embed_patches
 from .token_mixing_refiner import mix_tokens
 
 
@@ -38,18 +39,26 @@ class RefinerConvStem(nn.Module):
         """(B, C, height, width) -> (B, 128, height / 2, width / 2)."""
         hidden_states = pixel_values
         inference = only_infers(pixel_values)
-        if inference and pixel_values.device.type == "cpu":  # faster there; with a backward pass slower
-            hidden_states = hidden_states.contiguous(memory_format=torch.channels_last)
-        for convolution, norm in (
-            (self.convolution1, self.convolution1_norm),
-            (self.convolution2, self.convolution2_norm),
-            (self.convolution3, self.convolution3_norm),
-        ):
-            if inference and not norm.training and can_bypass(convolution, norm):
-                hidden_states = folded_convolution(convolution, norm, hidden_states).relu_()
+        for convolution, norm in self.steps:
+            if inference and can_fold(convolution, norm):
+                weight, bias = fold_convolution(convolution, norm)
+                hidden_states = nn.functional.conv2d(
+                    hidden_states, weight, bias, stride=convolution.stride, padding=convolution.padding
+                ).relu_()
             else:
                 hidden_states = nn.functional.relu(norm(convolution(hidden_states)))
         return hidden_states
+
+    @property
+    def steps(self) -> list[tuple[nn.Conv2d, RefinerBatchNorm2d]]:
+        """The convolutions, each with the norm after it."""
+        names = ("convolution1", "convolution2", "convolution3")
+        return [(getattr(self, name), getattr(self, f"{name}_norm")) for name in names]
+
+
+def can_fold(convolution: nn.Module, norm: nn.Module) -> bool:
+    """Whether the two are, in evaluation, one convolution, and nobody looks at what is between them."""
+    return can_bypass(convolution, norm) and not norm.training
 
 
 class RefinerPatchEmbeddings(nn.Module):
@@ -69,21 +78,31 @@ class RefinerPatchEmbeddings(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, C, height, width) -> (B, P, D)."""
-        if self.stem is not None:
-            pixel_values = self.stem(pixel_values)
         on_cpu = pixel_values.device.type == "cpu" and not is_transformed(pixel_values)
-        if on_cpu and is_untouched(self.projection):
-            return self._project_patches(pixel_values)
+        as_product = on_cpu and is_untouched(self.projection)
+        if self.stem is not None:
+            if as_product and self._is_one_operation(pixel_values):
+                return self._embed_in_one(pixel_values)
+            pixel_values = self.stem(pixel_values)
+        if as_product:  # faster on CPUs, mostly backward and with a single image
+            patches = cut_into_patches(pixel_values, *self.projection.kernel_size)
+            return linear(patches, self.projection.weight.flatten(1), self.projection.bias)
         return self.projection(pixel_values).flatten(2).transpose(1, 2)
 
-    def _project_patches(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The projection as one matrix product: faster on CPUs, mostly backward and with a single image."""
-        height, width = self.projection.kernel_size
-        patches = hidden_states.unflatten(3, (-1, width)).unflatten(
-            2, (-1, height)
-        )  # (B, C, rows, height, columns, width)
-        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-        return linear(patches, self.projection.weight.flatten(1), self.projection.bias)
+    def _is_one_operation(self, pixel_values: torch.Tensor) -> bool:
+        """Whether stem and projection, on a CPU, may be one operation."""
+        return (
+            only_infers(pixel_values)
+            and not torch.is_autocast_enabled("cpu")
+            and not has_hooks(self.stem)
+            and all(can_fold(*step) for step in self.stem.steps)
+        )
+
+    def _embed_in_one(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        weights, biases = zip(*(fold_convolution(*step) for step in self.stem.steps))
+        strides = [convolution.stride[0] for convolution, _ in self.stem.steps]
+        projection = self.projection
+        return embed_patches(pixel_values, [*weights, projection.weight], [*biases, projection.bias], strides)
 
 
 class RefinerEmbeddings(nn.Module):

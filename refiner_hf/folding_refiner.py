@@ -130,14 +130,11 @@ def _weights_of(refinement: nn.Module) -> Iterator[torch.Tensor]:
         yield from (weight for weight in (module.weight, module.bias) if weight is not None)
 
 
-def folded_convolution(convolution: nn.Conv2d, norm: nn.BatchNorm2d, hidden_states: torch.Tensor) -> torch.Tensor:
-    """norm(convolution(hidden_states)) in evaluation, in one go; a convolution without bias."""
+def fold_convolution(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of a convolution that is one without bias and, in evaluation, the norm after it."""
     weight = convolution.weight
     gain, bias = as_affine(norm, arithmetic_type(weight))
-    weight = (gain[:, None, None, None] * weight).to(weight.dtype)
-    return nn.functional.conv2d(
-        hidden_states, weight, bias.to(weight.dtype), stride=convolution.stride, padding=convolution.padding
-    )
+    return (gain[:, None, None, None] * weight).to(weight.dtype), bias.to(weight.dtype)
 
 
 def can_bypass(*modules: nn.Module | None) -> bool:

@@ -10,6 +10,7 @@ from transformers.activations import GELUActivation
 
 from .folding_refiner import has_hooks, is_transformed
 from .operations_refiner import operation
+from .prepacking_refiner import prepacked, prepacked_linear
 
 
 # A product of oneDNN's. In float32 torch itself takes another library's, unless weights are frozen.
@@ -27,8 +28,7 @@ def only_infers(tensor: torch.Tensor) -> bool:
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool = False) -> torch.Tensor:
     """(..., D), (d, D), (d) -> (..., d), with or without an activation."""
     if (
-        _product is None
-        or inputs.device.type != "cpu"
+        inputs.device.type != "cpu"
         or not only_infers(inputs)
         or not _pays(inputs, weight)
         or not inputs.dtype == weight.dtype == torch.float32
@@ -37,9 +37,13 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         or not weight.is_contiguous()
         or torch.is_autocast_enabled("cpu")
     ):
-        outputs = nn.functional.linear(inputs, weight, bias)
-        return nn.functional.gelu(outputs) if gelu else outputs
+        return _as_torch_does(inputs, weight, bias, gelu)
     return _linear(inputs, weight, bias, gelu)
+
+
+def _as_torch_does(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool) -> torch.Tensor:
+    outputs = nn.functional.linear(inputs, weight, bias)
+    return nn.functional.gelu(outputs) if gelu else outputs
 
 
 def _pays(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -55,6 +59,11 @@ def _pays(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     flops=lambda inputs_shape, weight_shape, *others: 2 * prod(inputs_shape) * weight_shape[0],
 )
 def _linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, gelu: bool) -> torch.Tensor:
+    packed = prepacked(weight)
+    if packed is not None:
+        return prepacked_linear(inputs, weight, packed, bias, gelu)
+    if _product is None:
+        return _as_torch_does(inputs, weight, bias, gelu)
     return _product(inputs, weight, bias, *(("gelu", [], "none") if gelu else ("none", [], "")))
 
 

@@ -8,11 +8,13 @@ was brought into the product's order before. Writes Markdown.
 """
 
 import argparse
+import copy
 import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -26,6 +28,7 @@ from refiner_hf.benchmarking.contenders import NETWORKS
 from refiner_hf.benchmarking.engines import engine_step
 from refiner_hf.export.graph import export_onnx
 from refiner_hf.modeling_refiner import RefinerForImageClassification
+from refiner_hf.prepacking_refiner import prepack, prepacked, prepacked_linear
 from refiner_hf.utils.machine import commit, device_name
 from refiner_hf.utils.markdown import markdown_table
 from refiner_hf.utils.measure import time_in_turns
@@ -49,13 +52,15 @@ all take turns; each part is its share by torch's profiler and by OpenVINO's cou
 
 {parts}
 
-"All else" is the refinement, the layers' own maps and what they make of values, norms, sums, copies, and Python.
+"All else" is the refinement, the layers' own maps and what they make of values, norms, sums, copies, and Python. GFLOP
+are those of plain products and convolutions; the stem's 3 x 3 convolutions take half as many multiplications here.
+"Prepacked" is after `model.prepack_weights()`.
 
 ## The product of a linear layer
 
 GFLOP/s of its product alone, with weights that come from memory one after the other: by `torch.nn.functional.linear`;
-by oneDNN with the weight as torch keeps it, which `"auto"` takes; and by oneDNN with a weight that was brought into
-the product's order before, as engines do when they load a network.
+by oneDNN with the weight as torch keeps it, which `"auto"` takes; by oneDNN with a weight that was brought into the
+product's order before, as engines do when they load a network; and by the C++ function that `prepack_weights` is for.
 
 {products}
 """
@@ -92,10 +97,19 @@ def main() -> None:
 
 def table_of_parts(model: RefinerForImageClassification, pixels: torch.Tensor, rounds: int) -> str:
     counting_engine = counting_openvino(model, pixels)
-    compiled = torch.compile(model, dynamic=False)
+    packed = copy.deepcopy(model)
+    packed.prepack_weights()
+    forms = {
+        "auto": model,
+        "compiled": torch.compile(model, dynamic=False),
+        "prepacked": packed,
+        "compiled, prepacked": torch.compile(packed, dynamic=False),
+    }
     contenders = {
-        "auto": (lambda: model(pixels), lambda: torch_parts(model, lambda: model(pixels))),
-        "auto, compiled": (lambda: compiled(pixels), lambda: torch_parts(model, lambda: compiled(pixels))),
+        **{
+            name: (partial(form, pixels), partial(torch_parts, model, partial(form, pixels)))
+            for name, form in forms.items()
+        },
         OPENVINO: (engine_step(OPENVINO, model, pixels), lambda: openvino_parts(counting_engine)),
     }
     times = time_in_turns({name: lambda step=step: step for name, (step, _) in contenders.items()}, rounds, "cpu")
@@ -142,12 +156,13 @@ def torch_parts(model: RefinerForImageClassification, step: Callable[[], object]
     for event in profiler.key_averages(group_by_input_shape=True):
         total += event.self_cpu_time_total
         shape = event.input_shapes[0] if event.input_shapes else []
-        if event.key in ("mkldnn::_linear_pointwise", "aten::addmm"):
+        if event.key in ("refiner_hf::linear", "aten::addmm"):
             parts[PROJECTION if shape[-1:] == [depth] else LINEAR] += event.cpu_time_total
         elif event.key == "aten::copy_" and len(shape) == 6:  # patches, for the projection
             parts[PROJECTION] += event.cpu_time_total
-        elif event.key == "aten::mkldnn_convolution":
+        elif event.key == "refiner_hf::embed_patches":
             parts[STEM] += event.cpu_time_total
+    parts[STEM] -= parts[PROJECTION]  # which is one operation's
     return {part: time / total for part, time in parts.items()}
 
 
@@ -201,18 +216,20 @@ def table_of_products(model: RefinerForImageClassification, images: int, rounds:
         flops = 2 * images * count * inputs * outputs
         rates = (f"{flops / median(times[name]['seconds']) / 1e9:.1f}" for name in steps)
         rows.append([f"({images * count}, {inputs}) x ({inputs}, {outputs})", *rates])
-    return markdown_table(["product", "torch's", "oneDNN's", "oneDNN's, weight in its order"], rows)
+    return markdown_table(["product", "torch's", "oneDNN's", "oneDNN's, weight in its order", "prepacked"], rows)
 
 
 def product_steps(rows: int, inputs: int, outputs: int) -> Iterator[tuple[str, Callable[[], object]]]:
     hidden, bias = torch.randn(rows, inputs), torch.randn(outputs)
     weights = torch.randn(max(2, CACHE // (4 * inputs * outputs)), outputs, inputs).unbind()
     ordered = [torch.ops.mkldnn._reorder_linear_weight(weight, rows) for weight in weights]
+    prepack(weights)
     product = torch.ops.mkldnn._linear_pointwise
     for name, turns, multiply in (
         ("torch", cycle(weights), lambda weight: nn.functional.linear(hidden, weight, bias)),
         ("oneDNN", cycle(weights), lambda weight: product(hidden, weight, bias, "none", [], "")),
         ("ordered", cycle(ordered), lambda weight: product(hidden, weight, bias, "none", [], "")),
+        ("prepacked", cycle(weights), lambda weight: prepacked_linear(hidden, weight, prepacked(weight), bias, False)),
     ):
         yield name, lambda turns=turns, multiply=multiply: multiply(next(turns))
 

@@ -25,7 +25,12 @@ NETWORKS = {
 }
 BASE = "eager"  # what every ratio is to
 PLAIN = "plain attention"
-COMPILED = {"compiled eager": "eager", "compiled auto": "auto"}  # by `torch.compile`
+COMPILED = {  # by `torch.compile`
+    "compiled eager": "eager",
+    "compiled auto": "auto",
+    "compiled auto, prepacked": "auto",
+}
+PREPACKED = ("auto, prepacked", "compiled auto, prepacked")  # by `prepack_weights`
 VITS = {"ViT eager": "eager", "ViT sdpa": "sdpa"}
 
 
@@ -68,7 +73,9 @@ def contender_names(part: str, device: str, among: Collection[str] | None = None
     implementations = [name for name, each in REFINE_IMPLEMENTATIONS.items() if each.runs_on(device)]
     names = [*implementations, "auto"]
     if part == "model":
-        names += [*COMPILED, *(engines_here() if device == "cpu" else []), PLAIN, *VITS]
+        names += [PREPACKED[0], *COMPILED, *(engines_here() if device == "cpu" else []), PLAIN, *VITS]
+        if device != "cpu":
+            names = [name for name in names if name not in PREPACKED]
     return names if among is None else [name for name in names if name == BASE or name in among]
 
 
@@ -77,6 +84,8 @@ def takes_part(case: Case, contender: str) -> bool:
     Whether a contender can do the case. Engines don't train, nor do all implementations. Of engines those that compute
     in less take part in a case in float32, too; in a case in bfloat16 only those that compute in it.
     """
+    if contender in PREPACKED:
+        return case.kind == "inference" and case.dtype == "float32"
     if contender not in ENGINES:
         implementation = REFINE_IMPLEMENTATIONS.get(contender)
         return case.kind == "inference" or implementation is None or implementation.trains
@@ -121,6 +130,8 @@ def _network_step(case: Case, contender: str) -> Step:
         return engine_step(contender, model, pixels)
     if case.kind == "inference":
         model, pixels = model.to(dtype), pixels.to(dtype)
+    if contender in PREPACKED:
+        model.prepack_weights()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if case.kind == "training" else None
     if contender in COMPILED:
         # What was compiled for earlier cases counts against the compiler's limit of variants.

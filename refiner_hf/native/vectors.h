@@ -161,8 +161,9 @@ inline void fetch(const void* tensor, int64_t at, int64_t count, bool is_bfloat1
     for (int64_t i = 0; i < count * size; i += 64) written ? __builtin_prefetch(from + i, 1) : __builtin_prefetch(from + i, 0);
 }
 
-// A block of BLOCK rows of a matrix product: to (BLOCK, V vectors) = bias + weight (BLOCK, K) times from (K, V vectors).
-template <int V, bool ACTIVATE>
+// A block of BLOCK rows of a matrix product: to (BLOCK, V vectors) = bias + weight (BLOCK, K) times from (K, V vectors). Of
+// `from`, the row that comes AHEAD rows later is fetched, where that isn't 0.
+template <int V, bool ACTIVATE, int AHEAD = 0>
 inline void block_product(const float* weight, int64_t weight_row, int64_t weight_column, const float* bias, const float* from,
                           int64_t from_stride, float* to, int64_t to_stride, int64_t k) {
     Vector sums[BLOCK][V];  // in registers, if all loops over them are unrolled
@@ -173,7 +174,9 @@ inline void block_product(const float* weight, int64_t weight_row, int64_t weigh
     for (int64_t j = 0; j < k; ++j)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
-            const Vector values = load(from + j * from_stride + v * WIDTH);
+            const float* at = from + j * from_stride + v * WIDTH;
+            if (AHEAD) __builtin_prefetch(at + AHEAD * from_stride);
+            const Vector values = load(at);
 #pragma GCC unroll 8
             for (int i = 0; i < BLOCK; ++i) sums[i][v] += weight[i * weight_row + j * weight_column] * values;
         }

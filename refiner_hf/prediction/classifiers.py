@@ -4,6 +4,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import suppress
 from glob import escape
 from pathlib import Path
 
@@ -137,6 +138,9 @@ class TorchClassifier(Classifier):
         super().__init__(name, model.config, processor)
         self.precision = precision
         self._model = (model.bfloat16() if precision == BFLOAT16 else model).to(device)
+        if hasattr(self._model, "prepack_weights"):
+            with suppress(ValueError):  # where it can't, it is only slower
+                self._model.prepack_weights()
         self._into_head: torch.Tensor | None = None
 
     def keep_features(self) -> None:

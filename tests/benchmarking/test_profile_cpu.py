@@ -16,7 +16,7 @@ def test_the_profile(tmp_path):
     words = ["--model", "tiny", "--image_size", "64", "--batch_size", "2", "--rounds", "2", "--output", str(output)]
     subprocess.run([sys.executable, ROOT / "scripts" / "profile_cpu.py", *words], check=True)
     parts, products = output.read_text().split("## The product of a linear layer")
-    rows = [line.split("|")[3:6] for line in parts.splitlines() if line.startswith("| ") and "ms |" not in line][1:]
+    rows = [line.split("|")[3:8] for line in parts.splitlines() if line.startswith("| ") and "ms |" not in line][1:]
     *each, whole = [[float(re.search(r"[\d.]+", cell)[0]) for cell in row] for row in rows]
     assert len(each) == 4 and all(time > 0 for row in each for time in row)
     for column, total in zip(zip(*each), whole):

@@ -30,11 +30,13 @@ from refiner_hf.prediction.classifiers import TorchClassifier, open_classifier
 from refiner_hf.prediction.predict import predict
 from refiner_hf.prediction.scores import probabilities
 from refiner_hf.prediction.table import AnswerTable, part_of, whole_rows
+from refiner_hf.prepacking_refiner import prepacked
 from refiner_hf.utils import machine
 from refiner_hf.utils.image_files import find_images
 
 from ..conftest import save_with_processor
 from ..images import write_folder
+from ..test_native import needs_compiler
 
 
 ROOT = Path(__file__).parents[2]
@@ -192,6 +194,13 @@ class TestAnswers:
         ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "half")
         assert open_classifier(str(tmp_path / "half")).logits(torch.zeros(1, 3, 16, 16)).dtype == torch.float32
         predict(str(tmp_path / "half"), photos, table, num_workers=0)
+
+    @needs_compiler
+    def test_of_a_refiner_are_computed_with_packed_weights(self, refiner):
+        kept = open_classifier(refiner)._model.refiner.layers[0].mlp.fc1.weight
+        assert prepacked(kept.detach()) is not None
+        half = open_classifier(refiner, precision="bfloat16") if machine.computes_bfloat16("cpu") else None
+        assert half is None or half.logits(torch.zeros(1, 3, 16, 16)).dtype == torch.bfloat16
 
     def test_in_bfloat16(self, vit, photos, tmp_path, monkeypatch):
         if not machine.computes_bfloat16("cpu"):

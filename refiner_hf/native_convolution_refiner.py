@@ -9,8 +9,8 @@ from .native_library_refiner import call, why_no_function
 # The function reads and writes so many channels at a time, or half as many.
 _CHANNELS = 16
 
-# Pixels of all images. With fewer, transforming the weight takes longer than is saved.
-_PAYS_FROM = 2048
+# Pixels of all images for a thread. With fewer, transforming the weight takes longer than is saved.
+_PAYS_FROM = 64
 
 
 def convolves(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -19,7 +19,7 @@ def convolves(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
         inputs.dtype == torch.float32
         and weight.shape[2:] == (3, 3)
         and all(channels % _CHANNELS == 0 for channels in weight.shape[:2])
-        and inputs.shape[0] * inputs.shape[2] * inputs.shape[3] >= _PAYS_FROM
+        and inputs.shape[0] * inputs.shape[2] * inputs.shape[3] >= _PAYS_FROM * torch.get_num_threads()
         and why_no_function(inputs, weight) is None
     )
 

@@ -130,24 +130,25 @@ void work(void* convolution) {
 // G g G^T of each kernel, (N, K, 3, 3) -> (N / PANEL, POINTS, K, PANEL).
 Floats transformed_weight(const float* weight, int64_t filters, int64_t channels) {
     Floats result(rounded(filters, PANEL) * POINTS * channels, 0.0f);
-    for (int64_t n = 0; n < filters; ++n)
+    for (int64_t n = 0; n < filters; n += WIDTH)
         for (int64_t k = 0; k < channels; ++k) {
-            const float* g = weight + (n * channels + k) * 9;
-            float half[4][3], points[4][4];
+            Vector g[3][3], half[4][3];
+            for (int64_t i = 0; i < WIDTH; ++i)
+                for (int j = 0; j < 9; ++j) g[j / 3][j % 3][i] = weight[((n + i) * channels + k) * 9 + j];
             for (int j = 0; j < 3; ++j) {
-                half[0][j] = g[j];
-                half[1][j] = (g[j] + g[3 + j] + g[6 + j]) / 2;
-                half[2][j] = (g[j] - g[3 + j] + g[6 + j]) / 2;
-                half[3][j] = g[6 + j];
+                half[0][j] = g[0][j];
+                half[1][j] = (g[0][j] + g[1][j] + g[2][j]) * all(0.5f);
+                half[2][j] = (g[0][j] - g[1][j] + g[2][j]) * all(0.5f);
+                half[3][j] = g[2][j];
             }
+            float* to = result.data() + (n / PANEL * POINTS * channels + k) * PANEL + n % PANEL;
+            const auto put = [&](int point, Vector values) { store(to + point * channels * PANEL, values); };
             for (int i = 0; i < 4; ++i) {
-                points[i][0] = half[i][0];
-                points[i][1] = (half[i][0] + half[i][1] + half[i][2]) / 2;
-                points[i][2] = (half[i][0] - half[i][1] + half[i][2]) / 2;
-                points[i][3] = half[i][2];
+                put(i * 4, half[i][0]);
+                put(i * 4 + 1, (half[i][0] + half[i][1] + half[i][2]) * all(0.5f));
+                put(i * 4 + 2, (half[i][0] - half[i][1] + half[i][2]) * all(0.5f));
+                put(i * 4 + 3, half[i][2]);
             }
-            for (int p = 0; p < POINTS; ++p)
-                result[((n / PANEL * POINTS + p) * channels + k) * PANEL + n % PANEL] = points[p / 4][p % 4];
         }
     return result;
 }

@@ -57,8 +57,18 @@ class RefinerConvStem(nn.Module):
 
 
 def can_fold(convolution: nn.Module, norm: nn.Module) -> bool:
-    """Whether the two are, in evaluation, one convolution, and nobody looks at what is between them."""
-    return can_bypass(convolution, norm) and not norm.training
+    """Whether the two are, in evaluation, one usual convolution, and nobody looks at what is between them."""
+    return (
+        can_bypass(convolution, norm)
+        and not norm.training
+        and (convolution.padding_mode, convolution.dilation, convolution.groups) == ("zeros", (1, 1), 1)
+    )
+
+
+def keeps_borders(convolution: nn.Conv2d) -> bool:
+    """Whether a convolution loses nothing at the borders, and steps as far down as to the right."""
+    rows, columns = convolution.stride
+    return rows == columns and convolution.padding == tuple(side // 2 for side in convolution.kernel_size)
 
 
 class RefinerPatchEmbeddings(nn.Module):
@@ -95,7 +105,9 @@ class RefinerPatchEmbeddings(nn.Module):
             only_infers(pixel_values)
             and not torch.is_autocast_enabled("cpu")
             and not has_hooks(self.stem)
-            and all(can_fold(*step) for step in self.stem.steps)
+            and all(can_fold(*step) and keeps_borders(step[0]) for step in self.stem.steps)
+            # Not divided among devices.
+            and all(type(weight) in (torch.Tensor, nn.Parameter) for weight in self.parameters())
         )
 
     def _embed_in_one(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -425,18 +425,21 @@ class RefinerPreTrainedModel(PreTrainedModel):
         """
         Keeps, for inference in float32 on a CPU, a second copy of the weights of linear layers and of the patch
         projection, in the order in which the processor multiplies with them. With one image or a few, a forward
-        without gradients is faster then, also compiled. The copies go with the model and aren't saved; a model that
-        was copied or moved to another device or type has none.
+        without gradients is faster then, also compiled. The copies go with the model and aren't saved. A copy of the
+        model, a model that was moved to another device or type, and layers whose weight was replaced answer without
+        them: call this again.
 
-        A weight that is changed later is packed again when it is next used. Only a change through `weight.data` of a
-        part of a weight isn't noticed: call this again after one.
+        A weight that is changed in place, by an optimizer, `load_state_dict` or under `torch.no_grad()`, is packed
+        again when it is next used. A change that torch doesn't count, through `weight.data` or another tensor in the
+        same memory, is noticed if one of a few numbers spread over the weight has changed; so after an edit of a part
+        of `weight.data`, call this again.
 
         Raises:
-            `ValueError`: the weights aren't float32 on a CPU, or there is no C++ compiler.
+            `ValueError`: the weights aren't float32 on a CPU, two lie in the same memory, or there is no C++ compiler.
         """
         layers = [module for module in self.modules() if type(module) is nn.Linear]
         projections = [module.projection for module in self.modules() if isinstance(module, RefinerPatchEmbeddings)]
-        prepack([layer.weight for layer in layers + projections])
+        self._prepacked_weights = prepack([layer.weight for layer in layers + projections])
 
     def _grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         """Number of patches of these images, down and across."""

@@ -27,7 +27,7 @@ def convolves(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
 def native_convolve(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """
     `relu(conv2d(inputs, weight, bias, padding=1))` by Winograd's minimal filtering (Lavin and Gray, arXiv 1509.09308).
-    Its rounding errors are those of the plain convolution.
+    Its rounding errors are of the size of the plain convolution's.
 
     Args:
         inputs (`torch.Tensor` of shape (B, K, H, W)): in float32, best with the channels last.
@@ -39,7 +39,10 @@ def native_convolve(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tens
     """
     batch, channels, height, width = inputs.shape
     outputs = torch.empty(
-        (batch, weight.shape[0], height, width), dtype=inputs.dtype, memory_format=torch.channels_last
+        (batch, weight.shape[0], height, width),
+        dtype=inputs.dtype,
+        device=inputs.device,
+        memory_format=torch.channels_last,
     )
     tensors = (inputs.contiguous(memory_format=torch.channels_last), weight.contiguous(), bias.contiguous(), outputs)
     call("refiner_convolve", tensors, (batch, height, width, channels, weight.shape[0]))

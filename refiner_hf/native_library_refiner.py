@@ -56,7 +56,7 @@ def call(function: str, tensors: Sequence[torch.Tensor | None], sizes: Sequence[
         (ctypes.c_void_p * len(addresses))(*addresses), (ctypes.c_int64 * len(sizes))(*sizes), *numbers, _parallel()
     )
     if failed:
-        raise MemoryError("There is too little memory for attention maps.")
+        raise MemoryError("There is too little memory: take fewer images at once.")
 
 
 @torch.compiler.assume_constant_result  # compilers needn't look into it

@@ -1,10 +1,9 @@
 # Copyright 2026 The refiner_hf authors. Licensed under the Apache License, Version 2.0.
 """Copies of linear layers' weights in the order in which a CPU multiplies with them, for inference in float32."""
 
-import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -16,56 +15,59 @@ from .native_library_refiner import call, why_no_function
 _ROWS = 64
 
 
-@dataclass
-class _Prepacked:
-    weight: weakref.ref  # what was packed; the copy goes when it goes
-    packed: torch.Tensor
-    version: int | None
+class Prepacked:
+    """A packed copy. It is used as long as somebody keeps this, with a reference to the weight."""
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight = weight
+        self.packed = weight.new_zeros(-(-weight.shape[0] // _ROWS) * _ROWS * weight[0].numel())
+        self.version: int | None = None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a copy of who keeps it has weights of its own, and none that are packed
 
 
 # By the weight's address, which is also that of its views in another shape.
-_kept: dict[int, _Prepacked] = {}
+_kept: WeakValueDictionary[int, Prepacked] = WeakValueDictionary()
 
 
-def prepack(weights: Iterable[torch.Tensor]) -> None:
+def prepack(weights: Iterable[torch.Tensor]) -> list[Prepacked]:
     """
-    Makes a copy of each weight, (N, K) or of more dimensions, that [`prepacked`] finds. Quantized ones are left alone.
+    Makes a copy of each weight, (N, K) or of more dimensions, that [`prepacked`] finds as long as the caller keeps
+    what this returns. Quantized ones are left alone.
 
     Raises:
-        `ValueError`: they aren't float32 on a CPU, or there is no C++ compiler.
+        `ValueError`: they aren't float32 on a CPU, two lie in the same memory, or there is no C++ compiler.
     """
-    plain = [weight for weight in weights if type(weight) in (torch.Tensor, nn.Parameter) and weight.is_contiguous()]
+    plain = [weight for weight in weights if _is_plain(weight)]
+    if not plain:
+        raise ValueError("Weights can't be prepacked: there are no plain ones, as nn.Linear has them.")
     for weight in plain:
         why_not = why_no_function(weight) or (None if weight.dtype == torch.float32 else "it is for float32")
         if why_not is not None:
             raise ValueError(f"Weights can't be prepacked: {why_not}.")
-    if not plain:
-        raise ValueError("Weights can't be prepacked: there are no plain ones, as nn.Linear has them.")
+    made = []
     for weight in plain:
-        address = weight.data_ptr()
-        packed = weight.new_zeros(-(-weight.shape[0] // _ROWS) * _ROWS * weight[0].numel())
-        _kept[address] = _Prepacked(weakref.ref(weight, partial(_forget, address)), packed, None)
+        other = _kept.get(weight.data_ptr())
+        if other is not None and other.weight is not weight and other.weight.data_ptr() == weight.data_ptr():
+            # torch doesn't count changes of one as changes of the other.
+            raise ValueError("Weights can't be prepacked: two different ones lie in the same memory.")
+        _kept[weight.data_ptr()] = kept = Prepacked(weight)
+        made.append(kept)
         prepacked(weight.detach().flatten(1))
+    return made
 
 
-def _forget(address: int, reference: weakref.ref) -> None:
-    if address in _kept and _kept[address].weight is reference:
-        del _kept[address]
+def _is_plain(weight: torch.Tensor) -> bool:
+    return type(weight) in (torch.Tensor, nn.Parameter) and weight.is_contiguous() and weight.numel() > 0
 
 
 def prepacked(weight: torch.Tensor) -> torch.Tensor | None:
     """The packed copy of a weight (N, K), as it is now; `None` where there is none."""
     kept = _kept.get(weight.data_ptr())
-    if kept is None:
+    if kept is None or kept.weight.data_ptr() != weight.data_ptr() or kept.weight.flatten(1).shape != weight.shape:
         return None
-    packed_weight = kept.weight()
-    if (
-        packed_weight is None
-        or packed_weight.data_ptr() != weight.data_ptr()
-        or packed_weight.flatten(1).shape != weight.shape
-    ):
-        return None
-    version = None if packed_weight.is_inference() else packed_weight._version
+    version = None if kept.weight.is_inference() else kept.weight._version
     if version is None or version != kept.version:
         call("refiner_pack", (weight, kept.packed), weight.shape)
         kept.version = version

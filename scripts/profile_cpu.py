@@ -155,7 +155,8 @@ def torch_parts(model: RefinerForImageClassification, step: Callable[[], object]
     total = 0.0
     for event in profiler.key_averages(group_by_input_shape=True):
         total += event.self_cpu_time_total
-        shape = event.input_shapes[0] if event.input_shapes else []
+        first = 1 if event.key == "aten::addmm" else 0  # a bias comes before what is multiplied
+        shape = event.input_shapes[first] if len(event.input_shapes) > first else []
         if event.key in ("refiner_hf::linear", "aten::addmm"):
             parts[PROJECTION if shape[-1:] == [depth] else LINEAR] += event.cpu_time_total
         elif event.key == "aten::copy_" and len(shape) == 6:  # patches, for the projection
@@ -223,13 +224,17 @@ def product_steps(rows: int, inputs: int, outputs: int) -> Iterator[tuple[str, C
     hidden, bias = torch.randn(rows, inputs), torch.randn(outputs)
     weights = torch.randn(max(2, CACHE // (4 * inputs * outputs)), outputs, inputs).unbind()
     ordered = [torch.ops.mkldnn._reorder_linear_weight(weight, rows) for weight in weights]
-    prepack(weights)
+    kept = prepack(weights)
     product = torch.ops.mkldnn._linear_pointwise
     for name, turns, multiply in (
         ("torch", cycle(weights), lambda weight: nn.functional.linear(hidden, weight, bias)),
         ("oneDNN", cycle(weights), lambda weight: product(hidden, weight, bias, "none", [], "")),
         ("ordered", cycle(ordered), lambda weight: product(hidden, weight, bias, "none", [], "")),
-        ("prepacked", cycle(weights), lambda weight: prepacked_linear(hidden, weight, prepacked(weight), bias, False)),
+        (
+            "prepacked",
+            cycle(kept),
+            lambda each: prepacked_linear(hidden, each.weight, prepacked(each.weight), bias, False),
+        ),
     ):
         yield name, lambda turns=turns, multiply=multiply: multiply(next(turns))
 

@@ -50,16 +50,18 @@ def layers_of(model) -> list[nn.Module]:
     return [projection, *(each for each in model.base_model.modules() if isinstance(each, nn.Linear))]
 
 
-@pytest.mark.parametrize("rows", [(), (1,), (5,), (2, 3), (197,), (3, 400)])
+@pytest.mark.parametrize("rows", [(), (0,), (1,), (5,), (2, 3), (197,), (3, 400)])
 @pytest.mark.parametrize("inputs, outputs", [(384, 64), (17, 5), (32, 130), (2500, 70)])
 @pytest.mark.parametrize("gelu", [False, True])
 def test_product(rows, inputs, outputs, gelu):
     hidden, weight, bias = torch.randn(*rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)
-    prepack([weight])
+    kept = prepack([weight])
     for each in (bias, None):
         exact = nn.functional.linear(hidden.double(), weight.double(), None if each is None else each.double())
-        ours = prepacked_linear(hidden, weight, prepacked(weight), each, gelu)
-        assert_close(ours.double(), nn.functional.gelu(exact) if gelu else exact, 3e-6)
+        ours = prepacked_linear(hidden, weight, kept[0].packed, each, gelu)
+        assert ours.shape == exact.shape
+        if ours.numel():
+            assert_close(ours.double(), nn.functional.gelu(exact) if gelu else exact, 3e-6)
 
 
 @pytest.mark.parametrize("parallel", ["torch's threads", "own threads"])
@@ -70,18 +72,18 @@ def test_several_threads(parallel, monkeypatch):
         pytest.skip("torch has another OpenMP")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     hidden, weight, bias = torch.randn(2, 197, 384), torch.randn(100, 384), torch.randn(100)
-    prepack([weight])
-    assert_close(prepacked_linear(hidden, weight, prepacked(weight), bias, False), hidden @ weight.mT + bias, 1e-6)
+    kept = prepack([weight])
+    assert_close(prepacked_linear(hidden, weight, kept[0].packed, bias, False), hidden @ weight.mT + bias, 1e-6)
 
 
 def test_gelu_from_end_to_end():
     hidden = torch.linspace(-12, 12, 4096)[:, None]
     weight = torch.ones(1, 1)
-    prepack([weight])
-    ours = prepacked_linear(hidden, weight, prepacked(weight), None, True)
+    kept = prepack([weight])
+    ours = prepacked_linear(hidden, weight, kept[0].packed, None, True)
     torch.testing.assert_close(ours.double(), nn.functional.gelu(hidden.double()), rtol=1e-6, atol=4e-7)
     for value in (float("nan"), float("inf")):
-        assert not prepacked_linear(torch.full((1, 1), value), weight, prepacked(weight), None, True).isfinite().any()
+        assert not prepacked_linear(torch.full((1, 1), value), weight, kept[0].packed, None, True).isfinite().any()
 
 
 def test_a_model_answers_alike(model, products):
@@ -154,6 +156,68 @@ def test_copies_go_with_the_model(tiny_model, products):
     assert len(prepacking_refiner._kept) == before
 
 
+def test_no_image(model):
+    model.prepack_weights()
+    graphs = Graphs()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs.backend)
+    with torch.no_grad():
+        for form in (model, compiled):
+            assert form(IMAGES).logits.shape[0] == 3 and form(IMAGES[:0]).logits.shape[0] == 0
+
+
+def test_packing_again_leaves_one_copy(model):
+    gc.collect()
+    before = len(prepacking_refiner._kept)
+    for _ in range(3):
+        model.prepack_weights()
+        model.bfloat16().float()
+    model.prepack_weights()
+    gc.collect()
+    assert len(prepacking_refiner._kept) - before <= sum(isinstance(each, nn.Linear) for each in model.modules()) + 1
+    assert_close(answers(model), answers_of_modules(model), 1e-5)
+
+
+def test_parameters_may_be_swapped(model):
+    model.prepack_weights()
+    expected = answers(model)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double().float()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert_close(answers(model), expected, 1e-5)
+
+
+def test_weights_in_the_same_memory():
+    first = nn.Parameter(torch.randn(8, 4))
+    kept = prepack([first, first])
+    assert len(kept) == 2
+    with pytest.raises(ValueError, match="two different ones lie in the same memory"):
+        prepack([nn.Parameter(first.data)])
+    tied = first.detach()  # whose changes count for the other
+    with torch.no_grad():
+        first[2, 3] += 1
+    assert_close(prepacked_linear(torch.eye(4), tied, prepacked(tied), None, False), first.detach().mT)
+
+
+def test_a_weight_with_dead_inputs_is_watched_elsewhere_too():
+    weight = torch.randn(130, 40)
+    weight[:, 0] = 0
+    weight[0] = 0
+    kept = prepack([weight])
+    weight.data.mul_(2)
+    assert_close(prepacked_linear(torch.eye(40), weight, kept[0].packed, None, False), weight.mT)
+
+
+def test_a_model_with_packed_weights_is_saved_and_copied(model, tmp_path):
+    model.prepack_weights()
+    torch.save(model, tmp_path / "whole.pt")
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "whole.pt", weights_only=False)):
+        assert not any(other._prepacked_weights)
+        assert_close(answers(other), answers(model), 1e-5)
+    assert model.state_dict().keys() == other.state_dict().keys()
+
+
 def test_other_models_and_types_have_none(model, products):
     model.prepack_weights()
     other = copy.deepcopy(model)
@@ -170,10 +234,11 @@ def test_other_models_and_types_have_none(model, products):
 def test_made_in_inference_mode(tiny_model, products):
     with torch.inference_mode():
         weight, hidden = torch.randn(6, 8), torch.randn(4, 8)
-        prepack([weight])
+        [kept] = prepack([weight])
         linear(hidden, weight, None)
         weight[3, 3] += 1
         assert_close(linear(hidden, weight, None), hidden @ weight.mT, 1e-6)
+    assert prepacked(weight) is kept.packed
     assert len(products) == 2
 
 

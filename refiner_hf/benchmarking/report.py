@@ -142,7 +142,7 @@ def _notes(part: str, found: dict[str, Results]) -> str:
     for setting, results in found.items():
         for kind, result in results.items():
             notes += [
-                f"Compiling {COMPILED[name]}, {setting}, {kind}: {row['first_seconds']:.0f} s."
+                f"Compiling {name.removeprefix('compiled ')}, {setting}, {kind}: {row['first_seconds']:.0f} s."
                 for name, row in result["rows"].items()
                 if name in COMPILED and "first_seconds" in row
             ]

@@ -197,8 +197,8 @@ class TestAnswers:
 
     @needs_compiler
     def test_of_a_refiner_are_computed_with_packed_weights(self, refiner):
-        kept = open_classifier(refiner)._model.refiner.layers[0].mlp.fc1.weight
-        assert prepacked(kept.detach()) is not None
+        classifier = open_classifier(refiner)
+        assert prepacked(classifier._model.refiner.layers[0].mlp.fc1.weight.detach()) is not None
         half = open_classifier(refiner, precision="bfloat16") if machine.computes_bfloat16("cpu") else None
         assert half is None or half.logits(torch.zeros(1, 3, 16, 16)).dtype == torch.bfloat16
 

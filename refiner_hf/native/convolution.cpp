@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t POINTS = 16;                           // of a tile, transformed: 4 x 4
 constexpr int64_t TILES = 6 * BLOCK;                     // of 2 x 2 outputs, in a task
-constexpr int64_t VECTORS = 4, PANEL = VECTORS * WIDTH;  // channels of the outputs that are made together
+constexpr int64_t PANEL = VECTORS * WIDTH;  // channels of the outputs that are made together
 
 // B^T d B of 4 x 4 vectors.
 inline void transform_inputs(const Vector (&d)[4][4], Vector (&to)[4][4]) {

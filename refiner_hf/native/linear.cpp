@@ -8,9 +8,9 @@
 
 namespace {
 
-constexpr int64_t VECTORS = 4, PANEL = VECTORS * WIDTH;  // columns of the outputs that are made together
+constexpr int64_t PANEL = VECTORS * WIDTH;  // columns of the outputs that are made together
 constexpr int64_t DEPTH = 1024;                          // of a panel at a time; with more it would leave the second cache
-constexpr int AHEAD = 16;                                // rows of a panel, from the second cache into the first
+constexpr int AHEAD = WIDTH == 16 ? 16 : 0;              // rows of a panel, from the second cache into the first
 constexpr int64_t ROWS = 1024;                           // of a task at most
 constexpr int64_t LINE = 64 / sizeof(float);             // what is fetched at a time
 constexpr int64_t SAMPLES = 8;                           // numbers of a panel that tell whether the weight is still the same

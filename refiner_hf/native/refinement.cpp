@@ -181,12 +181,12 @@ class Worker {
 
     template <int R, int V>
     void refine_tile(int64_t image, int64_t first, int64_t column) {
-        constexpr int VECTORS = R * V;
+        constexpr int TILE = R * V;
         if (p.kernel == 3)
             convolve<R, V, 3>(p, around.data(), stride, column, hidden.data());
         else
             convolve<R, V, 0>(p, around.data(), stride, column, hidden.data());
-        product<VECTORS, false>(p.reduce, nullptr, hidden.data(), VECTORS * WIDTH, reduced.data(), VECTORS * WIDTH, p.heads,
+        product<TILE, false>(p.reduce, nullptr, hidden.data(), TILE * WIDTH, reduced.data(), TILE * WIDTH, p.heads,
                                 p.expanded);
         const int64_t count = std::min(V * WIDTH, p.size - column);
         const bool in_place = count == V * WIDTH && !p.is_bfloat16;
@@ -194,7 +194,7 @@ class Worker {
             const float gain = p.identity[h], bias = p.constant[h];
             for (int64_t r = 0; r < R; ++r) {
                 const int64_t at = place(image, h, first + r) + column;
-                const float* z = reduced.data() + (h * VECTORS + r * V) * WIDTH;
+                const float* z = reduced.data() + (h * TILE + r * V) * WIDTH;
                 float row[V * WIDTH] = {};
                 const float* from = in_place ? static_cast<const float*>(p.map) + at : row;
                 float* to = p.value ? refined_row(h, first + r) + column : in_place ? static_cast<float*>(p.output) + at : row;

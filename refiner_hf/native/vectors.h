@@ -19,12 +19,12 @@
 
 namespace {
 
-// Floats in a vector, and rows of a matrix whose product with some vectors is made at a time: so many that all sums stay in
-// registers.
+// Floats in a vector; and of a matrix product, rows and vectors that are made at a time: so many that all sums stay in registers.
+constexpr int64_t BLOCK = 6;
 #ifdef __AVX512F__
-constexpr int64_t WIDTH = 16, BLOCK = 6;
+constexpr int64_t WIDTH = 16, VECTORS = 4;
 #else
-constexpr int64_t WIDTH = 8, BLOCK = 3;
+constexpr int64_t WIDTH = 8, VECTORS = 2;
 #endif
 typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(WIDTH * sizeof(int32_t)), aligned(4), may_alias));
@@ -44,7 +44,7 @@ typedef std::vector<float, Aligned<float>> Floats;
 
 inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 inline void store(float* to, Vector values) { *reinterpret_cast<Vector*>(to) = values; }
-inline Vector all(float value) { return Vector{} + value; }
+inline Vector all(float value) { return value - Vector{}; }  // adding would take an operation, for the sake of -0
 
 inline int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }            // rounded up
 inline int64_t rounded(int64_t a, int64_t b) { return divided(a, b) * b; }  // up to a multiple
@@ -166,20 +166,32 @@ inline void fetch(const void* tensor, int64_t at, int64_t count, bool is_bfloat1
 template <int V, bool ACTIVATE, int AHEAD = 0>
 inline void block_product(const float* weight, int64_t weight_row, int64_t weight_column, const float* bias, const float* from,
                           int64_t from_stride, float* to, int64_t to_stride, int64_t k) {
+    if constexpr (V > VECTORS) {
+        block_product<VECTORS, ACTIVATE, AHEAD>(weight, weight_row, weight_column, bias, from, from_stride, to, to_stride, k);
+        block_product<V - VECTORS, ACTIVATE, AHEAD>(weight, weight_row, weight_column, bias, from + VECTORS * WIDTH, from_stride,
+                                                    to + VECTORS * WIDTH, to_stride, k);
+        return;
+    }
     Vector sums[BLOCK][V];  // in registers, if all loops over them are unrolled
 #pragma GCC unroll 8
     for (int i = 0; i < BLOCK; ++i)
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) sums[i][v] = all(bias ? bias[i] : 0.0f);
-    for (int64_t j = 0; j < k; ++j)
+    for (int64_t j = 0; j < k; ++j) {
+        Vector values[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; ++v) {
             const float* at = from + j * from_stride + v * WIDTH;
             if (AHEAD) __builtin_prefetch(at + AHEAD * from_stride);
-            const Vector values = load(at);
-#pragma GCC unroll 8
-            for (int i = 0; i < BLOCK; ++i) sums[i][v] += weight[i * weight_row + j * weight_column] * values;
+            values[v] = load(at);
         }
+#pragma GCC unroll 8
+        for (int i = 0; i < BLOCK; ++i) {
+            const Vector factor = all(weight[i * weight_row + j * weight_column]);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) sums[i][v] += factor * values[v];
+        }
+    }
 #pragma GCC unroll 8
     for (int i = 0; i < BLOCK; ++i)
 #pragma GCC unroll 4

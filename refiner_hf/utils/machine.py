@@ -21,7 +21,8 @@ def device_name(device: str | None = None) -> str:
     if device != "cpu" and torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     threads = torch.get_num_threads()
-    return f"CPU ({_cpu_name()}, {threads} thread{'s' * (threads > 1)})"
+    instructions = torch.backends.cpu.get_cpu_capability()  # processors of one name may have others
+    return f"CPU ({_cpu_name()}, {instructions}, {threads} thread{'s' * (threads > 1)})"
 
 
 def computes_bfloat16(device: str | torch.device) -> bool:

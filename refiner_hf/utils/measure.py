@@ -1,6 +1,7 @@
 """Times of contenders, measured in turns; where one fails, the reason."""
 
 import gc
+import random
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,8 @@ OUT_OF_MEMORY = "out of memory"
 
 def time_in_turns(makers: dict[str, Callable[[], Step]], rounds: int, device: str) -> dict[str, dict[str, Any]]:
     """
-    Times one step of each contender in each round, so that other work of the machine slows all of them alike.
+    Times one step of each contender in each round, so that other work of the machine slows all of them alike. Each
+    round has another order: whoever comes after somebody with much memory is slower.
 
     Args:
         makers: by contender, what makes its step.
@@ -42,8 +44,11 @@ def time_in_turns(makers: dict[str, Callable[[], Step]], rounds: int, device: st
                 rows[name]["memory"] = cuda_peak(step)
             rows[name]["seconds"] = []
             steps[name] = step
+    shuffle = random.Random(0).shuffle
     for _ in range(rounds):
-        for name in list(steps):
+        order = list(steps)
+        shuffle(order)
+        for name in order:
             with failure_noted_in(rows[name]):
                 rows[name]["seconds"].append(seconds_of(steps[name], device))
             if "error" in rows[name]:

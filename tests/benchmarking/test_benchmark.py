@@ -2,6 +2,8 @@ import json
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import permutations
 
 import psutil
 import pytest
@@ -147,6 +149,14 @@ def test_turns_go_on_without_those_that_fail():
     assert rows["early"] == {"error": "out of memory"}
     assert rows["late"] == {"error": "ValueError: in file.py: no"}
     assert len(calls) == 4
+
+
+def test_nobody_always_comes_after_the_same():
+    calls = []
+    time_in_turns({name: partial(partial, calls.append, name) for name in "abc"}, 20, "cpu")
+    rounds = calls[-60:]
+    assert all(set(rounds[i : i + 3]) == set("abc") for i in range(0, 60, 3))
+    assert set(zip(rounds, rounds[1:])) >= set(permutations("abc", 2))
 
 
 def test_failures_keep_what_is_no_path():

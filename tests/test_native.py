@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -327,14 +328,25 @@ class TestCompiling:
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="its processors are meant")
 @pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3"])
 def test_for_older_processors(processor, tmp_path):
-    """All of the above with narrower vectors, or with none."""
+    """All of the above, and the other functions, with narrower vectors or with none."""
     compiler = tmp_path / "c++"
     compiler.write_text(f'#!/bin/sh\nexec {shutil.which("c++")} "$@" -march={processor}\n')
     compiler.chmod(0o755)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    files = [str(Path(__file__).with_name(f"test_{name}.py")) for name in ("native", "prepacking", "stem")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "CXX": str(compiler)}
     child = subprocess.run(
-        [*command, "-k", "not TestCompiling and not older"], env=environment, capture_output=True, text=True
+        [*command, "-k", "not TestCompiling and not processors"], env=environment, capture_output=True, text=True
     )
     assert child.returncode == 0, child.stdout[-3000:]
     assert "passed" in child.stdout and "failed" not in child.stdout
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="its processors are meant")
+def test_compiles_for_newer_processors(tmp_path):
+    for number, source in enumerate(native_library_refiner._SOURCES):
+        if source.suffix == ".cpp":
+            flags = [*native_library_refiner._FLAGS, "-march=x86-64-v4", "-Wall", "-Werror"]
+            subprocess.run(["c++", *flags, "-o", str(tmp_path / f"{number}.so"), str(source)], check=True)

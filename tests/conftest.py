@@ -34,7 +34,12 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import PreTrainedModel  # noqa: E402
 
-from refiner_hf import RefinerConfig, RefinerForImageClassification, RefinerImageProcessor  # noqa: E402
+from refiner_hf import (  # noqa: E402
+    RefinerConfig,
+    RefinerForImageClassification,
+    RefinerImageProcessor,
+    native_library_refiner,
+)
 from refiner_hf.conversion.weights import read_config, rename_state_dict  # noqa: E402
 
 
@@ -207,3 +212,13 @@ def hub(monkeypatch, tmp_path):
     yield HUB
     huggingface_hub.set_client_factory(default_client_factory)  # this closes the session, too
     HUB.reset()
+
+
+@pytest.fixture(params=["torch's threads", "own threads"])
+def four_threads(request, monkeypatch):
+    """The C++ functions take four threads, of torch's OpenMP or their own."""
+    if request.param == "own threads":
+        monkeypatch.setattr(native_library_refiner, "_parallel", lambda: None)
+    elif native_library_refiner._parallel() is None:
+        pytest.skip("torch has another OpenMP")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)

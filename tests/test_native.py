@@ -59,16 +59,11 @@ def test_equals_eager(tokens, kernel, ratio, threads):
 
 
 @needs_compiler
-@pytest.mark.parametrize("parallel", ["torch's threads", "own threads"])
+@pytest.mark.usefixtures("four_threads")
 @pytest.mark.parametrize(
     "heads, ratio, images, tokens", [(12, 3, 2, 197), (16, 6, 1, 150), (3, 1, 5, 130), (1, 3, 3, 140)]
 )
-def test_large_maps_by_several_threads(heads, ratio, images, tokens, parallel, monkeypatch):
-    if parallel == "own threads":
-        monkeypatch.setattr(native_library_refiner, "_parallel", lambda: None)
-    elif native_library_refiner._parallel() is None:
-        pytest.skip("torch has another OpenMP")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+def test_large_maps_by_several_threads(heads, ratio, images, tokens):
     ours, exact = evaluate(make_refinement(heads, ratio), make_maps(images, heads, tokens))
     assert_close(ours.double(), exact, 1e-5)
 

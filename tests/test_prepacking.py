@@ -64,13 +64,8 @@ def test_product(rows, inputs, outputs, gelu):
             assert_close(ours.double(), nn.functional.gelu(exact) if gelu else exact, 3e-6)
 
 
-@pytest.mark.parametrize("parallel", ["torch's threads", "own threads"])
-def test_several_threads(parallel, monkeypatch):
-    if parallel == "own threads":
-        monkeypatch.setattr(native_library_refiner, "_parallel", lambda: None)
-    elif native_library_refiner._parallel() is None:
-        pytest.skip("torch has another OpenMP")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+@pytest.mark.usefixtures("four_threads")
+def test_several_threads():
     hidden, weight, bias = torch.randn(2, 197, 384), torch.randn(100, 384), torch.randn(100)
     kept = prepack([weight])
     assert_close(prepacked_linear(hidden, weight, kept[0].packed, bias, False), hidden @ weight.mT + bias, 1e-6)

@@ -8,7 +8,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from refiner_hf import (
     embeddings_refiner,
     native_convolution_refiner,
-    native_library_refiner,
     stem_inference_refiner,
 )
 from refiner_hf.native_convolution_refiner import convolves, native_convolve
@@ -63,13 +62,8 @@ def test_convolution(size, channels, filters):
 
 
 @needs_compiler
-@pytest.mark.parametrize("parallel", ["torch's threads", "own threads"])
-def test_convolution_by_several_threads(parallel, monkeypatch):
-    if parallel == "own threads":
-        monkeypatch.setattr(native_library_refiner, "_parallel", lambda: None)
-    elif native_library_refiner._parallel() is None:
-        pytest.skip("torch has another OpenMP")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+@pytest.mark.usefixtures("four_threads")
+def test_convolution_by_several_threads():
     convolution, inputs = make_convolution(), torch.randn(3, 32, 30, 41)
     ours = native_convolve(inputs, convolution.weight, convolution.bias)
     assert_close(ours, nn.functional.relu(convolution(inputs)), 1e-5)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .configuration_refiner import RefinerConfig
-from .folding_refiner import can_bypass, fold_convolution, has_hooks, is_transformed, is_untouched
+from .folding_refiner import can_bypass, fold_convolution, has_hooks, is_plain, is_transformed, is_untouched
 from .inference_refiner import linear, only_infers
 from .normalization_refiner import RefinerBatchNorm2d
 from .stem_inference_refiner import cut_into_patches, embed_patches
@@ -106,8 +106,7 @@ class RefinerPatchEmbeddings(nn.Module):
             and not torch.is_autocast_enabled("cpu")
             and not has_hooks(self.stem)
             and all(can_fold(*step) and keeps_borders(step[0]) for step in self.stem.steps)
-            # Not divided among devices.
-            and all(type(weight) in (torch.Tensor, nn.Parameter) for weight in self.parameters())
+            and all(is_plain(weight) for weight in self.parameters())
         )
 
     def _embed_in_one(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -164,6 +164,11 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hooks) or "forward" in vars(module)
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether it is a tensor as torch makes them: neither quantized nor divided among devices."""
+    return type(tensor) in (torch.Tensor, nn.Parameter)
+
+
 def is_transformed(tensor: torch.Tensor) -> bool:
     """
     Whether the operations on `tensor` are recorded or transformed, and not only computed: by `torch.jit.trace`,

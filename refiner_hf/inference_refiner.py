@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.activations import GELUActivation
 
-from .folding_refiner import has_hooks, is_transformed
+from .folding_refiner import has_hooks, is_plain, is_transformed
 from .operations_refiner import operation
 from .prepacking_refiner import prepacked, prepacked_linear
 
@@ -32,8 +32,7 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         or not only_infers(inputs)
         or not _pays(inputs, weight)
         or not inputs.dtype == weight.dtype == torch.float32
-        or type(inputs) is not torch.Tensor  # neither quantized nor divided among devices
-        or type(weight) not in (torch.Tensor, nn.Parameter)
+        or not (is_plain(inputs) and is_plain(weight))
         or not weight.is_contiguous()
         or torch.is_autocast_enabled("cpu")
     ):

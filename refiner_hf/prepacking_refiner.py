@@ -6,8 +6,8 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import nn
 
+from .folding_refiner import is_plain
 from .native_library_refiner import call, why_no_function
 
 
@@ -39,7 +39,7 @@ def prepack(weights: Iterable[torch.Tensor]) -> list[Prepacked]:
     Raises:
         `ValueError`: they aren't float32 on a CPU, two lie in the same memory, or there is no C++ compiler.
     """
-    plain = [weight for weight in weights if _is_plain(weight)]
+    plain = [weight for weight in weights if _can_be_packed(weight)]
     if not plain:
         raise ValueError("Weights can't be prepacked: there are no plain ones, as nn.Linear has them.")
     for weight in plain:
@@ -58,8 +58,8 @@ def prepack(weights: Iterable[torch.Tensor]) -> list[Prepacked]:
     return made
 
 
-def _is_plain(weight: torch.Tensor) -> bool:
-    return type(weight) in (torch.Tensor, nn.Parameter) and weight.is_contiguous() and weight.numel() > 0
+def _can_be_packed(weight: torch.Tensor) -> bool:
+    return is_plain(weight) and weight.is_contiguous() and weight.numel() > 0
 
 
 def prepacked(weight: torch.Tensor) -> torch.Tensor | None:

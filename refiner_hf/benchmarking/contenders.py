@@ -73,9 +73,8 @@ def contender_names(part: str, device: str, among: Collection[str] | None = None
     implementations = [name for name, each in REFINE_IMPLEMENTATIONS.items() if each.runs_on(device)]
     names = [*implementations, "auto"]
     if part == "model":
-        names += [PREPACKED[0], *COMPILED, *(engines_here() if device == "cpu" else []), PLAIN, *VITS]
-        if device != "cpu":
-            names = [name for name in names if name not in PREPACKED]
+        others = [PREPACKED[0], *COMPILED, *engines_here(), PLAIN, *VITS]
+        names += [name for name in others if device == "cpu" or name not in {*PREPACKED, *ENGINES}]
     return names if among is None else [name for name in names if name == BASE or name in among]
 
 

@@ -146,3 +146,19 @@ class TestOperations:
 
     def mask(self) -> torch.Tensor:
         return torch.rand(3, 1, 9, 9, generator=torch.Generator().manual_seed(0)) > 0.3
+
+
+@pytest.mark.slow
+def test_without_checks(tiny_model):
+    """As docs/speed.md says: weights may change, and a batch of another size is an error."""
+    model = tiny_model().eval()
+    compiled = torch.compile(model, dynamic=False, options={"guard_filter_fn": lambda guards: [False] * len(guards)})
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        before = compiled(pixels).logits
+        assert_close(before, model(pixels).logits, 1e-5)
+        model.classifier.weight.mul_(2)
+        assert_close(compiled(pixels).logits, model(pixels).logits, 1e-5)
+        assert (compiled(pixels).logits - before).abs().max() > 1e-3
+        with pytest.raises(AssertionError, match="expected size 1==2"):
+            compiled(pixels[:1])

@@ -8,28 +8,24 @@ network is compiled. Writes Markdown.
 """
 
 import argparse
-import shlex
-import sys
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from statistics import median
 
-import openvino
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from refiner_hf.benchmarking.engines import engine_step
+from refiner_hf.benchmarking.pages import facts_of_run
 from refiner_hf.commands.recipes import load_recipe
 from refiner_hf.configuration_refiner import RefinerConfig
 from refiner_hf.modeling_refiner import RefinerForImageClassification
-from refiner_hf.utils.machine import commit, device_name
 from refiner_hf.utils.markdown import markdown_table
 from refiner_hf.utils.measure import time_in_turns
 
 
-AUTO, COMPILED = "auto", "compiled"
+COMPILED = "compiled"
 ENGINES = ("onnxruntime", "OpenVINO")  # the benchmark's names
 
 # What the profiler calls the parts of a compiled call. Of parts within each other the outer one counts.
@@ -49,7 +45,7 @@ TEXT = """# What a call of a small network costs on a CPU
 Made by
 
 ```bash
-python scripts/profile_call.py {command}
+{command}
 ```
 
 The demo's network ({subject}) in float32; {machine}; {versions}; commit {commit}, {date}. Times are medians of
@@ -87,17 +83,13 @@ def main() -> None:
     with torch.no_grad():
         times, operations = measure(model, pixels, args.rounds)
         text = TEXT.format(
-            command=shlex.join(sys.argv[1:]),
+            **facts_of_run(),
             subject=f"{height} x {width} pixels, {config.num_hidden_layers} layers of width {config.hidden_size}",
-            machine=device_name("cpu"),
-            commit=commit(),
-            date=date.today(),
-            versions=f"torch {torch.__version__.split('+')[0]}, OpenVINO {openvino.__version__.split('-')[0]}",
             rounds=args.rounds,
             calls=table_of_calls(times, operations, args.batch_sizes),
             parts=table_of_parts(model, pixels[0], times[COMPILED][0]),
         )
-    args.output.write_text(text.replace("profile_call.py \n", "profile_call.py\n"), encoding="utf-8")
+    args.output.write_text(text, encoding="utf-8")
     print(text)
 
 
@@ -125,7 +117,8 @@ def table_of_calls(times: dict[str, list[float]], operations: dict[str, int], si
 
 
 def table_of_parts(model: RefinerForImageClassification, pixels: torch.Tensor, milliseconds: float) -> str:
-    step = steps_with(model, pixels)[COMPILED]
+    torch.compiler.reset()
+    step = partial(torch.compile(model, dynamic=False), pixel_values=pixels)
     step()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(REPETITIONS):
@@ -146,7 +139,7 @@ def steps_with(model: RefinerForImageClassification, pixels: torch.Tensor) -> di
     """By name, what answers these images."""
     torch.compiler.reset()  # what was compiled for other sizes counts against the compiler's limit of variants
     forms = {
-        AUTO: model,
+        "auto": model,
         COMPILED: torch.compile(model, dynamic=False),
         "compiled, without checks": torch.compile(
             lambda pixel_values: model(pixel_values),  # code of its own: the compiler would take what it made before

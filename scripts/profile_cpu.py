@@ -9,11 +9,8 @@ was brought into the product's order before. Writes Markdown.
 
 import argparse
 import copy
-import shlex
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from datetime import date
 from functools import partial
 from itertools import cycle
 from pathlib import Path
@@ -26,10 +23,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from refiner_hf.benchmarking.contenders import NETWORKS
 from refiner_hf.benchmarking.engines import engine_step
+from refiner_hf.benchmarking.pages import facts_of_run
 from refiner_hf.export.graph import export_onnx
 from refiner_hf.modeling_refiner import RefinerForImageClassification
 from refiner_hf.prepacking_refiner import prepack, prepacked, prepacked_linear
-from refiner_hf.utils.machine import commit, device_name
 from refiner_hf.utils.markdown import markdown_table
 from refiner_hf.utils.measure import time_in_turns
 
@@ -44,7 +41,7 @@ TEXT = """# What inference on a CPU spends its time on
 Made by
 
 ```bash
-python scripts/profile_cpu.py {command}
+{command}
 ```
 
 {subject}; {machine}; {versions}; commit {commit}, {date}. Times of the whole are medians of {rounds} rounds in which
@@ -81,17 +78,13 @@ def main() -> None:
     pixels = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
     with torch.no_grad():
         text = TEXT.format(
-            command=shlex.join(sys.argv[1:]),
+            **facts_of_run(),
             subject=f"Refiner-{args.model} at {args.image_size} pixels, batch {args.batch_size}, float32",
-            machine=device_name("cpu"),
-            commit=commit(),
-            date=date.today(),
-            versions=f"torch {torch.__version__.split('+')[0]}, OpenVINO {openvino.__version__.split('-')[0]}",
             rounds=args.rounds,
             parts=table_of_parts(model, pixels, args.rounds),
             products=table_of_products(model, args.batch_size, args.rounds),
         )
-    args.output.write_text(text.replace("profile_cpu.py \n", "profile_cpu.py\n"), encoding="utf-8")
+    args.output.write_text(text, encoding="utf-8")
     print(text)
 
 
